@@ -1,0 +1,94 @@
+// The Python face of pyops._host: build info, CPU probe, measured ceilings, and the oracle.
+
+#include <algorithm>
+
+#include <pybind11/stl.h>
+
+#include "host/host.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Given by CMakeLists.txt.
+#if !defined(PYOPS_BUILD_TYPE)
+#define PYOPS_BUILD_TYPE "unknown"
+#endif
+#if !defined(PYOPS_CUDA_ARCHITECTURES)
+#define PYOPS_CUDA_ARCHITECTURES ""
+#endif
+
+// No date and no path: the same source and compiler give the same bytes.
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang";
+  info["compiler_version"] = __clang_version__;
+#else
+  info["compiler"] = "gcc";
+  info["compiler_version"] = __VERSION__;
+#endif
+  info["cxx_standard"] = static_cast<long>(__cplusplus / 100 % 100);
+  info["build_type"] = PYOPS_BUILD_TYPE;
+  info["cuda_architectures"] = PYOPS_CUDA_ARCHITECTURES;
+  info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR);
+  return info;
+}
+
+py::dict cpu_features() {
+  const pyops::host::CpuFeatures features = pyops::host::cpu_features();
+  py::dict result;
+  result["model"] = features.model;
+  result["logical_cores"] = features.logical_cores;
+  result["usable_cores"] = features.usable_cores;
+  result["instructions"] = features.instructions;
+  result["caches"] = features.caches;
+  return result;
+}
+
+py::list variants() {
+  py::list result;
+  for (const auto& [name, supported] : pyops::host::cpu_variants()) {
+    py::dict variant;
+    variant["capability"] = name;
+    variant["supported"] = supported;
+    result.append(variant);
+  }
+  return result;
+}
+
+py::dict ceilings(double seconds) {
+  if (!(seconds > 0 && seconds <= 60)) throw py::value_error("_host.ceilings: seconds must be in (0, 60]");
+  pyops::host::Ceilings measured;
+  {
+    const py::gil_scoped_release release;
+    measured = pyops::host::measure_ceilings(seconds);
+  }
+  py::dict fma;
+  double highest = 0;
+  for (const auto& [name, rate] : measured.fma_fp32) {
+    fma[py::str(name)] = rate;
+    highest = std::max(highest, rate);
+  }
+  py::dict result;
+  result["copy_stream"] = measured.copy_stream;
+  result["copy_memcpy"] = measured.copy_memcpy;
+  result["copy_bytes"] = measured.copy_bytes;
+  result["fma_fp32"] = highest;
+  result["fma_fp32_by_capability"] = fma;
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, module) {
+  using namespace pybind11::literals;
+  module.doc() = "What is not a tensor op: build info, CPU probe, measured ceilings, long-double oracle.";
+  module.def("build_info", &build_info, "Compiler, C++ standard, build type and CUDA architectures of this build.");
+  module.def("cpu_features", &cpu_features, "Model, cores, usable instructions and cache sizes in bytes.");
+  module.def("variants", &variants,
+             "Instruction sets compiled into libpyops.so, narrow to wide: capability, supported.");
+  module.def("ceilings", &ceilings, "seconds"_a = 0.3,
+             "Measures one core for about `seconds`: copy bandwidth in bytes/s (read + written), fp32 FMA in flop/s.");
+  pyops::host::bind_oracle(module);
+}
