@@ -1,15 +1,18 @@
-// Measured ceilings of one core: the roof that the benchmarks hold kernels against.
+// Measured ceilings of this machine: the roof that the benchmarks hold kernels against.
 // copy     bytes read + bytes written per second, buffers far larger than the last cache
 // fma      2 flop per lane of each fused multiply-add, operands in registers
-// Each figure is the best of many short runs: the ceiling is what the core can do when nothing disturbs it.
+// Each figure is the best of many short runs: the ceiling is what the machine can do when nothing disturbs it.
 
 #include <algorithm>
+#include <barrier>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <thread>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -20,21 +23,40 @@
 namespace pyops::host {
 namespace {
 
-// Multiply-adds per lane in one timed run: about 0.1 ms, long against the clock, short against the time slice.
-constexpr int64_t kFmaSteps = 20'000;
+// Steps of each chain in one timed run: about half a millisecond, long against a barrier, short against a time slice.
+constexpr int64_t kFmaSteps = 200'000;
 
+// Shortest time in which all threads finish run(thread), over at least three runs and about `budget` seconds. The
+// threads start together and the slowest one counts, so that no thread is measured while another one waits.
 template <class F>
-double best_seconds(double budget, const F& run) {
+double best_seconds(int threads, double budget, const F& run) {
   using clock = std::chrono::steady_clock;
   const auto seconds = [](clock::duration d) { return std::chrono::duration<double>(d).count(); };
+  std::barrier line(threads);
+  bool done = false;  // written before a barrier, read after it
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < threads; ++thread) {
+    others.emplace_back([&, thread] {
+      for (;;) {
+        line.arrive_and_wait();
+        if (done) return;
+        run(thread);
+        line.arrive_and_wait();
+      }
+    });
+  }
   const auto start = clock::now();
   double best = 1e30;
-  int runs = 0;
-  do {
+  for (int runs = 0; runs < 3 || seconds(clock::now() - start) < budget; ++runs) {
+    line.arrive_and_wait();
     const auto begin = clock::now();
-    run();
+    run(0);
+    line.arrive_and_wait();
     best = std::min(best, seconds(clock::now() - begin));
-  } while (++runs < 3 || seconds(clock::now() - start) < budget);
+  }
+  done = true;
+  line.arrive_and_wait();
+  for (std::thread& other : others) other.join();
   return best;
 }
 
@@ -100,30 +122,31 @@ void stream_baseline(char* to, const char* from, size_t bytes) {
 #endif
 
 template <class F>
-double fma_rate(double budget, int lanes, int chains, const F& kernel) {
-  return 2.0 * lanes * chains * kFmaSteps / best_seconds(budget, [&] { kernel(kFmaSteps); });
+double fma_rate(int threads, double budget, int lanes, int chains, const F& kernel) {
+  const double flops = 2.0 * threads * lanes * chains * kFmaSteps;
+  return flops / best_seconds(threads, budget, [&](int) { kernel(kFmaSteps); });
 }
 
 using Buffer = std::unique_ptr<char, decltype(&std::free)>;
 
-// Written once, so that every page is there before the clock runs.
-Buffer buffer(size_t bytes, int value) {
+Buffer buffer(size_t bytes) {
   Buffer memory(static_cast<char*>(std::aligned_alloc(64, bytes)), &std::free);
   if (!memory) throw std::bad_alloc();
-  std::memset(memory.get(), value, bytes);
   return memory;
 }
 
-// Four times the last cache, so that little of a copy is still there when the next one starts.
-size_t copy_size() {
+// Four times the last cache, so that little of a copy is still there when the next one starts; a multiple of 64 for
+// each thread.
+size_t copy_size(int threads) {
   long cache = 0;
   for (const auto& [name, bytes] : cpu_features().caches) cache = std::max(cache, bytes);
-  return std::clamp<size_t>(static_cast<size_t>(cache) * 4, size_t{64} << 20, size_t{256} << 20) & ~size_t{63};
+  const size_t bytes = std::clamp<size_t>(static_cast<size_t>(cache) * 4, size_t{64} << 20, size_t{256} << 20);
+  return bytes / (64 * threads) * (64 * threads);
 }
 
 }  // namespace
 
-Ceilings measure_ceilings(double seconds) {
+Ceilings measure_ceilings(int threads, double seconds) {
   Ceilings result;
   const auto variants = cpu_variants();
   const auto runs = [&](const char* name) {
@@ -132,21 +155,29 @@ Ceilings measure_ceilings(double seconds) {
   // Two thirds for the two copies, which are slow and disturbed most; the rest for the arithmetic.
   const double share = seconds / 3, fma_share = share / static_cast<double>(variants.size());
 
-  result.copy_bytes = copy_size();
-  const Buffer from = buffer(result.copy_bytes, 1), to = buffer(result.copy_bytes, 0);
-  const double moved = 2.0 * static_cast<double>(result.copy_bytes);
-  result.copy_memcpy = moved / best_seconds(share, [&] { std::memcpy(to.get(), from.get(), result.copy_bytes); });
+  result.copy_bytes = copy_size(threads);
+  const Buffer from = buffer(result.copy_bytes), to = buffer(result.copy_bytes);
+  const size_t slice = result.copy_bytes / threads;
+  const auto copy_rate = [&](double budget, const auto& copy) {
+    const auto run = [&](int thread) { copy(to.get() + thread * slice, from.get() + thread * slice, slice); };
+    return 2.0 * static_cast<double>(result.copy_bytes) / best_seconds(threads, budget, run);
+  };
+  // Each thread touches its own pages first: they are there before the clock runs, and near that thread.
+  copy_rate(0, [](char* target, char* source, size_t bytes) {
+    std::memset(source, 1, bytes);
+    std::memset(target, 0, bytes);
+  });
+  result.copy_memcpy = copy_rate(share, [](char* target, char* source, size_t n) { std::memcpy(target, source, n); });
 #if defined(__x86_64__)
-  const auto stream = runs("avx512") ? &stream_avx512 : &stream_baseline;
-  result.copy_stream = moved / best_seconds(share, [&] { stream(to.get(), from.get(), result.copy_bytes); });
+  result.copy_stream = copy_rate(share, runs("avx512") ? &stream_avx512 : &stream_baseline);
 #else
   result.copy_stream = result.copy_memcpy;
 #endif
 
-  result.fma_fp32.emplace_back("baseline", fma_rate(fma_share, 4, 12, &fma_baseline<12>));
+  result.fma_fp32.emplace_back("baseline", fma_rate(threads, fma_share, 4, 12, &fma_baseline<12>));
 #if defined(__x86_64__)
-  if (runs("avx2")) result.fma_fp32.emplace_back("avx2", fma_rate(fma_share, 8, 12, &fma_avx2<12>));
-  if (runs("avx512")) result.fma_fp32.emplace_back("avx512", fma_rate(fma_share, 16, 12, &fma_avx512<12>));
+  if (runs("avx2")) result.fma_fp32.emplace_back("avx2", fma_rate(threads, fma_share, 8, 12, &fma_avx2<12>));
+  if (runs("avx512")) result.fma_fp32.emplace_back("avx512", fma_rate(threads, fma_share, 16, 12, &fma_avx512<12>));
 #endif
   return result;
 }

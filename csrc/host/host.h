@@ -22,13 +22,14 @@ CpuFeatures cpu_features();
 // Instruction sets that csrc/cpu was compiled for, narrow to wide, and whether this CPU runs them.
 std::vector<std::pair<std::string, bool>> cpu_variants();
 
+// Of all threads together.
 struct Ceilings {
-  double copy_stream = 0;                                // bytes/s read + written, non-temporal stores, one thread
+  double copy_stream = 0;                                // bytes/s read + written, non-temporal stores
   double copy_memcpy = 0;                                // the same through memcpy
   size_t copy_bytes = 0;                                 // size of the buffer copied
-  std::vector<std::pair<std::string, double>> fma_fp32;  // flop/s per instruction set, narrow to wide, one thread
+  std::vector<std::pair<std::string, double>> fma_fp32;  // flop/s per instruction set, narrow to wide
 };
-Ceilings measure_ceilings(double seconds);
+Ceilings measure_ceilings(int threads, double seconds);
 
 void bind_oracle(pybind11::module_& module);
 
