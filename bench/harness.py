@@ -133,7 +133,7 @@ def error_of(got: torch.Tensor, want: torch.Tensor) -> float:
         return float("inf")
     if want.numel() == 0:
         return 0.0
-    difference = (got.double() - want).abs().max().item()
+    difference = (got.to(want.device).double() - want).abs().max().item()
     return difference / max(want.abs().max().item(), 1e-30) if difference == difference else float("inf")
 
 
@@ -142,6 +142,7 @@ class Oracle:
 
     pyops may be off by twice the error that torch makes on the same inputs in the same dtype and layout, plus one
     rounding. Peers get `PEER_SLACK` times that: their accuracy is theirs to choose, but garbage is not timed.
+    The oracle works where its tensors are, which may be the CPU for a case on the GPU.
     """
 
     PEER_SLACK = 8
@@ -162,7 +163,8 @@ class Oracle:
     def check(self, provider: Provider, function: Function) -> tuple[str, float, float]:
         """What is wrong ("" if nothing), with the error and the limit of the output that is worst against its limit."""
         channels_last = self.case.channels_last or provider.channels_last
-        got = outputs(self.case, function, in_layout(self.tensors, channels_last))
+        tensors = {name: t.to(self.case.device) for name, t in self.tensors.items()}
+        got = outputs(self.case, function, in_layout(tensors, channels_last))
         slack = 1 if provider.ours else self.PEER_SLACK
         epsilon = torch.finfo(self.case.dtype).eps
         worst = ("", 0.0, 0.0, -1.0)
@@ -192,18 +194,18 @@ def measure_case(
         torch.set_num_threads(threads)
     tensors = fresh_inputs(room, case)
     oracle = Oracle(room, case, tensors)
-    layouts = {case.channels_last: prepared(case, tensors)}
+    layouts: dict[bool, Tensors] = {}
     rows, ready = [], []
     for name, provider in room.providers(case).items():
         if not include(name):
             continue
         row = empty_row(room, case, threads, name, provider)
         rows.append(row)
-        if provider.channels_last and True not in layouts:
-            layouts[True] = prepared(case, in_layout(tensors, True))
-        own = layouts[case.channels_last or provider.channels_last]
-        if runner := checked_runner(row, case, provider, oracle, own):
-            ready.append(runner)
+        if function := checked(row, case, provider, oracle):
+            channels_last = case.channels_last or provider.channels_last
+            if channels_last not in layouts:
+                layouts[channels_last] = prepared(case, in_layout(tensors, channels_last))
+            ready.append(Runner(row, provider, call(case, function, layouts[channels_last])))
     del oracle
     (time_on_gpu if case.device == "cuda" else time_on_cpu)(ready, effort)
     for runner in ready:
@@ -232,8 +234,8 @@ def empty_row(room: Room, case: Case, threads: int, name: str, provider: Provide
     )
 
 
-def checked_runner(row: Row, case: Case, provider: Provider, oracle: Oracle, own: Tensors) -> Runner | None:
-    """Makes the provider and checks it; a wrong, broken or missing one gets its status and is not timed."""
+def checked(row: Row, case: Case, provider: Provider, oracle: Oracle) -> Function | None:
+    """Makes the provider and checks it; a wrong, broken or missing one gets its status and no function to time."""
     try:
         function = provider.make()
         with provider.context():
@@ -244,7 +246,7 @@ def checked_runner(row: Row, case: Case, provider: Provider, oracle: Oracle, own
         row.status, row.note = ERROR, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     else:
         if not wrong:
-            return Runner(row, provider, call(case, function, own))
+            return function
         row.status, row.note = WRONG, wrong
     return None
 

@@ -4,6 +4,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -29,11 +30,17 @@ def standard_providers(bind: Bind, case: Case) -> dict[str, Provider]:
 
 def pyops_providers(bind: Bind, case: Case) -> dict[str, Provider]:
     """pyops as its users get it on the CPU; each GPU backend by name on CUDA."""
-    if case.device == "cpu":
-        return {"pyops": Provider(lambda: bind(F, case), lambda: pyops.backend("cpu"), ours=True)}
-    backends = ("cuda", "triton")
+    names = {"pyops": "cpu"} if case.device == "cpu" else {"pyops cuda": "cuda", "pyops triton": "triton"}
     function = lambda: bind(F, case)
-    return {f"pyops {name}": Provider(function, functools.partial(pyops.backend, name), ours=True) for name in backends}
+    return {name: Provider(function, functools.partial(forced, which), ours=True) for name, which in names.items()}
+
+
+def forced(backend: str) -> AbstractContextManager[Any]:
+    """The backend and no other; `Unavailable` where it cannot run."""
+    try:
+        return pyops.backend(backend)
+    except RuntimeError as reason:
+        raise Unavailable(str(reason)) from reason
 
 
 def compiled(function: Function) -> Function:

@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogFormatter, NullFormatter
 
 from .report import Document, by_case, on_threads
 
@@ -35,15 +36,15 @@ def ratio_bars(doc: Document, rows: list[dict[str, Any]], path: Path) -> Path:
     """Time of each peer over the time of pyops, per case; right of the line pyops is faster."""
     groups = by_case(rows)
     peers = list(dict.fromkeys(row["provider"] for row in rows if not row["ours"] and row["pyops_speedup"]))
-    height = 0.8 / max(len(peers), 1)
     figure, axis = plt.subplots(figsize=(10, 1.2 + 0.22 * len(groups) * (len(peers) + 1)), layout="constrained")
+    height = 0.8 / len(peers)
     for place, group in enumerate(groups.values()):
-        for row in group:
-            if row["provider"] in peers and row["pyops_speedup"]:
-                index = peers.index(row["provider"])
-                y = place - 0.4 + (index + 0.5) * height
-                axis.barh(y, row["pyops_speedup"], height, color=COLOURS[index % len(COLOURS)])
-                axis.text(row["pyops_speedup"], y, f" {row['pyops_speedup']:.2f}×", va="center", fontsize=7)
+        shown = [row for row in group if row["provider"] in peers and row["pyops_speedup"]]
+        for line, row in enumerate(shown):
+            index = peers.index(row["provider"])
+            y = place + (line + 0.5 - len(shown) / 2) * height
+            axis.barh(y, row["pyops_speedup"], height, color=COLOURS[index % len(COLOURS)])
+            axis.text(row["pyops_speedup"], y, f" {row['pyops_speedup']:.2f}×", va="center", fontsize=7)
     for index, peer in enumerate(peers):
         axis.barh(0, 0, color=COLOURS[index % len(COLOURS)], label=peer)
     axis.axvline(1, color="black", linewidth=1)
@@ -52,7 +53,7 @@ def ratio_bars(doc: Document, rows: list[dict[str, Any]], path: Path) -> Path:
     axis.margins(x=0.1)
     axis.set_xlabel("time of the peer / time of pyops (medians)")
     axis.set_title(title(doc, "pyops against its peers", rows), fontsize=10)
-    axis.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=len(peers))
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return path
@@ -78,6 +79,9 @@ def roofline(doc: Document, rows: list[dict[str, Any]], ceiling: dict[str, Any],
         )
     axis.set_xscale("log")
     axis.set_yscale("log")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        side.set_minor_formatter(NullFormatter())
     axis.set_xlabel("flop / byte")
     axis.set_ylabel("GFLOP/s (fastest call)")
     axis.set_title(title(doc, "roofline", rows), fontsize=10)
