@@ -1,0 +1,140 @@
+"""``python -m pyops``: what it prints, what JSON it gives, and how it refuses bad arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import pyops
+from pyops.__main__ import Exit, check_table, main, shape
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pyops", *arguments]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYOPS_") and k != "TRITON_INTERPRET"}
+    return subprocess.run(command, capture_output=True, text=True, env={**clean, **environment}, timeout=120)
+
+
+def test_info_json_is_one_object_with_the_truth_about_every_backend():
+    done = run("info", "--json")
+    assert done.returncode == Exit.OK, done.stderr
+    found = json.loads(done.stdout)
+    assert found["versions"]["pyops"] == pyops.__version__
+    assert list(found["backends"]) == ["cpu", "cuda", "triton", "emulator"]
+    for state in found["backends"].values():
+        assert state["usable"] == (state["why_not"] is None)
+        assert state["built"] or not state["usable"]
+    assert found["forced_backend"] is None and found["environment"] == {}
+
+
+def test_info_reports_a_forced_backend_and_capability():
+    done = run("info", "--json", PYOPS_BACKEND="cpu", PYOPS_CPU_CAPABILITY="baseline")
+    found = json.loads(done.stdout)
+    assert found["forced_backend"] == "cpu"
+    assert found["cpu"]["capability"] == "baseline"
+    assert found["environment"] == {"PYOPS_BACKEND": "cpu", "PYOPS_CPU_CAPABILITY": "baseline"}
+
+
+def test_info_for_a_reader(capsys):
+    assert main(["info"]) == Exit.OK
+    text = capsys.readouterr().out
+    for word in ("versions", "cpu", "cuda", "triton", "emulator", "forced", "threads", "GPU"):
+        assert word in text
+
+
+def test_info_says_so_when_the_host_module_is_absent(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyops._host", None)
+    assert main(["info"]) == Exit.OK
+    assert "ops work without it" in capsys.readouterr().out
+
+
+def test_version():
+    assert run("--version").stdout.strip() == f"pyops {pyops.__version__}"
+
+
+def test_explain_json(capsys):
+    assert main(["explain", "instance_norm", "2x3x4", "--dtype", "bfloat16", "--device", "cpu", "--json"]) == Exit.OK
+    found = json.loads(capsys.readouterr().out)
+    assert found["shapes"] == [[2, 3, 4]] and found["dtype"] == "bfloat16"
+    assert found["backend"] == "cpu" and found["namespace"] == "pyops"
+    assert found["source"] == "csrc/cpu/group_norm.cpp"
+
+
+def test_explain_shows_the_backend_that_is_forced(capsys):
+    with pyops.backend("cpu"):
+        assert main(["explain", "layer_norm", "4,8", "--device", "cpu"]) == Exit.OK
+    assert "cpu (forced)" in capsys.readouterr().out
+
+
+def test_explain_of_a_backend_that_cannot_run_says_why(capsys):
+    assert main(["explain", "layer_norm", "4x8", "--backend", "cpu", "--device", "cuda"]) == Exit.OK
+    assert "cpu does not run on cuda tensors" in capsys.readouterr().out
+
+
+def test_a_room_explains_its_kernel(capsys, monkeypatch):
+    from pyops.core import explain
+
+    monkeypatch.setitem(explain._explainers, "layer_norm", lambda shapes, dtype, backend: [f"rows of {shapes[0][-1]}"])
+    main(["explain", "layer_norm", "4x8", "--device", "cpu"])
+    assert "rows of 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "COMMAND"),
+        (["fly"], "fly"),
+        (["info", "--jsonn"], "--jsonn"),
+        (["explain", "no_such_op", "3"], "no_such_op"),
+        (["explain", "layer_norm"], "SHAPE"),
+        (["explain", "layer_norm", "3xa"], "3xa"),
+        (["explain", "layer_norm", "3", "--dtype", "float31"], "float31"),
+        (["check", "no_such_op"], "no_such_op"),
+        (["check", "--backend", "tpu"], "tpu"),
+        (["check", "--race", "--backend", "cpu"], "--race"),
+    ],
+    ids=["nothing", "command", "option", "op", "no_shape", "shape", "dtype", "check_op", "backend", "race"],
+)
+def test_bad_arguments_give_one_line_and_exit_2(arguments, word, capsys):
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == Exit.USAGE and not captured.out
+    assert len(captured.err.splitlines()) == 1 and word in captured.err
+
+
+def test_bad_arguments_in_a_process():
+    done = run("explain", "layer_norm", "3xa")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_shape():
+    assert shape("7") == (7,) and shape("2x3") == (2, 3) and shape("2,0,3") == (2, 0, 3)
+
+
+@dataclasses.dataclass
+class Result:
+    op: str
+    backend: str
+    check: str
+    ok: bool
+    detail: str
+
+
+def test_check_table_marks_failures_and_says_what_was_left_out():
+    results = [
+        Result("layer_norm", "cpu", "forward", True, ""),
+        Result("layer_norm", "cpu", "gradient", False, "off by 1"),
+        Result("rms_norm", "triton", "forward", True, ""),
+    ]
+    text = "\n".join(check_table(results, {"cpu": None, "cuda": "no GPU", "triton": None}))
+    assert "✗ 1/2" in text and "✓ 1/1" in text
+    assert "layer_norm on cpu: gradient: off by 1" in text
+    assert "left out cuda: no GPU" in text
