@@ -22,6 +22,11 @@ OK, WRONG, ERROR, UNAVAILABLE, SKIPPED = "ok", "WRONG", "ERROR", "unavailable", 
 STATE = ("running_mean", "running_var")
 
 
+NOTE_LENGTH = 160
+# A median this far above the minimum measured the neighbours on the machine, not the kernel.
+NOISE = 1.5
+
+
 @dataclasses.dataclass(frozen=True)
 class Effort:
     """How long one provider of one case is measured: turns × seconds, at least `calls` timed calls a turn."""
@@ -56,6 +61,7 @@ class Row:
     min_s: float | None = None
     median_s: float | None = None
     samples: int = 0
+    noisy: bool = False
     bytes: int = 0
     flops: int = 0
     gb_per_s: float | None = None
@@ -207,7 +213,11 @@ def measure_case(
                 layouts[channels_last] = prepared(case, in_layout(tensors, channels_last))
             ready.append(Runner(row, provider, call(case, function, layouts[channels_last])))
     del oracle
-    (time_on_gpu if case.device == "cuda" else time_on_cpu)(ready, effort)
+    if case.device == "cuda":
+        torch.cuda.empty_cache()
+        time_on_gpu(ready, effort)
+    else:
+        time_on_cpu(ready, effort)
     for runner in ready:
         fill_in(runner.row, runner.times)
     fill_in_ratios(rows)
@@ -243,7 +253,7 @@ def checked(row: Row, case: Case, provider: Provider, oracle: Oracle) -> Functio
     except Unavailable as reason:
         row.status, row.note = UNAVAILABLE, str(reason)
     except Exception as error:  # a broken provider is a row of the report, not the end of it
-        row.status, row.note = ERROR, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        row.status, row.note = ERROR, f"{type(error).__name__}: {error}".splitlines()[0][:NOTE_LENGTH]
     else:
         if not wrong:
             return function
@@ -285,6 +295,7 @@ def time_on_gpu(runners: list[Runner], effort: Effort) -> None:
 
 def fill_in(row: Row, times: list[float]) -> None:
     row.min_s, row.median_s, row.samples = min(times), statistics.median(times), len(times)
+    row.noisy = row.median_s > NOISE * row.min_s
     row.gb_per_s = row.bytes / row.median_s / 1e9
     row.gflop_per_s = row.flops / row.median_s / 1e9
 

@@ -53,7 +53,8 @@ BASELINES = {
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per baseline and number of threads: geometric mean of the speedup, the cases lost, and the worst case."""
-    result = []
+    result: list[dict[str, Any]] = []
+    previous: list[tuple[float, float, str]] = []
     for threads in sorted({row["threads"] for row in rows}):
         for baseline, providers in BASELINES.items():
             pairs = []
@@ -62,8 +63,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 if count == threads and timed:
                     fastest = min(timed, key=lambda row: row["median_s"])
                     pairs.append((fastest["pyops_speedup"], fastest["pyops_speedup_of_min"], case))
-            if pairs:
+            # Where no other layout was measured, its line would repeat the one above.
+            if pairs and not (result and pairs == previous):
                 result.append(verdict(baseline, threads, pairs))
+            previous = pairs
     return result
 
 
@@ -108,7 +111,14 @@ def cells(row: dict[str, Any]) -> list[str]:
     ratios = ["", ""]
     if row["pyops_speedup"] and not (row["ours"] and row["pyops_speedup"] == 1):
         ratios = [f"{row['pyops_speedup']:.2f}× as fast", f"{row['pyops_speedup_of_min']:.2f}×"]
-    return [*start, seconds(row["median_s"]), seconds(row["min_s"]), rate, f"{row['percent_of_ceiling']:.0f}", *ratios]
+    return [
+        *start,
+        seconds(row["median_s"]) + " ~" * row["noisy"],
+        seconds(row["min_s"]),
+        rate,
+        f"{row['percent_of_ceiling']:.0f}",
+        *ratios,
+    ]
 
 
 def headline(doc: Document) -> list[str]:
@@ -126,6 +136,8 @@ def headline(doc: Document) -> list[str]:
             f"{e['geometric_mean']:.2f}× by medians, {e['geometric_mean_of_min']:.2f}× by fastest calls; "
             f"{e['losses']} below 1, least {e['worst']:.2f}× ({e['worst_case']})"
         )
+    if any(row["noisy"] for row in doc["rows"]):
+        lines.append("~ the median is far above the fastest call: the machine was busy; compare by min, or repeat")
     return lines
 
 

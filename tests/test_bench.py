@@ -1,0 +1,262 @@
+"""The benches: wrong kernels are refused, results survive their files, the GPU engine keeps going."""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyops.bench.harness as harness
+import pyops.bench.report as report
+import pyops.bench.runner as runner
+import pytest
+import torch
+from pyops.bench import gpu
+from pyops.bench.case import Case, Provider, Unavailable
+from pyops.bench.machine import Ceilings, ceilings_of, slug
+
+FAST = harness.Effort(turns=2, seconds=0.0, calls=1)
+CEILINGS = {1: Ceilings(2e10, 1e11, 1, "test")}
+
+
+class ScaledRoom:
+    """A room of its own, so that these tests do not depend on any kernel: y = x * weight."""
+
+    STEM = "scaled"
+    OPS = ("scaled",)
+
+    def __init__(self, **providers: Provider):
+        self.extra = providers
+
+    def cases(self, device: str) -> list[Case]:
+        both = [Case("scaled", (4, 8), backward=backward, quick=not backward) for backward in (False, True)]
+        return [*both, Case("scaled", (2, 3, 4, 5), quick=True)]
+
+    def tiny(self, device: str) -> list[Case]:
+        return self.cases(device)[:1]
+
+    def shapes(self, case: Case) -> dict[str, tuple[int, ...]]:
+        return {"weight": case.shape[-1:]}
+
+    def bytes(self, case: Case) -> int:
+        return 2 * case.numel * case.dtype.itemsize
+
+    def flops(self, case: Case) -> int:
+        return case.numel
+
+    def bind(self, functional: Any, case: Case) -> Any:
+        return lambda t: t["x"] * t["weight"]
+
+    def providers(self, case: Case) -> dict[str, Provider]:
+        right = lambda: self.bind(None, case)
+        return {"pyops": Provider(right, ours=True), "torch": Provider(right), **self.extra}
+
+
+def rows_of(room: ScaledRoom, case: Case | None = None) -> dict[str, harness.Row]:
+    before = torch.get_num_threads()
+    try:
+        rows = harness.measure_case(room, case or room.cases("cpu")[0], threads=1, effort=FAST)
+    finally:
+        torch.set_num_threads(before)
+    harness.fill_in_ceilings(rows, CEILINGS)
+    return {row.provider: row for row in rows}
+
+
+def unavailable() -> Any:
+    raise Unavailable("not on this machine")
+
+
+def broken() -> Any:
+    def call(tensors: harness.Tensors) -> torch.Tensor:
+        raise RuntimeError("out of order\nsecond line")
+
+    return call
+
+
+WRONG_CALLS = {
+    "one element in the last place of a row": lambda t: t["x"] * t["weight"] + torch.eye(4, 8) * 1e-5,
+    "NaN in one element": lambda t: (t["x"] * t["weight"]).index_fill(1, torch.tensor([7]), float("nan")),
+    "another shape": lambda t: (t["x"] * t["weight"])[:-1],
+    "nothing but zeros": lambda t: torch.zeros_like(t["x"]),
+}
+
+
+@pytest.mark.parametrize("call", WRONG_CALLS.values(), ids=WRONG_CALLS.keys())
+def test_wrong_provider_is_not_timed(call: Any) -> None:
+    row = rows_of(ScaledRoom(bad=Provider(lambda: call, ours=True)))["bad"]
+    assert row.status == harness.WRONG
+    assert row.median_s is None and row.samples == 0 and row.pyops_speedup is None
+    assert "y: error" in row.note
+
+
+def test_wrong_gradient_is_not_timed() -> None:
+    def call(t: harness.Tensors) -> torch.Tensor:
+        return t["x"] * t["weight"].detach() + (t["weight"] - t["weight"].detach()) * 2
+
+    room = ScaledRoom(bad=Provider(lambda: call, ours=True))
+    assert rows_of(room, room.cases("cpu")[1])["bad"].note.startswith("dweight")
+    assert rows_of(room)["bad"].status == harness.OK, "its forward is right"
+
+
+def test_every_provider_gets_its_status() -> None:
+    rows = rows_of(ScaledRoom(absent=Provider(unavailable), faulty=Provider(broken)))
+    assert (rows["absent"].status, rows["absent"].note) == (harness.UNAVAILABLE, "not on this machine")
+    assert (rows["faulty"].status, rows["faulty"].note) == (harness.ERROR, "RuntimeError: out of order")
+    good = rows["pyops"]
+    assert good.status == harness.OK and good.samples >= FAST.turns
+    assert good.min_s and good.median_s and good.min_s <= good.median_s
+    assert good.pyops_speedup == 1 and rows["torch"].pyops_speedup
+    assert good.percent_of_ceiling == pytest.approx(100 * good.bytes / 2e10 / good.min_s)
+
+
+@pytest.mark.parametrize(("bad", "code"), [(True, 1), (False, 0)], ids=["ours is wrong", "only a peer is wrong"])
+def test_exit_code(bad: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    room = ScaledRoom(bad=Provider(lambda: lambda t: t["x"], ours=bad))
+    stub_rooms(monkeypatch, room)
+    assert runner.run((), quick=True, progress=False) == code
+    printed = capsys.readouterr().out
+    assert "WRONG" in printed and "pyops against torch in the same layout" in printed
+
+
+def stub_rooms(monkeypatch: pytest.MonkeyPatch, room: Any) -> None:
+    monkeypatch.setattr(runner, "rooms", lambda: {room.STEM: room})
+    monkeypatch.setattr(runner.machine, "ceilings_of", lambda *arguments: CEILINGS)
+    monkeypatch.setattr(runner, "thread_counts", lambda device: [1])
+    monkeypatch.setattr(runner, "QUICK", FAST)
+
+
+def test_inputs_are_fresh_and_layouts_kept() -> None:
+    room = ScaledRoom()
+    case = dataclasses.replace(room.cases("cpu")[2], channels_last=True)
+    first, second = (harness.fresh_inputs(room, case)["x"] for _ in range(2))
+    assert not torch.equal(first, second) and bool((first != 0).all())
+    assert first.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("stem", sorted(runner.rooms()))
+def test_rooms_state_what_the_harness_needs(stem: str) -> None:
+    room = runner.rooms()[stem]
+    assert stem == room.STEM and stem in room.OPS
+    for device in ("cpu", "cuda"):
+        cases = room.cases(device)
+        names = [case.name for case in cases]
+        assert len(set(names)) == len(names)
+        assert any(case.quick for case in cases) and any(case.backward for case in cases)
+        assert {case.device for case in [*cases, *room.tiny(device)]} == {device}
+        for case in cases:
+            assert room.bytes(case) >= 2 * case.numel * case.dtype.itemsize and room.flops(case) > 0
+            assert room.bytes(case) >= room.bytes(dataclasses.replace(case, backward=False))
+            assert {"torch", "torch.compile"} < set(room.providers(case))
+
+
+@pytest.mark.parametrize("stem", sorted(runner.rooms()))
+def test_torch_passes_its_own_check(stem: str) -> None:
+    room = runner.rooms()[stem]
+    for case in room.tiny("cpu"):
+        oracle = harness.Oracle(room, case, harness.fresh_inputs(room, case))
+        right = room.bind(torch.nn.functional, case)
+        assert oracle.check(Provider(unavailable, ours=True), right)[0] == ""
+        assert oracle.check(Provider(unavailable, ours=True), lambda t, right=right: right(t) * 1.001)[0]
+
+
+def test_instance_norm_is_found_in_its_room() -> None:
+    [(room, ops)] = runner.chosen(["instance_norm"])
+    assert room.STEM == "group_norm"
+    assert {case.op for case in harness.select(room, "cpu", False, ops)} == {"instance_norm"}
+    with pytest.raises(ValueError, match="there are: batch_norm"):
+        runner.chosen(["no_such_op"])
+
+
+@pytest.fixture
+def document() -> report.Document:
+    rows = rows_of(ScaledRoom(absent=Provider(unavailable), faulty=Provider(broken)))
+    return report.document(list(rows.values()), "cpu", True, list(CEILINGS.values()))
+
+
+def test_json_round_trips(document: report.Document, tmp_path: Path) -> None:
+    path = report.write_json(document, tmp_path / "new" / "results.json")
+    assert report.read_json(path) == json.loads(json.dumps(document))
+    assert {"date", "machine", "versions", "torch_threads", "ceilings", "rows"} <= set(document)
+    path.write_text(json.dumps(document | {"schema": -1}))
+    with pytest.raises(ValueError, match="schema"):
+        report.read_json(path)
+
+
+def test_results_directory_keeps_what_was_not_measured(document: report.Document, tmp_path: Path) -> None:
+    old = [row | {"case": "another case"} for row in document["rows"]]
+    first = report.write_json(document | {"rows": old}, tmp_path)
+    second = report.write_json(document, tmp_path)
+    assert first == second == tmp_path / f"{slug(document['machine']['name'])}.json"
+    report.write_json(document, tmp_path)
+    rows = report.read_json(first)["rows"]
+    assert len(rows) == 2 * len(old) and {row["case"] for row in rows} == {"another case", document["rows"][0]["case"]}
+
+
+def test_page_is_self_contained(document: report.Document, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    written = report.write_all(document, tmp_path)
+    assert {path.suffix for path in written} == {".json", ".png", ".html"}
+    page = (tmp_path / "bench.html").read_text()
+    for outside in ("http:", "https:", "<link", "@import", 'src="/', "src='"):
+        assert outside not in page
+    assert page.count("data:image/png;base64,") == sum(path.suffix == ".png" for path in written) == 2
+    assert "out of order" in page and "not on this machine" in page
+
+
+def test_ceilings_never_fall_with_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = {1: Ceilings(10.0, 10.0, 1, "now"), 2: Ceilings(5.0, 30.0, 2, "now")}
+    monkeypatch.setattr("pyops.bench.machine.measured_ceilings", lambda device, threads: slow[threads])
+    found = ceilings_of("cpu", [1, 2], {1: Ceilings(12.0, 8.0, 1, "before")})
+    assert (found[1].copy_bandwidth, found[1].fma_rate) == (12, 10)
+    assert (found[2].copy_bandwidth, found[2].fma_rate) == (12, 30)
+    assert found[2].limit(24, 30) == (2.0, "memory") and found[1].limit(12, 100) == (10.0, "arithmetic")
+
+
+def test_gpu_engine_ends_with_one_clear_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "why_no_gpu", lambda: "nvidia-smi is not on PATH")
+    assert gpu.main(["--part", "build,bench", "--op", "layer_norm"]) == 1
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[-1] == "no NVIDIA GPU is visible: nvidia-smi is not on PATH"
+    assert "memcheck" not in "".join(lines) and any("bench layer_norm" in line for line in lines)
+    assert gpu.main(["--part", "paint"]) == 2
+
+
+def python(code: str, name: str, part: str = "test", **fields: Any) -> gpu.Step:
+    return gpu.Step(part, name, [sys.executable, "-c", code], **fields)
+
+
+def test_gpu_engine_goes_on_after_failure_and_hang(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = [
+        python("print('first words'); raise SystemExit(3)", "fails", "build"),
+        python("import time; time.sleep(60)", "hangs"),
+        python("", "needs a tool", why_not="the tool is not on PATH"),
+        gpu.Step("bench", "no such program", [str(tmp_path / "absent")]),
+        python("print('last words')", "works", "bench"),
+    ]
+    started = time.monotonic()
+    outcomes = gpu.run_plan(steps, tmp_path, total_s=6)
+    assert time.monotonic() - started < 10
+    assert [o.status for o in outcomes] == [gpu.FAILED, gpu.TIMEOUT, gpu.SKIPPED, gpu.FAILED, gpu.OK]
+    printed = capsys.readouterr().out
+    assert "first words" in printed and "last words" in printed and "the tool is not on PATH" in printed
+    assert len(gpu.report(outcomes).splitlines()) == len(steps)
+    assert "exit status 3" in gpu.report(outcomes)
+
+
+def test_gpu_engine_hands_unused_time_on(tmp_path: Path) -> None:
+    limits = []
+
+    def quick(step: gpu.Step, limit_s: float, log: Path) -> gpu.Outcome:
+        limits.append(limit_s)
+        return gpu.Outcome(step, gpu.OK, 0.0)
+
+    parts = list(gpu.PARTS)
+    steps = gpu.plan(parts, ["layer_norm"], "9.0a", tmp_path)
+    assert [step.part for step in steps] == sorted((step.part for step in steps), key=parts.index)
+    for step in steps:
+        step.why_not = ""
+    gpu.run_plan(steps, tmp_path, total_s=100, execute=quick)
+    assert limits[-1] > 99 and 0 < limits[0] < 50
