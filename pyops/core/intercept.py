@@ -191,10 +191,7 @@ _FUNCTIONAL_NAMES = frozenset(
     and not name.startswith(("_", "has_torch_function", "handle_torch_function", "boolean_dispatch"))
     and getattr(value, "__module__", None) != "typing"
 )
-_MATRIX_AND_RECURRENT_NAMES = frozenset(
-    ("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "cdist", "lstm", "gru", "rnn_tanh", "rnn_relu")
-    + ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
-)
+_OTHER_NAMES = frozenset(("matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "cdist", "lstm", "gru", "rnn_tanh"))
 
 
 def _op_name(function: Callable[..., Any]) -> str | None:
@@ -203,7 +200,7 @@ def _op_name(function: Callable[..., Any]) -> str | None:
     if name in ("__matmul__", "__rmatmul__"):
         return "matmul"
     name = name.rstrip("_")
-    return name if name in _FUNCTIONAL_NAMES or name in _MATRIX_AND_RECURRENT_NAMES else None
+    return name if name in _FUNCTIONAL_NAMES or name in _OTHER_NAMES else None
 
 
 # The report

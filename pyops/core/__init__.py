@@ -1,0 +1,1 @@
+"""Plumbing that every room shares: op declaration, backend choice, autograd recipe, checks, autocast, interception."""

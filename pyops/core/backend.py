@@ -1,0 +1,109 @@
+"""Which implementation runs: one of ``cpu``, ``cuda``, ``triton``, ``emulator``.
+
+Choosing a backend is choosing an op namespace. Nothing falls back silently: a forced backend that cannot run raises
+and says why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+
+NAMES = ("cpu", "cuda", "triton", "emulator")
+_NAMESPACE_ON = {
+    # (backend, device type) -> namespace; what is absent cannot run
+    ("cpu", "cpu"): "pyops",
+    ("cuda", "cuda"): "pyops",
+    ("triton", "cpu"): "pyops_triton",
+    ("triton", "cuda"): "pyops_triton",
+    ("emulator", "cpu"): "pyops_emulator",
+}
+_why_not: Callable[[str], str | None]
+_usable: dict[str, bool] = {}
+_forced: str | None = None
+
+
+def install(why_not: Callable[[str], str | None]) -> None:
+    """Tells this module how to ask whether a backend can run, and applies PYOPS_BACKEND."""
+    global _why_not
+    _why_not = why_not
+    if name := os.environ.get("PYOPS_BACKEND"):
+        _force(name)
+
+
+def _force(name: str | None) -> None:
+    global _forced
+    if name is not None:
+        if name not in NAMES:
+            raise ValueError(f"backend: got {name!r}, expected one of {', '.join(NAMES)} or None")
+        reason = _why_not(name)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run: {reason}")
+        _usable[name] = True
+    _forced = name
+
+
+class backend:
+    """Forces one implementation, process-wide, as a call or for the length of a ``with`` block.
+
+    ``pyops.backend("triton")`` forces it from now on; ``with pyops.backend("triton"): ...`` restores the former
+    choice at the end; ``pyops.backend(None)`` gives the choice back to pyops. The environment variable PYOPS_BACKEND
+    does the same at import.
+
+    Args:
+        name: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"emulator"`` (CUDA C++ kernels run on CPU tensors, for tests)
+            or None.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: if the backend cannot run here; the message says why.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self._before = _forced
+        _force(name)
+
+    def __enter__(self) -> backend:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        global _forced
+        _forced = self._before
+
+
+def forced() -> str | None:
+    """The forced backend, or None."""
+    return _forced
+
+
+def default_for(device_type: str) -> str:
+    """The backend that runs on a device when none is forced: C++ on CPU; CUDA C++, else Triton, on a GPU."""
+    if device_type != "cuda":
+        return "cpu"
+    return "cuda" if _can_run("cuda") else "triton"
+
+
+def _can_run(name: str) -> bool:
+    if name not in _usable:
+        _usable[name] = _why_not(name) is None
+    return _usable[name]
+
+
+def name_for(device: torch.device) -> str:
+    """The backend that will run on tensors of a device."""
+    return _forced if _forced is not None else default_for(device.type)
+
+
+def namespace_for(op: str, x: torch.Tensor) -> str:
+    """The op namespace for a call on ``x``; raises where the backend cannot serve the tensor's device."""
+    name = _forced if _forced is not None else default_for(x.device.type)
+    device_type = "cpu" if x.device.type == "meta" else x.device.type
+    namespace = _NAMESPACE_ON.get((name, device_type if name != "cuda" or x.device.type != "meta" else "cuda"))
+    if namespace is None:
+        raise RuntimeError(f"{op}: backend {name!r} does not run on {x.device.type} tensors")
+    if not _can_run(name):
+        raise RuntimeError(f"{op}: backend {name!r} cannot run: {_why_not(name)}")
+    return namespace

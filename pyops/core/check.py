@@ -1,0 +1,77 @@
+"""Argument checks: the exception type torch raises, naming op, argument, what was got and what was expected."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def fail(kind: type[Exception], op: str, argument: str, got: Any, expected: str) -> NoReturn:
+    """Raises ``kind`` with the one message form of pyops."""
+    raise kind(f"{op}: argument '{argument}': got {got}, expected {expected}")
+
+
+def floating(op: str, argument: str, x: torch.Tensor) -> None:
+    """x is a tensor of a floating dtype that pyops has kernels for."""
+    if not isinstance(x, torch.Tensor):
+        fail(TypeError, op, argument, type(x).__name__, "a tensor")
+    if x.dtype not in FLOATING:
+        fail(NotImplementedError, op, argument, x.dtype, "float32, float64, bfloat16 or float16")
+
+
+def affine(op: str, x: torch.Tensor, shape: tuple[int, ...], **parameters: torch.Tensor | None) -> None:
+    """Each given parameter has this shape, x's device, and x's dtype or the dtype of its sums."""
+    wide = accumulate_dtype(x.dtype)
+    dtype = None
+    for name, p in parameters.items():
+        if p is None:
+            continue
+        if not isinstance(p, torch.Tensor):
+            fail(TypeError, op, name, type(p).__name__, "a tensor or None")
+        if tuple(p.shape) != shape:
+            fail(RuntimeError, op, name, f"shape {list(p.shape)}", f"shape {list(shape)}")
+        if p.device != x.device:
+            fail(RuntimeError, op, name, f"a tensor on {p.device}", f"one on {x.device}, as the input")
+        if p.dtype not in (x.dtype, wide):
+            fail(RuntimeError, op, name, p.dtype, f"{x.dtype} or {wide} for an input of {x.dtype}")
+        if dtype is not None and p.dtype != dtype:
+            fail(RuntimeError, op, name, p.dtype, f"{dtype}, as the other parameters")
+        dtype = p.dtype
+
+
+def non_negative(op: str, argument: str, value: float) -> None:
+    """A scalar that must be a number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        fail(TypeError, op, argument, type(value).__name__, "a number")
+    if not value >= 0:
+        fail(ValueError, op, argument, value, "a number >= 0")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over elements of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def normalized_shape(op: str, x: torch.Tensor, shape: Any) -> tuple[int, ...]:
+    """The trailing sizes to normalise over, as a tuple that fits x."""
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    if not sizes:
+        fail(RuntimeError, op, "normalized_shape", list(sizes), "at least one dimension")
+    if len(sizes) > x.dim() or tuple(x.shape[x.dim() - len(sizes) :]) != sizes:
+        fail(RuntimeError, op, "normalized_shape", list(sizes), f"the last sizes of an input of shape {list(x.shape)}")
+    return sizes
+
+
+def statistics(op: str, x: torch.Tensor, shape: tuple[int, ...], **running: torch.Tensor | None) -> None:
+    """Each given running statistic is a floating tensor of this shape on x's device."""
+    for name, t in running.items():
+        if t is None:
+            continue
+        floating(op, name, t)
+        if tuple(t.shape) != shape:
+            fail(RuntimeError, op, name, f"shape {list(t.shape)}", f"shape {list(shape)}")
+        if t.device != x.device:
+            fail(RuntimeError, op, name, f"a tensor on {t.device}", f"one on {x.device}, as the input")

@@ -1,0 +1,35 @@
+"""How an ``[N, C, *]`` tensor reaches a kernel: contiguous, as ``[N, C, S]`` or, channels last, as ``[N, S, C]``."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """True where channels vary fastest in memory and batch slowest, in any number of spatial dimensions."""
+    return x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def flatten(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """``(x3, channels_last)``: the kernel's view of x, a copy only where x is neither contiguous nor channels last."""
+    n, c = x.shape[0], x.shape[1]
+    if x.dim() == 2:
+        return x.contiguous().reshape(n, 1, c), True
+    if is_channels_last(x):
+        return x.movedim(1, -1).reshape(n, _count(x), c), True
+    return x.contiguous().reshape(n, c, _count(x)), False
+
+
+def restore(y: torch.Tensor, shape: torch.Size, channels_last: bool) -> torch.Tensor:
+    """The inverse of ``flatten``: ``shape`` again, in the memory layout that ``channels_last`` says."""
+    if not channels_last or len(shape) == 2:
+        return y.reshape(shape)
+    return y.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def _count(x: torch.Tensor) -> int:
+    """Number of spatial positions; spelled out because ``-1`` is ambiguous for empty tensors."""
+    count = 1
+    for size in x.shape[2:]:
+        count = count * size
+    return count

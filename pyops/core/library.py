@@ -1,0 +1,186 @@
+"""Declares ops in the three namespaces and loads what implements them.
+
+An op is declared once, in Python, beside its fake. The declaration goes into every namespace with the same schema:
+
+    pyops           csrc/cpu and csrc/cuda, chosen by the dispatcher from the tensor's device
+    pyops_triton    kernels/
+    pyops_emulator  csrc/cuda compiled for the CPU; loaded on first use, by tests
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import backend
+
+PACKAGE = Path(__file__).resolve().parent.parent
+NAMESPACE_OF = {"cpu": "pyops", "cuda": "pyops", "triton": "pyops_triton", "emulator": "pyops_emulator"}
+NAMESPACES = ("pyops", "pyops_triton", "pyops_emulator")
+
+_fragments = {namespace: torch.library.Library(namespace, "FRAGMENT") for namespace in NAMESPACES}
+_ops: dict[str, Op] = {}
+_binaries: dict[str, ctypes.CDLL] = {}
+_emulator_lock = threading.Lock()
+
+
+class Op:
+    """One declared op: call it with a namespace, or ask for its overload in one."""
+
+    def __init__(self, name: str, schema: str) -> None:
+        self.name = name
+        self.schema = schema
+        self.overloads = {ns: getattr(getattr(torch.ops, ns), name).default for ns in NAMESPACES}
+
+    def __call__(self, namespace: str, *args: Any) -> Any:
+        return self.overloads[namespace](*args)
+
+
+def declare(schema: str, fake: Callable[..., Any], kernels: ModuleType | None) -> Op:
+    """Declares an op in every namespace.
+
+    Args:
+        schema: torch's schema language, ``name(Tensor x, float eps) -> Tensor``.
+        fake: computes empty outputs of the right shape, stride and dtype from (possibly symbolic) inputs.
+        kernels: the Triton module of the same stem, which holds a launcher named as the op; None without Triton.
+    """
+    name = schema.split("(", 1)[0]
+    for namespace, fragment in _fragments.items():
+        fragment.define(schema, tags=(torch.Tag.needs_contiguous_strides, torch.Tag.pt2_compliant_tag))
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=fragment)
+    if kernels is not None:
+        for key in ("CUDA", "CPU"):
+            _fragments["pyops_triton"].impl(name, getattr(kernels, name), key)
+    _ops[name] = Op(name, schema)
+    return _ops[name]
+
+
+def declared() -> dict[str, Op]:
+    """All declared ops by name."""
+    return dict(_ops)
+
+
+def fragment(namespace: str) -> torch.library.Library:
+    """The library object through which registrations of one namespace live."""
+    return _fragments[namespace]
+
+
+def triton_kernels(stem: str) -> ModuleType | None:
+    """The Triton module of a room, or None where Triton is not installed."""
+    try:
+        return importlib.import_module(f"pyops.kernels.{stem}")
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] == "triton":
+            return None
+        raise
+
+
+def _load(key: str, path: Path) -> str | None:
+    """Loads one shared library; returns why it could not be loaded."""
+    if not path.exists():
+        return f"{path.name} was not built"
+    try:
+        torch.ops.load_library(str(path))
+        _binaries[key] = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    for function in ("signatures", "active_cpu_capability", "supported_cpu_capability", "cuda_architectures"):
+        getattr(_binaries[key], f"pyops_{function}").restype = ctypes.c_char_p
+    return None
+
+
+def _text(key: str, function: str) -> str:
+    return getattr(_binaries[key], f"pyops_{function}")().decode() if key in _binaries else ""
+
+
+_native_problem = _load("pyops", PACKAGE / "libpyops.so")
+_emulator_problem: str | None = "not loaded yet"
+
+_wanted = os.environ.get("PYOPS_CPU_CAPABILITY")
+if _native_problem is None and _wanted is not None and _wanted != _text("pyops", "active_cpu_capability"):
+    raise RuntimeError(
+        f"PYOPS_CPU_CAPABILITY: got {_wanted!r}, expected 'baseline', 'avx2' or 'avx512' up to what this CPU runs "
+        f"({_text('pyops', 'supported_cpu_capability')})"
+    )
+
+
+def emulator_flavour() -> str:
+    """``plain`` or ``race``: which build of the emulator PYOPS_EMULATOR asks for."""
+    flavour = os.environ.get("PYOPS_EMULATOR", "plain")
+    if flavour not in ("plain", "race"):
+        raise RuntimeError(f"PYOPS_EMULATOR: got {flavour!r}, expected 'plain' or 'race'")
+    return flavour
+
+
+def load_emulator() -> str | None:
+    """Loads the emulator once; returns None, or why it cannot be used."""
+    global _emulator_problem
+    with _emulator_lock:
+        if "emulator" not in _binaries:
+            flavour = emulator_flavour()
+            _emulator_problem = _load("emulator", PACKAGE / f"libpyops_emulator_{flavour}.so")
+            if _emulator_problem is None and flavour == "race":
+                _binaries["emulator"].pyops_emulator_configure(b"race", b"1")
+    return _emulator_problem
+
+
+def cpu_capability() -> str:
+    """Instruction set of the loaded CPU kernels: ``baseline``, ``avx2`` or ``avx512``."""
+    return _text("pyops", "active_cpu_capability")
+
+
+def supported_cpu_capability() -> str:
+    """Widest instruction set of the CPU kernels that this CPU runs."""
+    return _text("pyops", "supported_cpu_capability")
+
+
+def cuda_architectures() -> str:
+    """GPU architectures compiled into the loaded library; empty where it was built without CUDA."""
+    return _text("pyops", "cuda_architectures")
+
+
+def signatures(key: str = "pyops") -> dict[str, str]:
+    """C++ signature of every registered implementation (``pyops`` or ``emulator``) in schema types, by op."""
+    lines = _text(key, "signatures").splitlines()
+    return {line.split("(", 1)[0]: "(" + line.split("(", 1)[1] for line in lines}
+
+
+def _triton_problem() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed"
+    if torch.cuda.is_available() or triton.knobs.runtime.interpret:
+        return None
+    return "no GPU, and TRITON_INTERPRET=1 is not set"
+
+
+def why_not(name: str) -> str | None:
+    """None where a backend can run, else the reason why it cannot."""
+    if name == "cpu":
+        return _native_problem
+    if name == "cuda":
+        if _native_problem is not None:
+            return _native_problem
+        if not cuda_architectures():
+            return "libpyops.so was built without CUDA"
+        return None if torch.cuda.is_available() else "torch sees no GPU"
+    if name == "triton":
+        return _triton_problem()
+    return load_emulator()
+
+
+def status() -> dict[str, str | None]:
+    """For each backend None where it can run, else why not. Loads the emulator if it was built."""
+    return {name: why_not(name) for name in backend.NAMES}
+
+
+backend.install(why_not)
