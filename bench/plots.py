@@ -34,6 +34,7 @@ def title(doc: Document, what: str, rows: list[dict[str, Any]]) -> str:
 
 def ratio_bars(doc: Document, rows: list[dict[str, Any]], path: Path) -> Path:
     """Time of each peer over the time of pyops, per case; right of the line pyops is faster."""
+    rows = [row for row in rows if row["pyops_speedup"]]
     groups = by_case(rows)
     peers = list(dict.fromkeys(row["provider"] for row in rows if not row["ours"] and row["pyops_speedup"]))
     figure, axis = plt.subplots(figsize=(10, 1.2 + 0.22 * len(groups) * (len(peers) + 1)), layout="constrained")
@@ -67,7 +68,7 @@ def roofline(doc: Document, rows: list[dict[str, Any]], ceiling: dict[str, Any],
     low, high = min([*intensities, ridge]) / 3, max([*intensities, ridge]) * 3
     roof = [(x, min(x * ceiling["copy_bandwidth"], ceiling["fma_rate"]) / 1e9) for x in (low, ridge, high)]
     axis.plot([x for x, _ in roof], [y for _, y in roof], color="black", label="measured ceiling")
-    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    providers = list(dict.fromkeys(row["provider"] for row in sorted(rows, key=lambda row: not row["ours"])))
     for index, provider in enumerate(providers):
         own = [row for row in rows if row["provider"] == provider]
         axis.scatter(
