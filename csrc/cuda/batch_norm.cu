@@ -1,0 +1,96 @@
+// batch_norm · CUDA
+//   y = (x - mean[c]) * rstd[c] * w[c] + b[c], statistics of channel c over N and S, biased variance
+//   dx = w * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)),  dw = sum dy * xhat,  db = sum dy
+// layout   x, y, dy, dx: [N, C, S], or [N, S, C] if channels_last · w, b, mean, rstd, var: [C]
+// mapping  a channel is cut into slices, one block each; lanes over channels if channels_last (norm_channels.cuh)
+// memory   x twice and y once: 3*N*C*S*sizeof(T), less what the second reading finds in L2; backward 5 times
+// numerics sums shifted by a value of the run, Chan's combination in fixed order, fp32 (fp64 for fp64)
+#include "cuda/norm_channels.cuh"
+
+// binding
+
+#include "common/registry.h"
+
+namespace pyops {
+namespace {
+
+norm::ChannelShape shape_of(const OpScope& op, const Tensor& x, bool channels_last) {
+  op.check(x.dim() == 3, "x must be [N, C, S] or [N, S, C]");
+  const int64_t C = x.size(channels_last ? 2 : 1), S = x.size(channels_last ? 1 : 2);
+  return {x.size(0), C, S, C, true, channels_last};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor& x, const OptionalTensor& weight,
+                                                          const OptionalTensor& bias, double eps, bool channels_last) {
+  OpScope op("batch_norm_fwd", x);
+  const norm::ChannelShape shape = shape_of(op, x, channels_last);
+  const int64_t C = shape.C, d0 = x.size(0), d1 = x.size(1), d2 = x.size(2);
+  return dispatch_floating_mixed(op, x.scalar_type(), dtype_of(weight, bias), [&]<class T, class W>() {
+    using A = accumulate_t<T>;
+    Tensor y = op.empty<T>({d0, d1, d2}), mean = op.empty<A>({C}), rstd = op.empty<A>({C}), var = op.empty<A>({C});
+    std::vector<Tensor> held;
+    const auto workspace = [&](int64_t n) {
+      held.push_back(op.empty<A>({n}));
+      return op.out<A>(held.back(), "workspace", {n});
+    };
+    norm::channels_fwd(op.in<T>(x, "x", {d0, d1, d2}), op.in_optional<W>(weight, "weight", {C}),
+                       op.in_optional<W>(bias, "bias", {C}), op.out<T>(y, "y", {d0, d1, d2}),
+                       op.out<A>(mean, "mean", {C}), op.out<A>(rstd, "rstd", {C}), op.out<A>(var, "var", {C}), shape,
+                       eps, workspace, static_cast<cudaStream_t>(op.stream()));
+    return std::make_tuple(y, mean, rstd, var);
+  });
+}
+
+Tensor batch_norm_infer(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+                        const Tensor& rstd, bool channels_last) {
+  OpScope op("batch_norm_infer", x);
+  const norm::ChannelShape shape = shape_of(op, x, channels_last);
+  const int64_t C = shape.C, d0 = x.size(0), d1 = x.size(1), d2 = x.size(2);
+  return dispatch_floating_mixed(op, x.scalar_type(), dtype_of(weight, bias), [&]<class T, class W>() {
+    using A = accumulate_t<T>;
+    const auto stream = static_cast<cudaStream_t>(op.stream());
+    Tensor y = op.empty<T>({d0, d1, d2}), held = op.empty<A>({4 * C});
+    auto* coefficients = norm::as_coefficients(op.out<A>(held, "coefficients", {4 * C}));
+    launch(norm::channels_coefficients_kernel<A, W>,
+           {.grid = norm::grid_of(norm::divide_up(C, 128)), .block = dim3(128), .stream = stream},
+           op.in<A>(mean, "mean", {C}), op.in<A>(rstd, "rstd", {C}), op.in_optional<W>(weight, "weight", {C}),
+           op.in_optional<W>(bias, "bias", {C}), coefficients, C);
+    norm::channels_apply<norm::Pass::forward, T>(op.in<T>(x, "x", {d0, d1, d2}), nullptr, coefficients,
+                                                 op.out<T>(y, "y", {d0, d1, d2}), shape, false, stream);
+    return y;
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
+                                                  const Tensor& mean, const Tensor& rstd, bool training,
+                                                  bool channels_last, bool need_dx, bool need_dw) {
+  OpScope op("batch_norm_bwd", x);
+  const norm::ChannelShape shape = shape_of(op, x, channels_last);
+  const int64_t C = shape.C, d0 = x.size(0), d1 = x.size(1), d2 = x.size(2);
+  return dispatch_floating_mixed(op, x.scalar_type(), dtype_of(weight), [&]<class T, class W>() {
+    using A = accumulate_t<T>;
+    Tensor dx = need_dx ? op.empty<T>({d0, d1, d2}) : op.empty<T>({0});
+    Tensor dw = op.empty<W>({need_dw ? C : 0}), db = op.empty<W>({need_dw ? C : 0});
+    std::vector<Tensor> held;
+    const auto workspace = [&](int64_t n) {
+      held.push_back(op.empty<A>({n}));
+      return op.out<A>(held.back(), "workspace", {n});
+    };
+    norm::channels_bwd(op.in<T>(dy, "dy", {d0, d1, d2}), op.in<T>(x, "x", {d0, d1, d2}),
+                       op.in_optional<W>(weight, "weight", {C}), op.in<A>(mean, "mean", {C}),
+                       op.in<A>(rstd, "rstd", {C}), need_dx ? op.out<T>(dx, "dx", {d0, d1, d2}) : nullptr,
+                       need_dw ? op.out<W>(dw, "dw", {C}) : nullptr, need_dw ? op.out<W>(db, "db", {C}) : nullptr,
+                       need_dw, shape, !training, workspace, static_cast<cudaStream_t>(op.stream()));
+    return std::make_tuple(dx, dw, db);
+  });
+}
+
+}  // namespace
+}  // namespace pyops
+
+PYOPS_LIBRARY(m) {
+  using namespace pyops;
+  PYOPS_IMPL(m, batch_norm_fwd);
+  PYOPS_IMPL(m, batch_norm_infer);
+  PYOPS_IMPL(m, batch_norm_bwd);
+}

@@ -1,0 +1,65 @@
+// rms_norm · CUDA
+//   y[m,n] = x[m,n] * rstd[m] * w[n],  rstd = 1 / sqrt(mean_n(x^2) + eps)
+//   dx = rstd * (g - xhat * mean_n(g * xhat)),  g = dy * w,  xhat = x * rstd,  dw = sum_m dy * xhat
+// layout   x, y, dy, dx: [M, N] row-major · w, dw: [N] · rstd: [M]
+// mapping  a row in the registers of 2..32 lanes or of one block; long rows split over blocks (norm_rows.cuh)
+// memory   forward 2*M*N*sizeof(T), backward 3*M*N*sizeof(T) plus the partials of dw; split: x once more
+// numerics sums in fp32 (fp64 for fp64)
+#include "cuda/norm_rows.cuh"
+
+// binding
+
+#include "common/registry.h"
+
+namespace pyops {
+namespace {
+
+std::tuple<Tensor, Tensor> rms_norm_fwd(const Tensor& x, const OptionalTensor& weight, double eps) {
+  OpScope op("rms_norm_fwd", x);
+  op.check(x.dim() == 2, "x must be [M, N]");
+  const int64_t M = x.size(0), N = x.size(1);
+  return dispatch_floating_mixed(op, x.scalar_type(), dtype_of(weight), [&]<class T, class W>() {
+    using A = accumulate_t<T>;
+    Tensor y = op.empty<T>({M, N}), rstd = op.empty<A>({M});
+    std::vector<Tensor> held;
+    const auto workspace = [&](int64_t n) {
+      held.push_back(op.empty<A>({n}));
+      return op.out<A>(held.back(), "workspace", {n});
+    };
+    norm::rows_fwd<false, T, W>(op.in<T>(x, "x", {M, N}), op.in_optional<W>(weight, "weight", {N}), nullptr,
+                                op.out<T>(y, "y", {M, N}), nullptr, op.out<A>(rstd, "rstd", {M}), M, N, eps, workspace,
+                                static_cast<cudaStream_t>(op.stream()));
+    return std::make_tuple(y, rstd);
+  });
+}
+
+std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
+                                        const Tensor& rstd, bool need_dx, bool need_dw) {
+  OpScope op("rms_norm_bwd", x);
+  op.check(x.dim() == 2, "x must be [M, N]");
+  const int64_t M = x.size(0), N = x.size(1);
+  return dispatch_floating_mixed(op, x.scalar_type(), dtype_of(weight), [&]<class T, class W>() {
+    using A = accumulate_t<T>;
+    Tensor dx = need_dx ? op.empty<T>({M, N}) : op.empty<T>({0}), dw = op.empty<W>({need_dw ? N : 0});
+    std::vector<Tensor> held;
+    const auto workspace = [&](int64_t n) {
+      held.push_back(op.empty<A>({n}));
+      return op.out<A>(held.back(), "workspace", {n});
+    };
+    norm::rows_bwd<false, T, W>(op.in<T>(dy, "dy", {M, N}), op.in<T>(x, "x", {M, N}),
+                                op.in_optional<W>(weight, "weight", {N}), nullptr, op.in<A>(rstd, "rstd", {M}),
+                                need_dx ? op.out<T>(dx, "dx", {M, N}) : nullptr,
+                                need_dw ? op.out<W>(dw, "dw", {N}) : nullptr, nullptr, need_dw, M, N, workspace,
+                                static_cast<cudaStream_t>(op.stream()));
+    return std::make_tuple(dx, dw);
+  });
+}
+
+}  // namespace
+}  // namespace pyops
+
+PYOPS_LIBRARY(m) {
+  using namespace pyops;
+  PYOPS_IMPL(m, rms_norm_fwd);
+  PYOPS_IMPL(m, rms_norm_bwd);
+}
