@@ -11,6 +11,7 @@ nothing is vendored and nothing is fetched at run time.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
@@ -88,8 +89,7 @@ def run(out: Path | str, *, quick: bool = False) -> int:
     right = classify(out, repeats=5 if quick else 20)
 
     heading("3  Quick benchmark of the rooms")
-    from pyops import bench
-
+    bench = importlib.import_module("pyops.bench")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     measured = bench.run((), quick=True, device=device, out=out, progress=True)
     print(f"\nEverything is in {out}/: {', '.join(sorted(p.name for p in out.iterdir() if p.is_file()))}")
@@ -123,11 +123,9 @@ def classify(out: Path, repeats: int) -> bool:
     print(f"\nlargest difference of a logit: {difference:.1e} (logits reach {by_torch.abs().max().item():.1f})\n")
 
     print(table(op_rows(report, torch_report, pyops_report)))
-    print(
-        f"\nTimes of one pass over {len(photos)} photos on {device.type} with {torch.get_num_threads()} threads, median "
-        f"of {repeats}.\nThe whole pass, not instrumented: torch {milliseconds(seconds_torch)}, "
-        f"pyops {milliseconds(seconds_pyops)}."
-    )
+    where = "GPU" if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"\nTimes of one pass over {len(photos)} photos ({where}), median of {repeats}.")
+    print(f"The whole pass: torch {milliseconds(seconds_torch)}, pyops {milliseconds(seconds_pyops)}.")
     picture = out / "demo.png"
     draw(picture, photos, answers_torch, answers_pyops)
     print(f"picture: {picture}")
@@ -296,7 +294,7 @@ def draw(path: Path, photos: list[Any], by_torch: list[Answer], by_pyops: list[A
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * len(photos), 4.4), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(photos), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, photo, a, b in zip(figure.subplots(1, len(photos)), photos, by_torch, by_pyops):
         axes.imshow(photo)

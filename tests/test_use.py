@@ -231,7 +231,7 @@ def test_report_content(stand_ins, x):
     assert data["ops"]["gelu"]["kept_by_torch"] == {"no pyops room yet": 1}
     assert data["ops"]["gelu"]["seconds_torch"] > 0
     head, _, first, *_ = str(report).splitlines()
-    assert head.split() == "op calls backend time torch time pyops why torch kept it".split()
+    assert " ".join(head.split()) == "op calls backend time torch time pyops why torch kept it"
     assert first.split()[:3] == ["layer_norm", "2", "cpu"]
     assert "time" not in str(use().report) and str(use().report)
 
@@ -467,7 +467,7 @@ def test_a_model_of_many_ops_compiles(compiled, x):
 
 def test_unsupported_while_compiling(compiled, x):
     norm = nn.BatchNorm1d(6).eval()
-    intercept._routes[F.batch_norm] = intercept.Route("batch_norm", refusing, None, None, None)
+    intercept._routes[F.batch_norm] = intercept.Route("batch_norm", refusing, intercept.floating_input, None, None)
     graph = torch.compile(norm, fullgraph=True, backend="aot_eager")
     with use() as report:
         torch.testing.assert_close(graph(x), F.batch_norm(x, norm.running_mean, norm.running_var))
@@ -476,3 +476,21 @@ def test_unsupported_while_compiling(compiled, x):
 
 def refusing(*args, **kwargs):
     raise Unsupported("nothing runs here")
+
+
+def test_other_dtypes_stay_with_torch(stand_ins):
+    route((F.linear,), "linear", plain_linear)
+    x = torch.randn(3, 4).long()
+    with use() as report:
+        y = F.linear(x, x)
+    assert y.dtype == torch.int64
+    assert report.entries["linear"].kept == {"dtype int64": 1}
+
+
+def test_a_broken_kernel_is_no_reason_to_fall_back(stand_ins, x):
+    def broken(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+        raise NotImplementedError("Could not run 'pyops::layer_norm_fwd'")
+
+    route((F.layer_norm,), "layer_norm", broken)
+    with pytest.raises(NotImplementedError), use():
+        F.layer_norm(x, (8,))

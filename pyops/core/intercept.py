@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
 from . import backend as backends
+from .check import FLOATING
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -42,7 +43,7 @@ class Route:
 
     name: str
     function: Callable[..., Any]
-    accepts: Callable[..., str | None] | None
+    accepts: Callable[..., str | None]
     positions: tuple[str, ...] | None  # argument names of a torch builtin; None: called as pyops' function is
     parameters: tuple[str, ...] | None  # of the pyops function; None: any
 
@@ -65,7 +66,7 @@ class Route:
                     return f"argument {name!r}"
         if reason := _not_plain((*args, *kwargs.values())):
             return reason
-        return None if self.accepts is None else self.accepts(*args, **kwargs)
+        return self.accepts(*args, **kwargs)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = self.arguments(args, kwargs)
@@ -92,9 +93,10 @@ def route(
             that differs from ``torch.nn.functional`` (``torch.batch_norm``) needs no adapter, and ``cudnn_enabled``
             is dropped.
         name: the op's name in ``use(ops=...)`` and in the report; several ``route`` calls may share one.
-        pyops_function: takes the arguments by torch's names. It raises ``Unsupported`` (or any NotImplementedError)
-            *before any side effect* to hand a call back to torch; every other exception is the user's.
+        pyops_function: takes the arguments by torch's names. It raises ``Unsupported`` *before any side effect* to
+            hand a call back to torch; every other exception is the user's, or tells of a broken installation.
         accepts: called with the arguments of ``pyops_function``; returns why torch has to keep the call, or None.
+            By default a call is taken if its first argument has a floating dtype of pyops.
 
     Raises:
         TypeError: if the pyops function needs an argument that the builtin has not, under that name.
@@ -111,7 +113,7 @@ def route(
             missing = [n for n, p in signature.items() if p.default is p.empty and n not in positions]
             if missing:
                 raise TypeError(f"route {name!r}: {function!r} has no argument {missing[0]!r}")
-        _routes[function] = Route(name, pyops_function, accepts, positions, parameters)
+        _routes[function] = Route(name, pyops_function, accepts or floating_input, positions, parameters)
     _find_composites()
 
 
@@ -128,6 +130,14 @@ def _schema_names(function: Callable[..., Any]) -> tuple[str, ...] | None:
     overload = getattr(packet, "default" if "default" in packet.overloads() else packet.overloads()[0])
     names = (a.name for a in overload._schema.arguments if not a.kwarg_only)
     return tuple("input" if name == "self" else name for name in names)
+
+
+def floating_input(*args: Any, **kwargs: Any) -> str | None:
+    """Why the first argument is not of a floating dtype of pyops, or None."""
+    first = args[0] if args else kwargs.get("input")
+    if isinstance(first, torch.Tensor) and first.dtype not in FLOATING:
+        return str(first.dtype).replace("torch.", "dtype ")
+    return None
 
 
 def _not_plain(values: tuple[Any, ...]) -> str | None:
@@ -354,8 +364,8 @@ class _Mode(TorchFunctionMode):
             start = self._clock()
             try:
                 result = found(args, kwargs)
-            except NotImplementedError as error:
-                reason = str(error) or type(error).__name__
+            except Unsupported as error:
+                reason = str(error)
             else:
                 self._record(found.name, backend, None, self._clock() - start)
                 return result
@@ -391,7 +401,7 @@ class _Mode(TorchFunctionMode):
             if reason is None:
                 try:
                     result = found(args, kwargs)
-                except NotImplementedError:
+                except Unsupported:
                     reason = "unsupported"
                 else:
                     _note_traced(found.name, device_type, None)
