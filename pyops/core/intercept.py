@@ -140,18 +140,21 @@ def floating_input(*args: Any, **kwargs: Any) -> str | None:
     return None
 
 
-def _not_plain(values: tuple[Any, ...]) -> str | None:
-    """Why the tensors among the arguments are not pyops' business, or None."""
+def _not_plain(values: Iterable[Any]) -> str | None:
+    """Why the tensors among the arguments are not pyops' business, or None; of the first one more is asked."""
+    first = True
     for value in values:
         if isinstance(value, torch.Tensor):
             if type(value) not in _PLAIN_TYPES:
                 return f"tensor subclass {type(value).__name__}"
-            if value.layout is not torch.strided:
-                return f"layout {value.layout}"
-            if value.device.type not in ("cpu", "cuda", "meta"):
-                return f"device {value.device.type}"
-            if value.is_quantized:
-                return "quantized tensor"
+            if first:
+                first = False
+                if value.layout is not torch.strided:
+                    return f"layout {value.layout}"
+                if value.is_quantized:
+                    return "quantized tensor"
+                if value.device.type not in ("cpu", "cuda", "meta"):
+                    return f"device {value.device.type}"
     return None
 
 
@@ -249,7 +252,9 @@ class Report:
     def record(self, op: str, backend: str | None, reason: str | None, seconds: float) -> None:
         """Adds one call: of a backend, or kept by torch for a reason."""
         with _lock:
-            entry = self.entries.setdefault(op, Entry(op))
+            entry = self.entries.get(op)
+            if entry is None:
+                entry = self.entries[op] = Entry(op)
             entry.calls += 1
             if reason is None:
                 entry.backends[backend or "?"] += 1
@@ -447,8 +452,9 @@ class use:
       checkpointed forward is run again by ``backward``: keep that inside the block.
     - Nesting: the innermost ``use`` decides alone, so ``use(ops=[])`` exempts a region. All active reports count.
     - ``torch.compile``: ``with pyops.use(): compiled(x)`` and ``use`` inside the compiled function both trace into one
-      graph. **The report then counts calls when they are traced, not each time the graph runs**, lists no ops without
-      a room, and stays empty for a ``use`` entered inside the compiled function.
+      graph. **The report then counts calls when they are traced, not each time the graph runs**, and without times;
+      of ops without a room it lists only what the compiled code itself calls (matrix products). It stays empty for a
+      ``use`` entered inside the compiled function.
     - ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention``: torch switches off their fused inference path while
       a mode is active, so in eval mode too they run op by op and are routed (and are slower where few ops have a room).
     - Out of reach: scripted modules (``torch.jit.script``), what C++ ops call inside themselves, and code that calls
