@@ -4,9 +4,11 @@
 // csrc/emulator/). A kernel uses plain CUDA spellings where they exist (threadIdx, __syncthreads, __shfl_xor_sync,
 // __syncwarp, __ldg, __ldcs, __stcs, atomicAdd, __expf, rsqrtf) and these names, all in namespace pyops, elsewhere:
 //
-// host      launch(kernel, {.grid, .block, .smem, .stream, .cluster, .cooperative}, args...)   throws std::runtime_error;
-//           an empty grid launches nothing.  TensorMap make_tensor_map<T>(base, shape, stride_bytes, box, Swizzle),
-//           make_tensor_map_im2col<T>(base, shape, stride_bytes, Im2col{...}, Swizzle): arrays are innermost first
+// host      launch(kernel, {.grid, .block, .smem, .stream, .cluster, .cooperative}, args...)
+//           throws std::runtime_error; an empty grid launches nothing
+//           multiprocessor_count() max_cooperative_blocks(kernel, threads, smem)
+//           make_tensor_map(base, shape, stride_bytes, box, Swizzle) -> TensorMap, arrays innermost first
+//           make_tensor_map_im2col(base, shape, stride_bytes, Im2col{...}, Swizzle) -> TensorMap
 // storage   shared_storage<T>()      one struct per kernel; pass .smem = sizeof(T)
 // types     bf16 fp16 Vec<T, N>{v[N]}  accumulate_t<T> (double for double, else float; common/host_device.h)
 // convert   to_float(x) from_float<T>(f) to_acc(x) from_acc<T>(a) convert<T>(x) pack2<T>(lo, hi) unpack2<T>(u32) to_tf32(f)

@@ -71,6 +71,26 @@ void launch(void (*kernel)(Params...), const LaunchConfig& config, Args&&... arg
       "kernel launch");
 }
 
+inline int multiprocessor_count() {
+  int device = 0, count = 0;
+  detail::check_cuda(cudaGetDevice(&device), "current device");
+  detail::check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
+  return count;
+}
+// The largest grid of a cooperative launch.
+template <class... Params>
+int max_cooperative_blocks(void (*kernel)(Params...), unsigned threads, size_t smem) {
+  if (smem > 48 * 1024) {
+    detail::check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)),
+                       "shared memory size");
+  }
+  int blocks = 0;
+  detail::check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, static_cast<int>(threads), smem),
+                     "occupancy");
+  return blocks * multiprocessor_count();
+}
+
 // 1024 bytes is the alignment that the 128-byte swizzle of TMA and wgmma asks for.
 extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 

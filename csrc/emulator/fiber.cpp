@@ -1,0 +1,73 @@
+#include "emulator/fiber.h"
+
+#include <sys/mman.h>
+
+#include <new>
+
+#if !defined(__x86_64__)
+#error "the fiber switch is written for x86-64; write its counterpart for this processor here"
+#endif
+
+// Saves the registers a call must preserve (System V ABI), swaps stacks, restores the other side's.
+asm(R"(
+.text
+.globl pyops_fiber_switch
+.hidden pyops_fiber_switch
+.type pyops_fiber_switch,@function
+pyops_fiber_switch:
+  .cfi_startproc
+  pushq %rbp
+  .cfi_adjust_cfa_offset 8
+  pushq %rbx
+  .cfi_adjust_cfa_offset 8
+  pushq %r12
+  .cfi_adjust_cfa_offset 8
+  pushq %r13
+  .cfi_adjust_cfa_offset 8
+  pushq %r14
+  .cfi_adjust_cfa_offset 8
+  pushq %r15
+  .cfi_adjust_cfa_offset 8
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  .cfi_adjust_cfa_offset -8
+  popq %r14
+  .cfi_adjust_cfa_offset -8
+  popq %r13
+  .cfi_adjust_cfa_offset -8
+  popq %r12
+  .cfi_adjust_cfa_offset -8
+  popq %rbx
+  .cfi_adjust_cfa_offset -8
+  popq %rbp
+  .cfi_adjust_cfa_offset -8
+  ret
+  .cfi_endproc
+.size pyops_fiber_switch,.-pyops_fiber_switch
+)");
+
+namespace pyops::emulator {
+
+// Untouched pages cost nothing, so every fiber gets a full stride; the page below each stack stops an overflow.
+char* map_stacks(size_t bytes, size_t stride, size_t guard_bytes, size_t count) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  auto* stacks = static_cast<char*>(memory);
+  for (size_t i = 0; i < count; ++i) mprotect(stacks + i * stride, guard_bytes, PROT_NONE);
+  return stacks;
+}
+
+void unmap_stacks(char* stacks, size_t bytes) {
+  if (stacks != nullptr) munmap(stacks, bytes);
+}
+
+void* initial_stack_pointer(char* stack_end, void (*entry)()) {
+  auto** sp = reinterpret_cast<void**>(stack_end);
+  *--sp = nullptr;  // entry never returns; a null return address ends backtraces
+  *--sp = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < 6; ++i) *--sp = nullptr;
+  return sp;
+}
+
+}  // namespace pyops::emulator
