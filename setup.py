@@ -115,7 +115,8 @@ class CMakeBuild(build_ext):
             fail("no C++ compiler found: install g++ (>= 11) or clang++, or set CXX")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         configure = [tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-        configure += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"] + [f"-D{key}={value}" for key, value in arguments.items()]
+        configure.append(f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}")
+        configure += [f"-D{key}={value}" for key, value in arguments.items()]
         for command in (configure, [tool("cmake"), "--build", str(build), "--parallel", jobs]):
             if subprocess.call(command) != 0:
                 fail(f"`{' '.join(command[:3])} ...` failed; the compiler's message stands above")

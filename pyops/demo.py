@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from .core import backend, info, library
 from .core.intercept import Entry, Report, counts, milliseconds, table, use
 
 PHOTOS = (
@@ -71,27 +72,30 @@ def run(out: Path | str, *, quick: bool = False) -> int:
         quick: fewer repetitions.
 
     Returns:
-        0; 1 if pyops ran nothing, differs from torch, or a benchmark found something wrong; 3 if packages are missing.
+        0; 1 if pyops ran nothing, differs from torch, or a benchmark found something wrong; 3 if packages are missing
+        or pyops cannot run here.
     """
     missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(f"pyops demo: missing {', '.join(missing)}: run `make demo`, or {INSTALL}", file=sys.stderr)
         return 3
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
 
     heading("1  What is here")
-    from .core.info import print_info
-
-    print_info()
+    info.print_info()
 
     heading("2  EfficientNet-Lite0 on real photos")
-    right = classify(out, repeats=5 if quick else 20)
+    name = backend.name_for(device)
+    if (problem := library.why_not(name)) is not None:
+        print(f"pyops demo: backend {name} cannot run: {problem}", file=sys.stderr)
+        return 3
+    right = classify(out, device, repeats=5 if quick else 20)
 
     heading("3  Quick benchmark of the rooms")
     bench = importlib.import_module("pyops.bench")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    measured = bench.run((), quick=True, device=device, out=out, progress=True)
+    measured = bench.run((), quick=True, device=device.type, out=out, progress=True)
     print(f"\nEverything is in {out}/: {', '.join(sorted(p.name for p in out.iterdir() if p.is_file()))}")
     return 0 if right and measured == 0 else 1
 
@@ -100,9 +104,8 @@ def heading(text: str) -> None:
     print(f"\n{text}\n{'═' * len(text)}\n", flush=True)
 
 
-def classify(out: Path, repeats: int) -> bool:
+def classify(out: Path, device: torch.device, repeats: int) -> bool:
     """Part 2; says whether pyops ran and agreed with torch."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     photos = [load_photo(package, file) for _, package, file in PHOTOS]
     batch = torch.stack([preprocess(photo) for photo in photos]).to(device)
     model = load_model().to(device)

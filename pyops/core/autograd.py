@@ -179,7 +179,7 @@ def differentiable(formula: Formula) -> Callable[..., Any]:
             given = (tangents[3], *(t for x, t in zip(inputs, tangents[4 : 4 + n]) if x is not None))
             moved = iter(_jvp(gradient, (dy, *present), given))
             wanted = zip(inputs[:gradients], ctx.needs)
-            return tuple(next(moved) if x is not None and need else None for x, need in wanted)
+            return tuple(next(moved) if x is not None and need else dy.new_zeros(0) for x, need in wanted)
 
         @staticmethod
         def vmap(info: Any, in_dims: Tensors, namespace: str, needs: tuple, counts: tuple, dy: Any, *rest: Any) -> Any:
@@ -242,9 +242,7 @@ def differentiable(formula: Formula) -> Callable[..., Any]:
             inputs, constants = _split(formula, args)
             dims = tuple(in_dims[1 : 1 + n])
             if formula.fold is not None:
-                folded = formula.fold(
-                    lambda *a: apply(namespace, *a), info.batch_size, dims, inputs, constants
-                )
+                folded = formula.fold(lambda *a: apply(namespace, *a), info.batch_size, dims, inputs, constants)
                 if folded is not None:
                     return folded
             present = [i for i, t in enumerate(inputs) if t is not None]

@@ -21,6 +21,7 @@ _NAMESPACE_ON = {
     ("triton", "cuda"): "pyops_triton",
     ("emulator", "cpu"): "pyops_emulator",
 }
+_HOME = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda", "emulator": "cpu"}
 _why_not: Callable[[str], str | None]
 _usable: dict[str, bool] = {}
 _forced: str | None = None
@@ -98,12 +99,18 @@ def name_for(device: torch.device) -> str:
 
 
 def namespace_for(op: str, x: torch.Tensor) -> str:
-    """The op namespace for a call on ``x``; raises where the backend cannot serve the tensor's device."""
+    """The op namespace for a call on ``x``.
+
+    Raises:
+        RuntimeError: the forced backend does not serve the tensor's device.
+        NotImplementedError: none is forced, and pyops has no kernels for the device here.
+    """
     name = _forced if _forced is not None else default_for(x.device.type)
-    device_type = "cpu" if x.device.type == "meta" else x.device.type
-    namespace = _NAMESPACE_ON.get((name, device_type if name != "cuda" or x.device.type != "meta" else "cuda"))
-    if namespace is None:
-        raise RuntimeError(f"{op}: backend {name!r} does not run on {x.device.type} tensors")
-    if not _can_run(name):
-        raise RuntimeError(f"{op}: backend {name!r} cannot run: {_why_not(name)}")
-    return namespace
+    # a meta tensor has shapes only: every backend's fake serves it
+    device_type = _HOME[name] if x.device.type == "meta" else x.device.type
+    namespace = _NAMESPACE_ON.get((name, device_type))
+    if namespace is not None and _can_run(name):
+        return namespace
+    reason = _why_not(name) if namespace is not None else f"it does not run on {device_type} tensors"
+    kind = NotImplementedError if _forced is None else RuntimeError
+    raise kind(f"{op}: backend {name!r} cannot run: {reason}")

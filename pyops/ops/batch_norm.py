@@ -15,6 +15,8 @@ import torch
 
 from ..core import autocast, backend, check, layout, library
 from ..core.autograd import Formula, Tensors, differentiable
+from ..core.intercept import route
+from ..core.samples import Maker, Sample, checked
 
 _kernels = library.triton_kernels("batch_norm")
 
@@ -228,3 +230,38 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
 
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     """torch.nn.BatchNorm3d whose forward is pyops.functional.batch_norm."""
+
+
+route((torch.nn.functional.batch_norm, torch.batch_norm), "batch_norm", batch_norm)
+
+
+def _sample(shape, training=True, running=True, affine=True, eps=1e-5, large_mean=0.0, channels_last=False):
+    def make(t: Maker):
+        x = t.input(shape, shift=large_mean, channels_last=channels_last)
+        parameters = {"weight": t.input(shape[1:2]), "bias": t.input(shape[1:2])} if affine else {}
+        mean, var = (t.constant(shape[1:2]), t.constant(shape[1:2], positive=True)) if running else (None, None)
+        return (x, mean, var), {**parameters, "training": training, "momentum": 0.3, "eps": eps}
+
+    return make
+
+
+checked(
+    "batch_norm",
+    batch_norm,
+    torch.nn.functional.batch_norm,
+    Sample("training", _sample((2, 3, 4), running=False), derivatives=True),
+    Sample("training, channels last", _sample((2, 3, 2, 2), running=False, channels_last=True), derivatives=True),
+    Sample("training, no space", _sample((4, 3), running=False, eps=0.1), derivatives=True),
+    Sample("running statistics are updated", _sample((3, 2, 4))),
+    Sample("inference", _sample((2, 3, 4), training=False), derivatives=True),
+    Sample(
+        "inference, channels last, no affine", _sample((2, 5, 3, 3), training=False, affine=False, channels_last=True)
+    ),
+    Sample("no affine", _sample((3, 4, 5), affine=False)),
+    Sample("no examples", _sample((0, 3, 4), training=False)),
+    Sample("a plane of several vectors, odd width", _sample((3, 5, 7, 37))),
+    Sample("a plane of several vectors, channels last", _sample((3, 37, 7, 5), channels_last=True)),
+    Sample("three spatial dimensions", _sample((2, 3, 3, 4, 5))),
+    Sample("a long channel", _sample((2, 2, 5000))),
+    Sample("mean far above the deviation", _sample((4, 3, 40), large_mean=1e3)),
+)

@@ -14,6 +14,8 @@ import torch
 
 from ..core import autocast, backend, check, layout, library
 from ..core.autograd import Formula, Tensors, differentiable
+from ..core.intercept import route
+from ..core.samples import Maker, Sample, checked
 
 _kernels = library.triton_kernels("group_norm")
 
@@ -123,9 +125,7 @@ def group_norm(
     input, weight, bias = autocast.cast(op, input, weight, bias)
     check.affine(op, input, (input.shape[1],), weight=weight, bias=bias)
     x, channels_last = layout.flatten(input)
-    y, *_ = _apply(
-        backend.namespace_for(op, input), x, weight, bias, int(num_groups), float(eps), channels_last
-    )
+    y, *_ = _apply(backend.namespace_for(op, input), x, weight, bias, int(num_groups), float(eps), channels_last)
     return layout.restore(y, input.shape, channels_last)
 
 
@@ -241,3 +241,57 @@ class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
 
 class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
     """torch.nn.InstanceNorm3d whose forward is pyops.functional.instance_norm."""
+
+
+route((torch.nn.functional.group_norm, torch.group_norm), "group_norm", group_norm)
+route((torch.nn.functional.instance_norm, torch.instance_norm), "instance_norm", instance_norm)
+
+
+def _group_sample(shape, groups, affine=True, eps=1e-5, large_mean=0.0, channels_last=False):
+    def make(t: Maker):
+        x = t.input(shape, shift=large_mean, channels_last=channels_last)
+        parameters = {"weight": t.input(shape[1:2]), "bias": t.input(shape[1:2])} if affine else {}
+        return (x, groups), {**parameters, "eps": eps}
+
+    return make
+
+
+def _instance_sample(shape, affine=True, running=False, use_input_stats=True, eps=1e-5, channels_last=False):
+    def make(t: Maker):
+        x = t.input(shape, channels_last=channels_last)
+        parameters = {"weight": t.input(shape[1:2]), "bias": t.input(shape[1:2])} if affine else {}
+        if running:
+            parameters |= {"running_mean": t.constant(shape[1:2])}
+            parameters |= {"running_var": t.constant(shape[1:2], positive=True)}
+        return (x,), {**parameters, "use_input_stats": use_input_stats, "momentum": 0.3, "eps": eps}
+
+    return make
+
+
+checked(
+    "group_norm",
+    group_norm,
+    torch.nn.functional.group_norm,
+    Sample("two groups", _group_sample((2, 4, 3), 2), derivatives=True),
+    Sample("two groups, channels last", _group_sample((2, 4, 2, 2), 2, channels_last=True), derivatives=True),
+    Sample("one group", _group_sample((2, 3, 2), 1, eps=0.1), derivatives=True),
+    Sample("no affine, no space", _group_sample((3, 6), 3, affine=False, eps=0.1)),
+    Sample("no examples", _group_sample((0, 4, 3), 2)),
+    Sample("no space", _group_sample((2, 4, 0), 2)),
+    Sample("odd sizes", _group_sample((3, 6, 7, 11), 3)),
+    Sample("odd sizes, channels last", _group_sample((3, 6, 7, 11), 3, channels_last=True)),
+    Sample("a long group", _group_sample((1, 4, 5000), 2)),
+    Sample("mean far above the deviation", _group_sample((2, 4, 40), 2, large_mean=1e3)),
+)
+checked(
+    "instance_norm",
+    instance_norm,
+    torch.nn.functional.instance_norm,
+    Sample("statistics of the input", _instance_sample((2, 3, 4)), derivatives=True),
+    Sample("channels last", _instance_sample((2, 3, 2, 2), channels_last=True), derivatives=True),
+    Sample("no affine", _instance_sample((2, 3, 5), affine=False)),
+    Sample("running statistics are updated", _instance_sample((3, 2, 4), running=True)),
+    Sample("running statistics are used", _instance_sample((2, 3, 4), running=True, use_input_stats=False)),
+    Sample("odd planes", _instance_sample((2, 5, 7, 37))),
+    Sample("odd planes, channels last", _instance_sample((2, 5, 7, 37), channels_last=True)),
+)

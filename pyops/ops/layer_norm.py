@@ -17,6 +17,8 @@ import torch
 
 from ..core import autocast, backend, check, library
 from ..core.autograd import Formula, Tensors, differentiable
+from ..core.intercept import route
+from ..core.samples import Maker, Sample, checked
 
 _kernels = library.triton_kernels("layer_norm")
 
@@ -129,3 +131,29 @@ class LayerNorm(torch.nn.LayerNorm):
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+route((torch.nn.functional.layer_norm, torch.layer_norm), "layer_norm", layer_norm)
+
+
+def _sample(shape, normalized, affine=True, eps=1e-5, large_mean=0.0):
+    def make(t: Maker):
+        x = t.input(shape, shift=large_mean)
+        parameters = {"weight": t.input(normalized), "bias": t.input(normalized)} if affine else {}
+        return (x, normalized), {**parameters, "eps": eps}
+
+    return make
+
+
+checked(
+    "layer_norm",
+    layer_norm,
+    torch.nn.functional.layer_norm,
+    Sample("ragged rows, tail of a vector load", _sample((3, 5), (5,)), derivatives=True),
+    Sample("two normalised dimensions", _sample((2, 3, 4), (3, 4), eps=0.1), derivatives=True),
+    Sample("no affine", _sample((4, 8), (8,), affine=False), derivatives=True),
+    Sample("one element", _sample((1, 1), (1,), eps=1.0)),
+    Sample("no rows", _sample((0, 7), (7,))),
+    Sample("no columns", _sample((3, 0), (0,))),
+    Sample("a row of several vectors", _sample((5, 257), (257,))),
+    Sample("a wide row", _sample((2, 3000), (3000,))),
+    Sample("mean far above the deviation", _sample((4, 96), (96,), large_mean=1e3)),
+)

@@ -17,6 +17,8 @@ import torch
 
 from ..core import autocast, backend, check, library
 from ..core.autograd import Formula, Tensors, differentiable
+from ..core.intercept import route
+from ..core.samples import Maker, Sample, checked
 
 _kernels = library.triton_kernels("rms_norm")
 
@@ -120,3 +122,29 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+route((torch.nn.functional.rms_norm, torch.rms_norm), "rms_norm", rms_norm)
+
+
+def _sample(shape, normalized, affine=True, eps: float | None = 1e-5):
+    def make(t: Maker):
+        x = t.input(shape)
+        parameters = {"weight": t.input(normalized)} if affine else {}
+        return (x, normalized), {**parameters, "eps": eps}
+
+    return make
+
+
+checked(
+    "rms_norm",
+    rms_norm,
+    torch.nn.functional.rms_norm,
+    Sample("ragged rows, tail of a vector load", _sample((3, 5), (5,)), derivatives=True),
+    Sample("two normalised dimensions", _sample((2, 3, 4), (3, 4), eps=0.1), derivatives=True),
+    Sample("no affine, eps of the dtype", _sample((4, 8), (8,), affine=False, eps=None)),
+    Sample("one element", _sample((1, 1), (1,), eps=1.0)),
+    Sample("no rows", _sample((0, 7), (7,))),
+    Sample("a row of several vectors", _sample((5, 257), (257,))),
+    Sample("a wide row", _sample((2, 3000), (3000,))),
+)

@@ -1,0 +1,365 @@
+"""The checks that every pyops op passes, for your own op: ``check_op(fn, reference, samples)``.
+
+    from pyops.testing import Maker, Sample, check_op
+
+    def scale(t: Maker):
+        return (t.input((3, 5)), 2.0), {}
+
+    for result in check_op(my_scale, lambda x, a: x * a, [Sample("ragged", scale, derivatives=True)]):
+        print(result)
+
+A sample builds its arguments with a ``Maker``; ``Maker.input`` makes the tensors that get gradients. The reference is
+plain torch; run in float64 it is the truth, run in the op's dtype it sets the error that is acceptable:
+``err(op) <= 2 * err(reference) + eps``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import functional  # noqa: F401  the rooms register their samples
+from .core import backend as backends
+from .core.samples import Checked, Maker, Sample, all_checked
+
+__all__ = ["CheckResult", "Maker", "Sample", "check_op", "check_room", "checks", "rooms"]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Outcome of one check on one op and backend; ``detail`` says what went wrong, and where."""
+
+    op: str
+    backend: str
+    check: str
+    ok: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class _Case:
+    """An op under check."""
+
+    op: Checked
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    slow: bool  # each call costs milliseconds: numerical derivatives along random directions only
+
+    def arguments(self, sample: Sample, dtype: torch.dtype, grad: bool = False) -> tuple[tuple, dict, Maker]:
+        maker = Maker(dtype, self.device, grad)
+        args, kwargs = sample.make(maker)
+        return args, kwargs, maker
+
+
+def _first(y: Any) -> torch.Tensor:
+    return y[0] if isinstance(y, tuple) else y
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference in float64; equal infinities and NaN in the same places count as equal."""
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    if a.numel() == 0:
+        return 0.0
+    same = (a == b) | (a.isnan() & b.isnan())
+    return torch.where(same, torch.zeros_like(a), (a - b).abs().nan_to_num(nan=float("inf"))).max().item()
+
+
+def _run(function: Callable, case: _Case, sample: Sample, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Output, input gradients and constants after the call (running statistics change)."""
+    args, kwargs, maker = case.arguments(sample, dtype, grad=True)
+    y = _first(function(*args, **kwargs))
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads = torch.autograd.grad(y, maker.inputs, direction.bfloat16().to(y), allow_unused=True)
+    constants = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and not t.requires_grad]
+    return [y, *(torch.zeros_like(x) if g is None else g for x, g in zip(maker.inputs, grads)), *constants]
+
+
+def _accuracy(case: _Case, sample: Sample) -> str:
+    """Output, gradients and updated buffers in every dtype, against the reference in float64.
+
+    In float64 the reference is the truth itself; its own error there is taken as that of float32, scaled by the ratio
+    of the machine epsilons.
+    """
+    truth = _run(case.op.reference, case, sample, torch.float64)
+    single = _run(case.op.reference, case, sample, torch.float32)
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    for dtype in case.dtypes:
+        ours = _run(case.op.function, case, sample, dtype)
+        theirs = _run(case.op.reference, case, sample, dtype)
+        for i, (a, t, exact) in enumerate(zip(ours, theirs, truth)):
+            what = "output" if i == 0 else f"gradient or buffer {i - 1}"
+            if a.shape != t.shape or a.dtype != t.dtype:
+                return f"{dtype} {what}: got {list(a.shape)} {a.dtype}, expected {list(t.shape)} {t.dtype}"
+            scale = max(1.0, exact.abs().nan_to_num().max().item()) if exact.numel() else 1.0
+            reference_error = _difference(t, exact)
+            if dtype == torch.float64:
+                reference_error = _difference(single[i], exact) * ratio
+            allowed = 2 * reference_error + 8 * torch.finfo(dtype).eps * scale
+            error = _difference(a, exact)
+            if not error <= allowed:
+                return f"{dtype} {what}: error {error:.3g}, allowed {allowed:.3g}"
+    return ""
+
+
+def _layout(case: _Case, sample: Sample) -> str:
+    """Strided inputs give the same numbers; channels last stays channels last, in gradients too."""
+    args, kwargs, maker = case.arguments(sample, torch.float32, grad=True)
+    y = _first(case.op.function(*args, **kwargs))
+    x = maker.inputs[0]
+    if x.dim() > 3 and x.stride() != x.contiguous().stride():
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        for name, t in (("output", y), ("gradient", dx)):
+            if t.stride() != x.stride():
+                return f"{name} has strides {t.stride()}, input {x.stride()}"
+    wide = torch.stack([x.detach(), x.detach() + 1], -1)[..., 0]  # every second element
+    _, fresh, _ = case.arguments(sample, torch.float32)
+    z = _first(case.op.function(wide, *args[1:], **fresh))
+    return "" if torch.equal(z, y) or _difference(z, y) <= 1e-5 * max(1.0, y.abs().max().item()) else "strided input"
+
+
+def _determinism(case: _Case, sample: Sample) -> str:
+    """Bitwise equal over repeats and numbers of threads."""
+    threads = torch.get_num_threads()
+    try:
+        first = _run(case.op.function, case, sample, torch.float32)
+        torch.set_num_threads(1)
+        for again in (first, _run(case.op.function, case, sample, torch.float32)):
+            if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, again)):
+                return "differs between runs"
+    finally:
+        torch.set_num_threads(threads)
+    return ""
+
+
+def _pure(case: _Case, sample: Sample) -> tuple[Callable, list[torch.Tensor]]:
+    """The op as a function of its differentiable float64 inputs alone, and those inputs."""
+    args, kwargs, maker = case.arguments(sample, torch.float64, grad=True)
+
+    def of_inputs(*values: torch.Tensor) -> torch.Tensor:
+        swap = {id(old): new for old, new in zip(maker.inputs, values)}
+        given = tuple(swap.get(id(a), a) for a in args)
+        return _first(case.op.function(*given, **{k: swap.get(id(v), v) for k, v in kwargs.items()}))
+
+    return of_inputs, maker.inputs
+
+
+def _gradcheck(case: _Case, sample: Sample) -> str:
+    """Analytic against numerical first derivatives, reverse and forward mode, batched."""
+    function, inputs = _pure(case, sample)
+    torch.autograd.gradcheck(function, inputs, fast_mode=case.slow, check_forward_ad=True, check_batched_grad=True)
+    return ""
+
+
+def _gradgradcheck(case: _Case, sample: Sample) -> str:
+    """Analytic against numerical second derivatives, reverse over reverse and forward over reverse."""
+    function, inputs = _pure(case, sample)
+    torch.autograd.gradgradcheck(function, inputs, fast_mode=case.slow, check_fwd_over_rev=True)
+    return ""
+
+
+def _transforms(case: _Case, sample: Sample) -> str:
+    """torch.func: jvp against the reference, vmap against a loop, vmap of grad, over every input alone."""
+    function, inputs = _pure(case, sample)
+    reference, _ = _pure(_Case(_swapped(case.op), case.device, case.dtypes, case.slow), sample)
+    inputs = [x.detach() for x in inputs]
+    for i, x in enumerate(inputs):
+
+        def one(f: Callable, v: torch.Tensor, i: int = i) -> torch.Tensor:
+            return f(*inputs[:i], v, *inputs[i + 1 :])
+
+        if x.numel() == 0:
+            continue
+        # torch's own norms need not have forward mode: compare with its vjp, transposed by linearity
+        ours = torch.func.jvp(lambda v: one(function, v), (x,), (x.cos(),))[1]
+        _, pullback = torch.func.vjp(lambda v: one(reference, v), x)
+        probe = torch.sin(torch.arange(ours.numel(), dtype=ours.dtype, device=ours.device)).reshape(ours.shape)
+        if abs((ours * probe).sum() - (pullback(probe)[0] * x.cos()).sum()) > 1e-8 * (1 + ours.abs().sum()):
+            return f"jvp in input {i}"
+        batch = torch.stack([x, x * 2 - 1, x.sin()], -1)
+        for dim in (0, -1):
+            moved = batch.movedim(-1, dim)
+            mapped = torch.func.vmap(lambda v: one(function, v), in_dims=dim)(moved)
+            looped = torch.stack([one(reference, v) for v in batch.unbind(-1)])
+            if _difference(mapped, looped) > 1e-9 * (1 + looped.abs().max().item()):
+                return f"vmap over dimension {dim} of input {i}"
+        gradient = torch.func.vmap(torch.func.grad(lambda v: one(function, v).sin().sum()), in_dims=-1)(batch)
+        expected = torch.stack([torch.func.grad(lambda u: one(reference, u).sin().sum())(v) for v in batch.unbind(-1)])
+        if _difference(gradient, expected) > 1e-8 * (1 + expected.abs().max().item()):
+            return f"vmap of grad in input {i}"
+    return ""
+
+
+def _swapped(op: Checked) -> Checked:
+    return Checked(op.name, op.reference, op.reference, op.samples)
+
+
+def _compiled(case: _Case, sample: Sample) -> str:
+    """torch.compile(fullgraph=True), forward and backward, equals eager; compiled transforms are never wrong."""
+    torch._dynamo.reset()
+    compiled = torch.compile(case.op.function, fullgraph=True, backend="aot_eager")
+    eager, graph = (_run(f, case, sample, torch.float32) for f in (case.op.function, compiled))
+    for i, (a, b) in enumerate(zip(eager, graph)):
+        if a.stride() != b.stride():
+            return f"result {i}: strides {b.stride()} compiled, {a.stride()} eager"
+        if _difference(a, b) > 1e-6 * max(1.0, a.abs().max().item() if a.numel() else 0.0):
+            return f"result {i} differs"
+    if not sample.derivatives:
+        return ""
+    function, inputs = _pure(case, sample)
+    x, rest = inputs[0].detach(), [t.detach() for t in inputs[1:]]
+    torch._dynamo.reset()
+
+    def direction(v: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(lambda u: function(u, *rest), (v,), (v.cos(),))[1]
+
+    def gradient(v: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(lambda u: function(u, *rest).sin().sum())(v)
+
+    for name, transform in (("jvp", direction), ("grad", gradient)):
+        try:
+            result = torch.compile(transform, backend="aot_eager")(x)
+        except Exception:
+            continue  # a clear error is acceptable, a wrong number is not
+        if _difference(result, transform(x)) > 1e-9:
+            return f"compiled {name} is wrong"
+    return ""
+
+
+def _autocast(case: _Case, sample: Sample) -> str:
+    """Under autocast the output has the dtype torch gives it."""
+    args, kwargs, _ = case.arguments(sample, torch.float32)
+    with torch.autocast(case.device.split(":")[0], torch.bfloat16):
+        ours, theirs = case.op.function(*args, **kwargs), case.op.reference(*args, **kwargs)
+    return "" if _first(ours).dtype == _first(theirs).dtype else f"{_first(ours).dtype}, torch {_first(theirs).dtype}"
+
+
+class _Recorder(TorchDispatchMode):
+    """Collects the pyops ops that run, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[Any, tuple[tuple, dict]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.namespace.startswith("pyops"):
+            self.seen.setdefault(func, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _opcheck(case: _Case, sample: Sample) -> str:
+    """torch.library.opcheck on every op the call runs: schema, fake, autograd registration."""
+    with _Recorder() as recorder:
+        _run(case.op.function, case, sample, torch.float32)
+    for op, (args, kwargs) in recorder.seen.items():
+        fresh = tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
+        tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(op, fresh, kwargs, test_utils=tests)
+    return ""
+
+
+# check name -> (function, does it need the small samples made for numerical derivatives?)
+_CHECKS: dict[str, tuple[Callable[[_Case, Sample], str], bool]] = {
+    "accuracy": (_accuracy, False),
+    "layout": (_layout, False),
+    "determinism": (_determinism, False),
+    "autocast": (_autocast, False),
+    "opcheck": (_opcheck, False),
+    "gradcheck": (_gradcheck, True),
+    "gradgradcheck": (_gradgradcheck, True),
+    "transforms": (_transforms, True),
+    "compile": (_compiled, True),
+}
+
+
+def checks() -> tuple[str, ...]:
+    """Names of all checks."""
+    return tuple(_CHECKS)
+
+
+def rooms() -> tuple[str, ...]:
+    """Names of all ops that pyops can check."""
+    return tuple(all_checked())
+
+
+def check_op(
+    fn: Callable[..., Any],
+    reference: Callable[..., Any],
+    samples: Iterable[Sample],
+    *,
+    name: str | None = None,
+    device: str = "cpu",
+    dtypes: Iterable[torch.dtype] = DTYPES,
+    only: Iterable[str] | None = None,
+    slow: bool = False,
+    label: str = "",
+) -> list[CheckResult]:
+    """Runs every check on an op: accuracy, layout, determinism, autocast, opcheck, derivatives, transforms, compile.
+
+    Args:
+        fn: the op.
+        reference: the same function in plain torch, differentiable.
+        samples: cases; those with ``derivatives=True`` (few elements) also go through gradcheck and gradgradcheck.
+        name: shown in results; the function's own name by default.
+        device: where the samples are made.
+        dtypes: dtypes of the accuracy check.
+        only: names of checks to run (see ``checks()``); all by default.
+        slow: take numerical derivatives along random directions only.
+        label: shown as the backend.
+
+    Returns:
+        One result per check; it never raises for a failing op.
+
+    Raises:
+        ValueError: an unknown check name.
+    """
+    op = Checked(name or getattr(fn, "__name__", "op"), fn, reference, tuple(samples))
+    chosen = tuple(_CHECKS) if only is None else tuple(only)
+    for check in chosen:
+        if check not in _CHECKS:
+            raise ValueError(f"check_op: argument 'only': got {check!r}, expected names among {', '.join(_CHECKS)}")
+    case = _Case(op, device, tuple(dtypes), slow)
+    return [_verdict(case, check, label or device) for check in chosen]
+
+
+def _verdict(case: _Case, check: str, label: str) -> CheckResult:
+    function, small_only = _CHECKS[check]
+    for sample in case.op.samples:
+        if small_only and not sample.derivatives:
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                problem = function(case, sample)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {str(error).strip()[:600]}"
+        if problem:
+            return CheckResult(case.op.name, label, check, False, f"[{sample.name}] {problem}")
+    return CheckResult(case.op.name, label, check, True)
+
+
+def check_room(op: str, backend: str | None = None, only: Iterable[str] | None = None) -> list[CheckResult]:
+    """Runs every check on a pyops op under one backend.
+
+    Raises:
+        ValueError: an op without samples, or an unknown backend.
+        RuntimeError: the backend cannot run here.
+    """
+    known = all_checked()
+    if op not in known:
+        raise ValueError(f"check: got {op!r}, expected one of {', '.join(known)}")
+    room = known[op]
+    device = "cuda" if backend == "cuda" or (backend == "triton" and torch.cuda.is_available()) else "cpu"
+    slow = backend == "triton" and device == "cpu"
+    with backends.backend(backend) if backend is not None else nullcontext():
+        return check_op(
+            room.function, room.reference, room.samples,
+            name=op, device=device, only=only, slow=slow, label=backend or backends.default_for(device),
+        )  # fmt: skip

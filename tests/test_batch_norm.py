@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from pyops import functional as F
+from pyops import nn, testing
+from pyops.core import backend as backends
+
+from .harness import modules_agree, passes, refuses, same_refusal
+
+X = torch.ones(2, 4, 3)
+ONES = torch.ones(4)
+
+
+@pytest.mark.parametrize("check", testing.checks())
+def test_checks(backend, check):
+    passes("batch_norm", backend, check)
+
+
+@pytest.mark.race
+def test_race(backend):
+    passes("batch_norm", backend, "accuracy")
+
+
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["moving average", "cumulative average"])
+@pytest.mark.parametrize("track", [True, False])
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_module(backend, dimensions, track, momentum):
+    name = f"BatchNorm{dimensions}d"
+    make = lambda m: getattr(m, name)(3, momentum=momentum, track_running_stats=track)
+    modules_agree(make(nn), make(torch.nn), torch.randn(4, 3, *(5, 2, 3)[:dimensions]), backend)
+
+
+def test_module_on_two_dimensions(backend):
+    modules_agree(nn.BatchNorm1d(6), torch.nn.BatchNorm1d(6), torch.randn(5, 6), backend)
+
+
+def test_low_precision_with_float32_parameters_and_statistics(backend):
+    x = torch.randn(4, 3, 5, 5).bfloat16()
+    statistics = [torch.zeros(3), torch.ones(3)], [torch.zeros(3), torch.ones(3)]
+    w, b = torch.randn(3), torch.randn(3)
+    with backends.backend(backend):
+        y = F.batch_norm(x, *statistics[0], w, b, True)
+    z = torch.nn.functional.batch_norm(x, *statistics[1], w, b, True)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, z, rtol=0.01, atol=0.01)
+    for ours, theirs in zip(*statistics):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (2, 4, 0)])
+def test_empty_batch(backend, shape):
+    mean, var = torch.zeros(shape[1]), torch.ones(shape[1])
+    x = torch.ones(shape, requires_grad=True)
+    with backends.backend(backend):
+        y = F.batch_norm(x, mean, var, training=True)
+        y.sum().backward()
+    assert y.shape == shape and x.grad.shape == shape
+    assert (mean == 0).all() and (var == 1).all()
+
+
+def test_bad_input():
+    bn = F.batch_norm
+    refuses(IndexError, ("batch_norm", "'input'"), bn, torch.ones(3), None, None, training=True)
+    refuses(RuntimeError, ("batch_norm", "'weight'", "[3]", "[4]"), bn, X, None, None, torch.ones(3), training=True)
+    refuses(RuntimeError, ("batch_norm", "'running_mean'", "[3]"), bn, X, torch.ones(3), ONES, training=True)
+    refuses(RuntimeError, ("batch_norm", "'running_mean'"), bn, X, None, None)
+    refuses(ValueError, ("batch_norm", "'running_var'"), bn, X, ONES, None, training=True)
+    refuses(NotImplementedError, ("batch_norm", "'input'"), bn, X.long(), None, None, training=True)
+    refuses(ValueError, ("batch_norm", "'input'", "[1, 4]"), bn, torch.ones(1, 4), None, None, training=True)
+    refuses(ValueError, ("batch_norm", "'eps'", "-1"), bn, X, None, None, training=True, eps=-1)
+    refuses(ValueError, ("batch_norm", "'momentum'", "-1"), bn, X, ONES, ONES, training=True, momentum=-1)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (torch.ones(3), None, None, None, None, True),
+        (X, None, None, torch.ones(3), None, True),
+        (X, torch.ones(3), ONES, None, None, True),
+        (X, None, None),
+        (X, ONES, None, None, None, True),
+        (X.int(), None, None, None, None, True),
+        (torch.ones(1, 4), None, None, None, None, True),
+        (X, None, None, None, None, True, 0.1, -1),
+    ],
+)
+def test_refuses_as_torch(args):
+    same_refusal(F.batch_norm, torch.nn.functional.batch_norm, *args)
+
+
+def test_module_refuses_a_wrong_rank_as_torch():
+    same_refusal(nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4), X)

@@ -1,0 +1,44 @@
+import pytest
+import torch
+
+from pyops import functional as F
+from pyops import nn, testing
+
+from .harness import modules_agree, passes, refuses, same_refusal
+
+X = torch.ones(2, 4, 3)
+
+
+@pytest.mark.parametrize("check", testing.checks())
+def test_checks(backend, check):
+    passes("rms_norm", backend, check)
+
+
+@pytest.mark.race
+def test_race(backend):
+    passes("rms_norm", backend, "accuracy")
+
+
+@pytest.mark.parametrize("eps", [None, 0.1])
+def test_module(backend, eps):
+    make = lambda m: m.RMSNorm((4, 3), eps=eps)
+    modules_agree(make(nn), make(torch.nn), torch.randn(5, 4, 3), backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_default_eps_is_that_of_torch(dtype):
+    x = torch.full((1, 8), 1e-4, dtype=torch.float64).to(dtype)
+    torch.testing.assert_close(F.rms_norm(x, (8,)), torch.nn.functional.rms_norm(x, (8,)))
+
+
+def test_bad_input():
+    rms = F.rms_norm
+    refuses(RuntimeError, ("rms_norm", "'normalized_shape'", "[4]"), rms, X, (4,))
+    refuses(RuntimeError, ("rms_norm", "'weight'", "[4]", "[3]"), rms, X, (3,), torch.ones(4))
+    refuses(NotImplementedError, ("rms_norm", "'input'", "int64"), rms, X.long(), (3,))
+    refuses(ValueError, ("rms_norm", "'eps'", "-1"), rms, X, (3,), eps=-1)
+
+
+@pytest.mark.parametrize("args", [(X, (4,)), (X, ()), (X, (3,), torch.ones(4)), (X.int(), (3,))])
+def test_refuses_as_torch(args):
+    same_refusal(F.rms_norm, torch.nn.functional.rms_norm, *args)
