@@ -1,0 +1,368 @@
+// The vector vocabulary of the CPU kernels: Vec<acc_t>, as wide as the instruction set of the build.
+//
+//   each_vector<acc_t>(n, [&](int64_t i, auto lanes) {
+//     auto v = Vec<acc_t>::load(x + i, lanes);              // float, double, bfloat16 or float16 in memory
+//     (v * v).store(y + i, lanes);
+//   });
+//
+// `lanes` is AllLanes inside and FirstLanes at the end, so that a kernel states its arithmetic once. Everything stands
+// in the namespace of the instruction set: no weak symbol of a wide build may serve a narrow one.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "common/host_device.h"
+
+namespace pyops::PYOPS_CPU_CAPABILITY {
+
+#if defined(__AVX512F__)
+inline constexpr int64_t vector_bytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int64_t vector_bytes = 32;
+#else
+inline constexpr int64_t vector_bytes = 16;
+#endif
+
+// Compiled for the running instruction set, a loop body must not survive as a call.
+#define PYOPS_INLINE inline __attribute__((always_inline))
+
+struct AllLanes {};
+struct FirstLanes {
+  int64_t count;
+};
+
+namespace simd {
+
+template <class T>
+struct NativeOf {
+  typedef T type __attribute__((vector_size(vector_bytes)));
+};
+template <class T>
+using Native = typename NativeOf<T>::type;
+using Bits = Native<uint32_t>;
+typedef uint16_t Bits16 __attribute__((vector_size(vector_bytes / 2)));
+
+template <class To, class From>
+PYOPS_INLINE To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V>
+PYOPS_INLINE V read(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// The first `count` lanes of memory; zero in the others, which are not touched.
+template <class V, class T>
+PYOPS_INLINE V read_first(const T* p, int64_t count) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (sizeof(T) == 8) return bits_as<V>(_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p));
+  if constexpr (sizeof(T) == 4) return bits_as<V>(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p));
+  if constexpr (sizeof(T) == 2) return bits_as<V>(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
+#else
+  T lane[sizeof(V) / sizeof(T)];
+  std::memset(static_cast<void*>(lane), 0, sizeof lane);
+  for (int64_t i = 0; i < count; ++i) std::memcpy(static_cast<void*>(lane + i), p + i, sizeof(T));
+  return read<V>(lane);
+#endif
+}
+
+template <class V, class T>
+PYOPS_INLINE void write_first(T* p, const V& v, int64_t count) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), bits_as<__m512d>(v));
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), bits_as<__m512>(v));
+  if constexpr (sizeof(T) == 2) _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), bits_as<__m256i>(v));
+#else
+  T lane[sizeof(V) / sizeof(T)];
+  std::memcpy(static_cast<void*>(lane), &v, sizeof v);
+  for (int64_t i = 0; i < count; ++i) std::memcpy(static_cast<void*>(p + i), lane + i, sizeof(T));
+#endif
+}
+
+// Past the caches: the line is not read before it is written. `p` is aligned to the size of V.
+template <class V>
+PYOPS_INLINE void write_streamed(void* p, const V& v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), bits_as<__m512i>(v));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_si256(static_cast<__m256i*>(p), bits_as<__m256i>(v));
+#endif
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 16) return _mm_stream_si128(static_cast<__m128i*>(p), bits_as<__m128i>(v));
+#endif
+  std::memcpy(p, &v, sizeof v);
+}
+
+PYOPS_INLINE Native<float> from_bfloat16(const Bits16& h) {
+  return bits_as<Native<float>>(__builtin_convertvector(h, Bits) << 16);
+}
+
+// Nearest even; every NaN becomes the quiet one.
+PYOPS_INLINE Bits16 to_bfloat16(const Native<float>& v) {
+  Bits bits = bits_as<Bits>(v);
+  Bits rounded = (bits + (0x7fff + ((bits >> 16) & 1))) >> 16;
+  Bits kept = v == v ? rounded : Bits{} + 0x7fc0;
+  return __builtin_convertvector(kept, Bits16);
+}
+
+PYOPS_INLINE Native<float> from_half(const Bits16& h) {
+#if defined(__AVX512F__)
+  return bits_as<Native<float>>(_mm512_maskz_cvtph_ps(0xffff, bits_as<__m256i>(h)));
+#elif defined(__F16C__)
+  return bits_as<Native<float>>(_mm256_cvtph_ps(bits_as<__m128i>(h)));
+#else
+  Bits wide = __builtin_convertvector(h, Bits);
+  Bits magnitude = (wide & 0x7fff) << 13;
+  Bits exponent = magnitude & (0x7c00u << 13);
+  Bits normal = magnitude + ((127u - 15) << 23);
+  // A subnormal half is exact in float: 2^-14 * (1 + m) - 2^-14.
+  Native<float> one = bits_as<Native<float>>(Bits{} + (113u << 23));
+  Bits subnormal = bits_as<Bits>(bits_as<Native<float>>(normal + (1u << 23)) - one);
+  Bits infinite = normal + ((128u - 16) << 23);
+  Bits value = exponent == 0 ? subnormal : (exponent == (0x7c00u << 13) ? infinite : normal);
+  return bits_as<Native<float>>(value | ((wide & 0x8000) << 16));
+#endif
+}
+
+// Nearest even; overflow gives infinity, subnormals are kept.
+PYOPS_INLINE Bits16 to_half(const Native<float>& v) {
+#if defined(__AVX512F__)
+  return bits_as<Bits16>(
+      _mm512_maskz_cvtps_ph(0xffff, bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  return bits_as<Bits16>(_mm256_cvtps_ph(bits_as<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  Bits bits = bits_as<Bits>(v);
+  Bits sign = bits & 0x80000000u;
+  Bits magnitude = bits ^ sign;
+  // Adding 0.5 leaves a subnormal half in the low bits of the float, rounded by the addition itself.
+  const uint32_t half_one = 126u << 23;
+  Bits subnormal =
+      bits_as<Bits>(bits_as<Native<float>>(magnitude) + bits_as<Native<float>>(Bits{} + half_one)) - half_one;
+  Bits normal = (magnitude + (0xfff - (112u << 23)) + ((magnitude >> 13) & 1)) >> 13;
+  Bits special = v == v ? Bits{} + 0x7c00 : Bits{} + 0x7e00;
+  Bits value = magnitude >= (143u << 23) ? special : (magnitude < (113u << 23) ? subnormal : normal);
+  return __builtin_convertvector(value | (sign >> 16), Bits16);
+#endif
+}
+
+template <class T>
+struct Memory;  // how scalar_t in memory becomes acc_t in a register
+template <>
+struct Memory<float> {
+  using Packed = Native<float>;
+  static PYOPS_INLINE Packed unpack(const Packed& p) { return p; }
+  static PYOPS_INLINE Packed pack(const Packed& v) { return v; }
+};
+template <>
+struct Memory<double> {
+  using Packed = Native<double>;
+  static PYOPS_INLINE Packed unpack(const Packed& p) { return p; }
+  static PYOPS_INLINE Packed pack(const Packed& v) { return v; }
+};
+template <>
+struct Memory<bfloat16_t> {
+  using Packed = Bits16;
+  static PYOPS_INLINE Native<float> unpack(const Packed& p) { return from_bfloat16(p); }
+  static PYOPS_INLINE Packed pack(const Native<float>& v) { return to_bfloat16(v); }
+};
+template <>
+struct Memory<half_t> {
+  using Packed = Bits16;
+  static PYOPS_INLINE Native<float> unpack(const Packed& p) { return from_half(p); }
+  static PYOPS_INLINE Packed pack(const Native<float>& v) { return to_half(v); }
+};
+
+}  // namespace simd
+
+template <class acc_t>
+struct Vec {
+  using Native = simd::Native<acc_t>;
+  static constexpr int64_t width = vector_bytes / int64_t(sizeof(acc_t));
+  Native v;
+
+  PYOPS_INLINE Vec() : v{} {}
+  PYOPS_INLINE Vec(acc_t every) : v(every - Native{}) {}
+  PYOPS_INLINE Vec(const Native& native) : v(native) {}
+
+  template <class T>
+  static PYOPS_INLINE Vec load(const T* p, AllLanes = {}) {
+    return simd::Memory<T>::unpack(simd::read<typename simd::Memory<T>::Packed>(p));
+  }
+  template <class T>
+  static PYOPS_INLINE Vec load(const T* p, FirstLanes lanes) {
+    return simd::Memory<T>::unpack(simd::read_first<typename simd::Memory<T>::Packed>(p, lanes.count));
+  }
+  template <class T>
+  PYOPS_INLINE void store(T* p, AllLanes = {}) const {
+    auto packed = simd::Memory<T>::pack(v);
+    std::memcpy(static_cast<void*>(p), &packed, sizeof packed);
+  }
+  template <class T>
+  PYOPS_INLINE void store(T* p, FirstLanes lanes) const {
+    simd::write_first(p, simd::Memory<T>::pack(v), lanes.count);
+  }
+  template <class T>
+  PYOPS_INLINE void stream(T* p) const {
+    simd::write_streamed(p, simd::Memory<T>::pack(v));
+  }
+
+  friend PYOPS_INLINE Vec operator+(const Vec& a, const Vec& b) { return a.v + b.v; }
+  friend PYOPS_INLINE Vec operator-(const Vec& a, const Vec& b) { return a.v - b.v; }
+  friend PYOPS_INLINE Vec operator*(const Vec& a, const Vec& b) { return a.v * b.v; }
+  friend PYOPS_INLINE Vec operator/(const Vec& a, const Vec& b) { return a.v / b.v; }
+  PYOPS_INLINE Vec& operator+=(const Vec& b) {
+    v += b.v;
+    return *this;
+  }
+};
+
+// a * b + c, rounded once where the instruction set can.
+template <class acc_t>
+PYOPS_INLINE Vec<acc_t> fma(const Vec<acc_t>& a, const Vec<acc_t>& b, const Vec<acc_t>& c) {
+  using V = Vec<acc_t>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(acc_t) == 4) return V(typename V::Native(_mm512_fmadd_ps(a.v, b.v, c.v)));
+  if constexpr (sizeof(acc_t) == 8) return V(typename V::Native(_mm512_fmadd_pd(a.v, b.v, c.v)));
+#elif defined(__FMA__)
+  if constexpr (sizeof(acc_t) == 4) return V(typename V::Native(_mm256_fmadd_ps(a.v, b.v, c.v)));
+  if constexpr (sizeof(acc_t) == 8) return V(typename V::Native(_mm256_fmadd_pd(a.v, b.v, c.v)));
+#else
+  return a * b + c;
+#endif
+}
+
+// v in the lanes that are in use, zero in the others: what a sum may add.
+template <class acc_t>
+PYOPS_INLINE Vec<acc_t> keep(const Vec<acc_t>& v, AllLanes) {
+  return v;
+}
+template <class acc_t>
+PYOPS_INLINE Vec<acc_t> keep(const Vec<acc_t>& v, FirstLanes lanes) {
+  using Index = std::conditional_t<sizeof(acc_t) == 4, int32_t, int64_t>;
+  simd::Native<Index> lane;
+  for (int64_t i = 0; i < Vec<acc_t>::width; ++i) lane[i] = Index(i);
+  return lane < Index(lanes.count) ? v.v : typename Vec<acc_t>::Native{};
+}
+
+namespace simd {
+
+template <int lanes, class V, size_t... i>
+PYOPS_INLINE auto sum_of_lanes(const V& v, std::index_sequence<i...>) {
+  if constexpr (lanes == 2) {
+    return v[0] + v[1];
+  } else {
+    auto halves = __builtin_shufflevector(v, v, int(i)...) + __builtin_shufflevector(v, v, int(i + lanes / 2)...);
+    return sum_of_lanes<lanes / 2>(halves, std::make_index_sequence<lanes / 4>());
+  }
+}
+
+}  // namespace simd
+
+// Sum of the lanes, halves added to halves.
+template <class acc_t>
+PYOPS_INLINE acc_t sum(const Vec<acc_t>& v) {
+  return simd::sum_of_lanes<Vec<acc_t>::width>(v.v, std::make_index_sequence<Vec<acc_t>::width / 2>());
+}
+
+template <class acc_t, class F>
+PYOPS_INLINE void each_vector(int64_t n, F&& f) {
+  constexpr int64_t W = Vec<acc_t>::width;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) f(i, AllLanes{});
+  if (i < n) f(i, FirstLanes{n - i});
+}
+
+// Sums of K quantities over n elements: term(i, lanes, total) adds the contribution of one vector to total[0..K).
+// Four sets of totals hide the latency of the additions.
+template <class acc_t, int K>
+struct Totals {
+  Vec<acc_t> value[K];
+  PYOPS_INLINE Vec<acc_t>& operator[](int k) { return value[k]; }
+};
+template <class acc_t, int K, class F>
+PYOPS_INLINE void accumulate(Totals<acc_t, K>& total, int64_t n, F&& term) {
+  constexpr int64_t W = Vec<acc_t>::width;
+  Totals<acc_t, K> b, c, d;
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    term(i, AllLanes{}, total);
+    term(i + W, AllLanes{}, b);
+    term(i + 2 * W, AllLanes{}, c);
+    term(i + 3 * W, AllLanes{}, d);
+  }
+  for (; i + W <= n; i += W) term(i, AllLanes{}, b);
+  if (i < n) term(i, FirstLanes{n - i}, c);
+  for (int k = 0; k < K; ++k) total[k] += (b[k] + c[k]) + d[k];
+}
+
+// y[i] = value(i, lanes) over n elements; past the caches when `streamed`, which needs stream_fence() afterwards.
+template <class acc_t, class T, class F>
+PYOPS_INLINE void write_run(T* y, int64_t n, bool streamed, F&& value) {
+  constexpr int64_t W = Vec<acc_t>::width, bytes = W * int64_t(sizeof(T));
+  if (!streamed || n < 4 * W)
+    return each_vector<acc_t>(n, [&](int64_t i, auto lanes) { value(i, lanes).store(y + i, lanes); });
+  int64_t i = int64_t(-reinterpret_cast<uintptr_t>(y) & (bytes - 1)) / int64_t(sizeof(T));
+  if (i > 0) value(0, FirstLanes{i}).store(y, FirstLanes{i});
+  for (; i + W <= n; i += W) value(i, AllLanes{}).stream(y + i);
+  if (i < n) value(i, FirstLanes{n - i}).store(y + i, FirstLanes{n - i});
+}
+
+// An output of this size does not stay in the caches: writing past them saves reading each line first.
+inline constexpr int64_t streamed_bytes = 8 << 20;
+PYOPS_INLINE bool is_streamed(int64_t elements, int64_t element_size) {
+  return elements * element_size >= streamed_bytes;
+}
+
+// Streamed stores are weakly ordered; nobody may be told of them before this.
+PYOPS_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Scratch memory on a cache line of its own; uninitialised unless filled.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n)
+      : data_(static_cast<T*>(::operator new(size_t(n > 0 ? n : 1) * sizeof(T), std::align_val_t{64}))) {}
+  Buffer(int64_t n, T value) : Buffer(n) {
+    for (int64_t i = 0; i < n; ++i) data_[i] = value;
+  }
+  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() { return data_; }
+  const T* get() const { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
+// Reads a parameter once into the type of the sums; `absent` where there is none.
+template <class acc_t, class T>
+void widen(acc_t* to, const T* from, int64_t n, acc_t absent) {
+  each_vector<acc_t>(n, [&](int64_t i, auto lanes) {
+    (from ? Vec<acc_t>::load(from + i, lanes) : Vec<acc_t>(absent)).store(to + i, lanes);
+  });
+}
+
+}  // namespace pyops::PYOPS_CPU_CAPABILITY
