@@ -12,6 +12,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from pyops.core import intercept
 from pyops.core.intercept import Unsupported, route, use
@@ -143,6 +144,19 @@ def test_gradients_of_a_model(stand_ins, x):
         loss = layer(x).square().sum()
     got = torch.autograd.grad(loss, list(layer.parameters()))
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_are_recomputed_the_same_way(stand_ins, x, reentrant):
+    layer = transformer_layer()
+    layer(x).square().sum().backward()
+    wanted = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    with use() as report:
+        y = checkpoint(layer, x.requires_grad_(), use_reentrant=reentrant)
+        y.square().sum().backward()
+    torch.testing.assert_close([p.grad for p in layer.parameters()], wanted, rtol=1e-4, atol=1e-4)
+    assert report.entries["layer_norm"].backends["cpu"] > 2  # a recomputation stops when it has what it needs
 
 
 # What stays with torch
@@ -386,10 +400,10 @@ class Block(nn.Module):
         return self.attention(y, y, y)[0].unflatten(-1, (2, 4)).relu_().transpose(0, 1) * y.mT.sum()
 
 
-@pytest.mark.parametrize("backend", COMPILERS)
-def test_with_around_a_compiled_model(compiled, x, backend):
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_with_around_a_compiled_model(compiled, x, compiler):
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU())
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
     graph = torch.compile(model, fullgraph=True, backend=counter)
     with use():
         wanted = model(x)

@@ -163,7 +163,7 @@ def _not_plain(values: Iterable[Any]) -> str | None:
 # has_torch_function answering no, so that it does not hand itself over to the mode for ever.
 
 _composites: dict[Callable[..., Any], Callable[..., Any]] = {}
-_body_globals: dict[str, Any] = {}
+_body_globals: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}  # by id: a module's names, and ours of them
 
 
 def _never(*_: Any) -> bool:
@@ -171,10 +171,22 @@ def _never(*_: Any) -> bool:
 
 
 def _refresh_body_globals() -> None:
-    """Follows whatever was assigned into torch.nn.functional since."""
-    _body_globals.update(vars(F))
-    for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
-        _body_globals[name] = _never
+    """Follows whatever was assigned into the modules since."""
+    for theirs, ours in _body_globals.values():
+        ours.update(theirs)
+        for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
+            if name in ours:
+                ours[name] = _never
+
+
+def _body(function: Any) -> Callable[..., Any]:
+    theirs = function.__globals__
+    _, ours = _body_globals.setdefault(id(theirs), (theirs, {}))
+    if not ours:
+        _refresh_body_globals()
+    body = FunctionType(function.__code__, ours, function.__name__, function.__defaults__, function.__closure__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
 
 
 def _names_in(code: CodeType) -> set[str]:
@@ -183,18 +195,16 @@ def _names_in(code: CodeType) -> set[str]:
 
 
 def _find_composites() -> None:
-    _refresh_body_globals()
     names = {f.__name__ for f in _routes}
     for function in vars(F).values():
         if not isinstance(function, FunctionType) or function.__globals__ is not vars(F):
             continue
         if (_names_in(function.__code__) & names) - {function.__name__ if function in _routes else None}:
-            body = FunctionType(
-                function.__code__, _body_globals, function.__name__, function.__defaults__, function.__closure__
-            )
-            body.__kwdefaults__ = function.__kwdefaults__
-            _composites[function] = body
+            _composites[function] = _body(function)
 
+
+# Backward runs checkpointed forwards again, which have to take the same way as the first time.
+_backwards = {f: _body(f) for f in (torch.Tensor.backward, torch.autograd.backward, torch.autograd.grad)}
 
 _FUNCTIONAL_NAMES = frozenset(
     name
@@ -341,7 +351,7 @@ class _Mode(TorchFunctionMode):
         self.covered = False  # by a `use` entered inside this one, which decides alone
         self.covers: _Mode | None = None
         self.reenters = True
-        self.reported = False
+        self.reports: tuple[Report, ...] = ()
         self.forced: Any = None
         self.running: tuple[str, ...] = ()
         self.listed_seconds = 0.0  # spent in listed ops inside the op that runs now
@@ -377,7 +387,9 @@ class _Mode(TorchFunctionMode):
         return self._torch(func, args, kwargs, found.name, reason)
 
     def _torch(self, func: Any, args: tuple, kwargs: dict, name: str | None, reason: str) -> Any:
-        body = _composites.get(func) if self.reenters and type(func) is FunctionType else None
+        body = None
+        if self.reenters and type(func) is FunctionType:
+            body = _composites.get(func) or _backwards.get(func)
         if name is None or name in self.running:
             return func(*args, **kwargs) if body is None else self._inside(body, args, kwargs)
         running, before = self.running, self.listed_seconds
@@ -429,7 +441,7 @@ class _Mode(TorchFunctionMode):
 
     def _record(self, op: str, backend: str | None, reason: str | None, seconds: float) -> None:
         self.listed_seconds += seconds
-        for report in getattr(_reports, "active", ()):
+        for report in self.reports:
             report.record(op, backend, reason, seconds)
 
 
@@ -448,8 +460,8 @@ class use:
     ``torch.nn.functional.multi_head_attention_forward``. What pyops does not do stays with torch, and the report says
     why; errors of the caller propagate. Nothing in torch is replaced: at exit, also by an exception, no trace is left.
 
-    - Threads: only the thread that entered is routed. Autograd needs no mode, so ``backward`` may run anywhere, but a
-      checkpointed forward is run again by ``backward``: keep that inside the block.
+    - Threads: only the thread that entered is routed (and the autograd threads that work for it). Gradients need no
+      mode, so ``backward`` may run outside, unless it runs checkpointed forwards again: then keep it inside the block.
     - Nesting: the innermost ``use`` decides alone, so ``use(ops=[])`` exempts a region. All active reports count.
     - ``torch.compile``: ``with pyops.use(): compiled(x)`` and ``use`` inside the compiled function both trace into one
       graph. **The report then counts calls when they are traced, not each time the graph runs**, and without times;
@@ -506,8 +518,7 @@ class use:
             mode.covers = next((m for m in reversed(below) if isinstance(m, _Mode)), None)
             if mode.covers is not None:
                 mode.covers.covered = True
-            _reports.active = (*getattr(_reports, "active", ()), self.report)
-            mode.reported = True
+            mode.reports = _reports.active = (*getattr(_reports, "active", ()), self.report)
         mode.__enter__()
         return self.report
 
@@ -516,7 +527,7 @@ class use:
         if not isinstance(mode, _Mode) or mode.owner is not self:
             torch.overrides._push_mode(mode)
             raise RuntimeError("use: left in another order than entered")
-        if mode.reported:
+        if mode.reports:
             _reports.active = _reports.active[:-1]
         if mode.covers is not None:
             mode.covers.covered = False
