@@ -1,0 +1,74 @@
+# A fresh machine needs git, make, a C++ compiler and Python >= 3.10. `make demo` and `make test` do all the set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+# CUDA headers for the emulator come from a toolkit if there is one, else from PyPI's NVIDIA packages.
+CUDA_HEADERS := $(shell command -v nvcc >/dev/null || test -e /usr/local/cuda/include/cuda_fp16.h && echo yes)
+RUN := PYTHONUNBUFFERED=1 $(BIN)/python
+
+.PHONY: demo test bench build gpu emulator room fmt lint check sanitize profile sass clean
+
+$(VENV)/.installed: requirements/dev.txt requirements/emulator.txt
+	@$(PYTHON) -c "import sys; sys.exit('pyops needs Python 3.10 or newer, this is ' + sys.version) if sys.version_info < (3, 10) else None"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -r requirements/dev.txt
+	@test -n "$(CUDA_HEADERS)" || $(PIP) install -q -r requirements/emulator.txt
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.installed requirements/demo.txt requirements/demo-no-deps.txt
+	$(PIP) install -q -r requirements/demo.txt
+	$(PIP) install -q --no-deps -r requirements/demo-no-deps.txt
+	@touch $@
+
+build: $(VENV)/.installed ## libpyops.so and _host into the editable install
+	$(PIP) install -q -e . --no-build-isolation --no-deps
+
+emulator: $(VENV)/.installed ## the same, with the CUDA kernels compiled for the CPU
+	PYOPS_BUILD_EMULATOR=1 $(PIP) install -q -e . --no-build-isolation --no-deps
+
+demo: $(VENV)/.demo build ## the main job: a real network on real photos, then a quick benchmark
+	$(RUN) -m pyops demo --out out
+
+test: $(VENV)/.demo emulator ## the whole suite, then the race detector on the smallest cases
+	$(RUN) -m pytest tests -m "not slow"
+	PYOPS_EMULATOR=race $(RUN) -m pytest tests -m race --backend emulator
+
+check: $(VENV)/.demo emulator ## everything, slow tests included
+	$(RUN) -m pytest tests
+	PYOPS_EMULATOR=race $(RUN) -m pytest tests -m race --backend emulator
+	$(RUN) -m pyops check
+
+bench: $(VENV)/.demo build ## all benchmark rooms on this machine; table, JSON and plots in out/
+	$(RUN) -m pyops bench --out out $(OP)
+
+gpu: ## on a machine with an NVIDIA GPU, nvcc, torch and ninja, offline: build, test, sanitize, bench
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) bench/gpu.py --part "$(PART)" --op "$(OP)"
+
+room: ## every file of one op: make room OP=layer_norm
+	@git ls-files "*$(OP)*"
+
+fmt: $(VENV)/.installed ## format Python and C++
+	$(BIN)/ruff check --fix -q . || true
+	$(BIN)/ruff format -q .
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+
+lint: $(VENV)/.installed ## style, types, import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+
+sanitize: ## compute-sanitizer on the smallest case of each kernel (GPU)
+	$(MAKE) gpu PART=sanitize
+
+sass: $(VENV)/.installed ## compile every CUDA kernel for sm_80 and sm_90a; registers, spills, shared memory, matrix instructions
+	$(RUN) tests/cuda_compile.py
+	$(RUN) tests/triton_compile.py
+
+profile: $(VENV)/.demo build ## where the time of one benchmark room goes: make profile OP=layer_norm
+	$(RUN) -m cProfile -s tottime -m pyops bench --quick --out out $(OP)
+
+clean:
+	rm -rf build out dist *.egg-info pyops/*.so

@@ -1,0 +1,99 @@
+"""Compiles every CUDA source for sm_80 and sm_90a and reports what ptxas made of it; a spill fails.
+
+Needs nvcc, no GPU. ``python tests/cuda_compile.py [stem ...]``
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ("sm_80", "sm_90a")
+HOPPER_ONLY = ("hopper",)  # sources whose name contains one of these need sm_90a
+MATRIX_INSTRUCTIONS = ("HGMMA", "HMMA", "DMMA", "IMMA", "UTMALDG", "LDGSTS", "LDSM")
+
+
+def sources(stems: list[str]) -> list[Path]:
+    """The kernels of the rooms, and the emulator's test kernels."""
+    found = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) + sorted((ROOT / "tests" / "emulator").glob("*.cu"))
+    return [p for p in found if not stems or p.stem in stems]
+
+
+def compile_one(source: Path, architecture: str, folder: Path) -> tuple[Path, str, subprocess.CompletedProcess, Path]:
+    """One nvcc run to a cubin, with ptxas' resource report."""
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    cubin = folder / f"{source.stem}.{architecture}.cubin"
+    command = ["nvcc", "-std=c++20", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-DPYOPS_CUDA"]
+    command += ["--expt-relaxed-constexpr", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += [f"-I{torch / 'include'}", f"-I{ROOT / 'csrc'}", str(source), "-o", str(cubin)]
+    return source, architecture, subprocess.run(command, capture_output=True, text=True), cubin
+
+
+def kernels(report: str) -> list[tuple[str, int, int, int]]:
+    """(mangled name, registers, spilled bytes, shared bytes) of every kernel in ptxas' report."""
+    rows = []
+    for block in re.split(r"ptxas info\s+: Compiling entry function '", report)[1:]:
+        name = block.split("'", 1)[0]
+        registers = int(re.search(r"Used (\d+) registers", block)[1])
+        spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", block))
+        shared = re.search(r"(\d+) bytes smem", block)
+        rows.append((name, registers, spilled, int(shared[1]) if shared else 0))
+    return rows
+
+
+def matrix_instructions(cubin: Path) -> str:
+    """Counts of tensor-core and asynchronous-copy instructions in the SASS, by the disassembler Triton ships."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return ""
+    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        return ""
+    sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True).stdout
+    count = Counter(word for word in MATRIX_INSTRUCTIONS for _ in range(len(re.findall(rf"\b{word}\b", sass))))
+    return ", ".join(f"{n} {word}" for word, n in count.items())
+
+
+def main(stems: list[str]) -> int:
+    if shutil.which("nvcc") is None:
+        print("cuda_compile: nvcc is not on PATH")
+        return 1
+    bad = 0
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
+        jobs = [
+            pool.submit(compile_one, source, architecture, Path(name))
+            for source in sources(stems)
+            for architecture in ARCHITECTURES
+            if architecture == "sm_90a" or not any(word in source.stem for word in HOPPER_ONLY)
+        ]
+        for job in jobs:
+            source, architecture, done, cubin = job.result()
+            if done.returncode != 0:
+                bad += 1
+                print(f"FAILED {source.name} {architecture}\n{done.stderr}")
+                continue
+            rows = kernels(done.stderr)
+            spilling = [row for row in rows if row[2]]
+            bad += len(spilling)
+            most = max((row[1] for row in rows), default=0)
+            print(
+                f"{source.name:28} {architecture:7} {len(rows):4} kernels, at most {most:3} registers, "
+                f"{len(spilling)} spill  {matrix_instructions(cubin)}",
+                flush=True,
+            )
+            for row in spilling:
+                print(f"    {row[2]:6} bytes spilled, {row[1]} registers: {row[0]}")
+    print("cuda_compile:", "ok" if bad == 0 else f"{bad} problem(s)")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
