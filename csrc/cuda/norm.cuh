@@ -75,24 +75,31 @@ struct Moments {
   }
 };
 
-// Sums of a run shifted by one of its own values, which keeps the squares small whatever the mean is.
+// An infinite shift would turn every difference into NaN.
+template <class A>
+PYOPS_DEVICE A as_shift(A value) {
+  return value - value == A(0) ? value : A(0);
+}
+
+// Sums of a run shifted by one of its own values, which keeps the squares small whatever the mean is. The mean is given
+// relative to `origin`, a value that all parts of one statistic share, so that means of parts keep their digits when
+// |mean| >> std. Both shifts are single values of x: an odd one costs digits in its own run only.
 template <bool Centered, class A>
 struct ShiftedSums {
   A shift = 0, sum = 0, square = 0;
   int64_t count = 0;
-  // An infinite shift would turn every difference into NaN; the mean of such a run is infinite in torch.
   PYOPS_DEVICE void start(A value) {
-    if constexpr (Centered) shift = value - value == A(0) ? value : A(0);
+    if constexpr (Centered) shift = as_shift(value);
   }
   PYOPS_DEVICE void add(A value) {
     const A d = value - shift;
     if constexpr (Centered) sum += d;
     square += d * d;
   }
-  PYOPS_DEVICE Moments<A> moments() const {
+  PYOPS_DEVICE Moments<A> moments(A origin) const {
     if (count == 0) return {A(0), A(0), A(0)};
     const A n = static_cast<A>(count), offset = sum / n, rest = square - sum * offset;
-    return {n, shift + offset, rest < A(0) ? A(0) : rest};
+    return {n, shift - origin + offset, rest < A(0) ? A(0) : rest};
   }
 };
 
@@ -199,7 +206,7 @@ void sum_columns(const A* partial, Out* out, int64_t P, int64_t N, cudaStream_t 
 struct Runs {
   int64_t outer, channels, outer_stride, channel_stride;
   int64_t pieces, piece, piece_stride;
-  int64_t slice = 0, count = 0;
+  int64_t slice = 0, count = 0, group_channels = 1;
   Divider piece_divider;
 
   Runs(int64_t outer, int64_t channels, int64_t outer_stride, int64_t channel_stride, int64_t pieces, int64_t piece,
@@ -275,18 +282,26 @@ struct PairShared {
   Pair<A> reduce[32];
 };
 
-// mean and square of every slice, [outer, channels, count] each; uncentered: mean 0, square = sum of x^2.
+// mean and square of every slice, [outer, channels, count] each, relative to origin, [outer, channels /
+// group_channels], the first value of each group; uncentered: mean and origin 0, square = sum of x^2.
 template <bool Centered, class T, int V>
 __global__ void __launch_bounds__(256)
     slice_moments_kernel(const T* __restrict__ x, accumulate_t<T>* __restrict__ mean,
-                         accumulate_t<T>* __restrict__ square, Runs r, int64_t units, int width) {
+                         accumulate_t<T>* __restrict__ square, accumulate_t<T>* __restrict__ origin_out, Runs r,
+                         int64_t units, int width) {
   using A = accumulate_t<T>;
   auto& s = shared_storage<MomentsShared<A>>();
   const int lane = threadIdx.x % width;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * (blockDim.x / width) + threadIdx.x / width;
   ShiftedSums<Centered, A> sums;
+  A origin = 0;
   if (unit < units) {
     const SliceWalk walk(r, unit);
+    if constexpr (Centered) {
+      const int64_t run = unit / r.count, c = run % r.channels, member = c % r.group_channels;
+      origin = as_shift(to_acc(x[walk.base - member * r.channel_stride]));
+      if (lane == 0 && member == 0 && unit == run * r.count) origin_out[run / r.group_channels] = origin;
+    }
     for_slice<V>(r, walk, x, lane, width, [&](const Vec<T, V>& v, int64_t) {
       const Vec<A, V> a = widen(v);
       if (sums.count == 0) sums.start(a[0]);
@@ -295,7 +310,7 @@ __global__ void __launch_bounds__(256)
       sums.count += V;
     });
   }
-  const Moments<A> total = group_reduce(sums.moments(), width, s.reduce);
+  const Moments<A> total = group_reduce(sums.moments(origin), width, s.reduce);
   if (unit < units && lane == 0) {
     mean[unit] = total.mean;
     square[unit] = total.square;
@@ -303,14 +318,15 @@ __global__ void __launch_bounds__(256)
 }
 
 template <bool Centered, class T, int V>
-void slice_moments(const T* x, accumulate_t<T>* mean, accumulate_t<T>* square, const Runs& r, cudaStream_t stream) {
+void slice_moments(const T* x, accumulate_t<T>* mean, accumulate_t<T>* square, accumulate_t<T>* origin, const Runs& r,
+                   cudaStream_t stream) {
   const int width = r.width();
   launch(slice_moments_kernel<Centered, T, V>,
          {.grid = grid_of(divide_up(r.units(), 256 / width)),
           .block = dim3(256),
           .smem = sizeof(MomentsShared<accumulate_t<T>>),
           .stream = stream},
-         x, mean, square, r, r.units(), width);
+         x, mean, square, origin, r, r.units(), width);
 }
 
 }  // namespace pyops::norm

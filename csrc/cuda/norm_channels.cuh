@@ -35,8 +35,8 @@ PYOPS_DEVICE A size_of_slice(const Partials& p, int64_t k) {
 template <class A, class W>
 __global__ void __launch_bounds__(128)
     channels_combine_fwd_kernel(const A* __restrict__ part_mean, const A* __restrict__ part_square,
-                                const W* __restrict__ w, const W* __restrict__ b, A* __restrict__ mean_out,
-                                A* __restrict__ rstd_out, A* __restrict__ var_out,
+                                const A* __restrict__ origin, const W* __restrict__ w, const W* __restrict__ b,
+                                A* __restrict__ mean_out, A* __restrict__ rstd_out, A* __restrict__ var_out,
                                 Coefficients<A>* __restrict__ coefficients, Partials p, A eps, int width) {
   auto& s = shared_storage<MomentsShared<A>>();
   const int lane = threadIdx.x % width;
@@ -45,10 +45,11 @@ __global__ void __launch_bounds__(128)
   const int64_t o = valid ? unit / p.groups : 0, D = p.group_channels(), first = valid ? (unit - o * p.groups) * D : 0;
   // Neighbouring threads take neighbouring partials.
   const bool slices_inside = p.slice_stride == 1;
-  const int64_t inner = slices_inside ? p.count : D;
+  const uint32_t inner = static_cast<uint32_t>(slices_inside ? p.count : D), size = static_cast<uint32_t>(D * p.count);
   Moments<A> total{};
-  for (int64_t i = lane; valid && i < D * p.count; i += width) {
-    const int64_t major = i / inner, minor = i - major * inner;
+#pragma unroll 4
+  for (uint32_t i = lane; valid && i < size; i += width) {
+    const uint32_t major = inner == 1 ? i : i / inner, minor = i - major * inner;
     const int64_t k = slices_inside ? minor : major, c = first + (slices_inside ? major : minor);
     const int64_t at = o * p.outer_stride + c * p.channel_stride + k * p.slice_stride;
     total = Moments<A>::combine(total, {size_of_slice<A>(p, k), part_mean[at], part_square[at]});
@@ -57,14 +58,15 @@ __global__ void __launch_bounds__(128)
   if (!valid) return;
   const A var = total.count > A(0) ? total.square / total.count : A(0);
   const A rstd = inverse_root(var + eps);
+  const A mean = total.count > A(0) ? origin[unit] + total.mean : A(0);
   if (lane == 0) {
-    mean_out[unit] = total.mean;
+    mean_out[unit] = mean;
     rstd_out[unit] = rstd;
     var_out[unit] = var;
   }
   for (int64_t c = first + lane; c < first + D; c += width) {
     coefficients[o * p.channels + c] = {
-        {total.mean, rstd * (w != nullptr ? convert<A>(w[c]) : A(1)), b != nullptr ? convert<A>(b[c]) : A(0), A(0)}};
+        {mean, rstd * (w != nullptr ? convert<A>(w[c]) : A(1)), b != nullptr ? convert<A>(b[c]) : A(0), A(0)}};
   }
 }
 
@@ -236,7 +238,8 @@ struct ColumnMomentsShared {
 template <class T, int V>
 __global__ void __launch_bounds__(256)
     columns_moments_kernel(const T* __restrict__ x, accumulate_t<T>* __restrict__ mean,
-                           accumulate_t<T>* __restrict__ square, Tiling t) {
+                           accumulate_t<T>* __restrict__ square, accumulate_t<T>* __restrict__ origin_out, Tiling t,
+                           int64_t groups) {
   using A = accumulate_t<T>;
   constexpr int unroll = 4;
   auto& s = shared_storage<ColumnMomentsShared<A, V>>();
@@ -246,8 +249,17 @@ __global__ void __launch_bounds__(256)
   const int64_t end = (k + 1) * t.slice < t.rows ? (k + 1) * t.slice : t.rows;
   const T* base = x + o * t.rows * t.channels + c;
   ShiftedSums<true, A> sums[V];
+  A origin[V] = {};
   int64_t count = 0;
   if (c < t.channels) {
+    const int64_t D = t.channels / groups;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const int64_t g = D == 1 ? c + j : (c + j) / D;
+      origin[j] = as_shift(to_acc(x[o * t.rows * t.channels + g * D]));
+      if (k == 0 && line == 0 && g * D == c + j) origin_out[o * groups + g] = origin[j];
+    }
+
     int64_t row = k * t.slice + line;
     if (row < end) {
       const Vec<A, V> v = widen(load_vec<V>(base + row * t.channels));
@@ -274,7 +286,7 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     sums[j].count = count;
-    const Moments<A> m = sums[j].moments();
+    const Moments<A> m = sums[j].moments(origin[j]);
     s.mean[(line * V + j) * t.columns + column] = m.mean;
     s.square[(line * V + j) * t.columns + column] = m.square;
     if (j == 0) s.count[threadIdx.x] = m.count;
@@ -411,7 +423,11 @@ struct ChannelShape {
   bool columns() const { return channels_last || S == 1; }
   int64_t outer() const { return batch ? 1 : N; }
   int64_t statistics() const { return outer() * groups; }
-  Runs runs() const { return batch ? Runs(1, C, 0, S, N, S, C * S) : Runs(N, C, C * S, S, 1, S, S); }
+  Runs runs() const {
+    Runs r = batch ? Runs(1, C, 0, S, N, S, C * S) : Runs(N, C, C * S, S, 1, S, S);
+    r.group_channels = batch ? 1 : C / groups;
+    return r;
+  }
   Partials partials(const Runs& r) const {
     return {r.outer, C, groups, r.elements(), r.slice, r.count, C * r.count, r.count, 1};
   }
@@ -472,14 +488,16 @@ void channels_fwd(const T* x, const W* w, const W* b, T* y, accumulate_t<T>* mea
                   cudaStream_t stream) {
   using A = accumulate_t<T>;
   A* coefficients = workspace(4 * shape.outer() * shape.C);
+  A* origin = workspace(shape.statistics());
   const auto combine = [&](const A* part_mean, const A* part_square, const Partials& p) {
-    const int width = p.group_channels() * p.count > 1024 ? 128 : 32;
+    const int width = p.group_channels() * p.count > 128 ? 128 : 32;
     launch(channels_combine_fwd_kernel<A, W>,
            {.grid = grid_of(divide_up(shape.statistics(), 128 / width)),
             .block = dim3(128),
             .smem = sizeof(MomentsShared<A>),
             .stream = stream},
-           part_mean, part_square, w, b, mean, rstd, var, as_coefficients(coefficients), p, static_cast<A>(eps), width);
+           part_mean, part_square, origin, w, b, mean, rstd, var, as_coefficients(coefficients), p, static_cast<A>(eps),
+           width);
   };
   if (shape.columns()) {
     with_vector<T>(is_aligned({x}) && shape.C % vector_width<T> == 0, [&]<int V>() {
@@ -491,7 +509,7 @@ void channels_fwd(const T* x, const W* w, const W* b, T* y, accumulate_t<T>* mea
               .block = dim3(256),
               .smem = sizeof(ColumnMomentsShared<A, V>),
               .stream = stream},
-             x, part_mean, part_square, t);
+             x, part_mean, part_square, origin, t, shape.groups);
       combine(part_mean, part_square, shape.partials(t));
     });
   } else {
@@ -499,7 +517,7 @@ void channels_fwd(const T* x, const W* w, const W* b, T* y, accumulate_t<T>* mea
       const Runs runs = shape.runs();
       A* part_mean = workspace(runs.units());
       A* part_square = workspace(runs.units());
-      slice_moments<true, T, V>(x, part_mean, part_square, runs, stream);
+      slice_moments<true, T, V>(x, part_mean, part_square, origin, runs, stream);
       combine(part_mean, part_square, shape.partials(runs));
     });
   }

@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(256)
 template <bool Centered, class A>
 __global__ void __launch_bounds__(128)
     norm_rows_combine_kernel(const A* __restrict__ part_mean, const A* __restrict__ part_square,
-                             A* __restrict__ mean_out, A* __restrict__ rstd_out, int64_t M, int64_t N, int64_t slice,
-                             int64_t count, A eps) {
+                             const A* __restrict__ origin, A* __restrict__ mean_out, A* __restrict__ rstd_out,
+                             int64_t M, int64_t N, int64_t slice, int64_t count, A eps) {
   const int lane = threadIdx.x % 32;
   const int64_t m = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
   Moments<A> total{};
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(128)
   }
   total = group_reduce(total, 32, static_cast<Moments<A>*>(nullptr));
   if (lane == 0 && m < M) {
-    if constexpr (Centered) mean_out[m] = total.mean;
+    if constexpr (Centered) mean_out[m] = origin[m] + total.mean;
     rstd_out[m] = inverse_root(total.square / static_cast<A>(N > 0 ? N : 1) + eps);
   }
 }
@@ -421,10 +421,11 @@ void rows_fwd(const T* x, const W* w, const W* b, T* y, accumulate_t<T>* mean, a
     const Runs runs = rows_as_runs(M, N);
     A* part_mean = workspace(runs.units());
     A* part_square = workspace(runs.units());
-    slice_moments<Centered, T, V>(x, part_mean, part_square, runs, stream);
+    A* origin = Centered ? workspace(M) : nullptr;
+    slice_moments<Centered, T, V>(x, part_mean, part_square, origin, runs, stream);
     launch(norm_rows_combine_kernel<Centered, A>,
-           {.grid = grid_of(divide_up(M, 4)), .block = dim3(128), .stream = stream}, part_mean, part_square, mean, rstd,
-           M, N, runs.slice, runs.count, eps);
+           {.grid = grid_of(divide_up(M, 4)), .block = dim3(128), .stream = stream}, part_mean, part_square, origin,
+           mean, rstd, M, N, runs.slice, runs.count, eps);
     const int64_t row_blocks = divide_up(N, 4 * 256 * V);
     launch(norm_rows_apply_kernel<Centered, T, W, V>,
            {.grid = grid_of(M * row_blocks), .block = dim3(256), .stream = stream}, x, w, b, mean, rstd, y, N,
@@ -471,11 +472,8 @@ void rows_bwd(const T* dy, const T* x, const W* w, const accumulate_t<T>* mean, 
     if (!split) {
       with_items<bwd_items<T, V>>(plan.items, [&]<int Items>() {
         launch(norm_rows_bwd_kernel<Centered, T, W, V, Items>,
-               {.grid = grid_of(P),
-                .block = dim3(block),
-                .smem = rows == 1 ? sizeof(PairShared<A>) : sizeof(RowBwdShared<A, V>),
-                .stream = stream},
-               dy, x, w, mean, rstd, dx, part_dw, part_db, M, static_cast<int>(N), plan.width);
+               {.grid = grid_of(P), .block = dim3(block), .smem = sizeof(RowBwdShared<A, V>), .stream = stream}, dy, x,
+               w, mean, rstd, dx, part_dw, part_db, M, static_cast<int>(N), plan.width);
       });
     } else {
       A* mean_g = nullptr;
