@@ -34,6 +34,7 @@ PYOPS_INLINE void each_wide_block(int64_t N, F&& f) {
   parallel_for(ceil_div(N, block_elements), 8, [&](int64_t begin, int64_t end) {
     const int64_t last = end * block_elements;
     f(begin * block_elements, (last < N ? last : N) - begin * block_elements);
+    stream_fence();
   });
 }
 
