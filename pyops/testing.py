@@ -320,7 +320,7 @@ def check_op(
     Raises:
         ValueError: an unknown check name.
     """
-    op = Checked(name or getattr(fn, "__name__", "op"), fn, reference, tuple(samples))
+    op = Checked(name or str(getattr(fn, "__name__", "op")), fn, reference, tuple(samples))
     chosen = tuple(_CHECKS) if only is None else tuple(only)
     for check in chosen:
         if check not in _CHECKS:

@@ -3,6 +3,7 @@ import torch
 
 from pyops import functional as F
 from pyops import nn, testing
+from pyops.core import backend as backends
 
 from .harness import modules_agree, passes, refuses, same_refusal
 
@@ -38,6 +39,15 @@ def test_instance_norm_module(backend, dimensions, track):
 
 def test_unbatched_instance_norm_module(backend):
     modules_agree(nn.InstanceNorm1d(3), torch.nn.InstanceNorm1d(3), torch.randn(3, 7), backend)
+
+
+def test_without_spatial_positions(backend):
+    x, w, b = torch.ones(2, 4, 0, requires_grad=True), ONES.clone().requires_grad_(), ONES.clone().requires_grad_()
+    with backends.backend(backend):
+        y = F.group_norm(x, 2, w, b)
+        y.sum().backward()
+    assert y.shape == x.shape == x.grad.shape
+    assert (w.grad == 0).all() and (b.grad == 0).all()  # sums over nothing
 
 
 def test_bad_input():

@@ -66,6 +66,11 @@ def test_torch_headers_are_included_in_common_only():
             assert "#include <torch/" not in path.read_text(), path
 
 
+def test_kernels_never_import_pyops():
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert not re.search(r"^\s*(import|from) pyops", path.read_text(), re.M), path
+
+
 def test_the_package_never_asserts():
     for folder in ("pyops", "kernels", "bench"):
         for path in (ROOT / folder).rglob("*.py"):

@@ -165,7 +165,7 @@ def batch_norm(
         check.fail(IndexError, op, "input", f"{input.dim()} dimensions", "at least 2: [N, C, *]")
     if (running_mean is None) != (running_var is None):
         check.fail(ValueError, op, "running_var", "one of running_mean and running_var", "both or neither")
-    if not training and running_mean is None:
+    if not training and (running_mean is None or running_var is None):
         check.fail(RuntimeError, op, "running_mean", None, "a tensor in inference")
     check.non_negative(op, "momentum", momentum)
     check.non_negative(op, "eps", eps)
@@ -181,14 +181,14 @@ def batch_norm(
 
     namespace = backend.namespace_for(op, input)
     x, channels_last = layout.flatten(input)
-    if not training:
+    if not training and running_mean is not None and running_var is not None:
         wide = check.accumulate_dtype(input.dtype)
         mean = running_mean.detach().to(wide)
         rstd = (running_var.detach().to(wide) + eps).rsqrt()
         y = _apply_infer(namespace, x, weight, bias, mean, rstd, channels_last)
         return layout.restore(y, input.shape, channels_last)
     y, mean, _, var = _apply(namespace, x, weight, bias, float(eps), channels_last)
-    if running_mean is not None and count > 0:
+    if running_mean is not None and running_var is not None and count > 0:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
