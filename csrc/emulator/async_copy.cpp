@@ -23,16 +23,17 @@ void poison(void* p, size_t bytes) {
 void check_shared(const void* p, size_t bytes, size_t alignment, const char* what, const Location* location) {
   Engine* e = engine();
   const size_t offset = static_cast<size_t>(static_cast<const char*>(p) - e->region);
-  const std::string place = location != nullptr ? std::string(" at ") + where(*location) : locate_caller();
+  const auto place = [&] { return location != nullptr ? std::string(" at ") + where(*location) : locate_caller(); };
   if (offset >= e->region_bytes || offset % e->arena_stride + bytes > e->shared_bytes) {
-    raise_error(std::string(what) + place + ": address outside this launch's shared memory; " + describe(e->current));
+    raise_error(std::string(what) + place() + ": address outside this launch's shared memory; " + describe(e->current));
   }
   if (reinterpret_cast<uintptr_t>(p) % alignment != 0) {
-    raise_error(std::string(what) + place + ": misaligned shared address; " + describe(e->current));
+    raise_error(std::string(what) + place() + ": misaligned shared address; " + describe(e->current));
   }
 }
 
 void* shared_arena(size_t bytes, size_t alignment, const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   if (alignment > 1024) misuse("shared_storage", location, "aligned to more than 1024 bytes");
   if (bytes > e->shared_bytes) {
@@ -45,6 +46,7 @@ uint32_t shared_offset(const void* p) {
   return static_cast<uint32_t>(static_cast<const char*>(p) - engine()->current->block->arena);
 }
 void* map_shared(const void* p, unsigned rank, const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   const auto offset = static_cast<const char*>(p) - e->current->block->arena;
   if (rank >= e->blocks.size()) misuse("cluster_map", location, "no block of that rank in the cluster");
@@ -57,6 +59,7 @@ void* map_shared(const void* p, unsigned rank, const Location& location) {
 // cp.async
 
 void copy_async(void* shared, const void* global, int bytes, bool valid, const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   Fiber* fiber = e->current;
   const auto size = static_cast<size_t>(bytes);
@@ -72,11 +75,13 @@ void copy_async(void* shared, const void* global, int bytes, bool valid, const L
   fiber->open_copies.push_back({shared, global, bytes, valid});
 }
 void copy_async_commit() {
+  const EngineScope scope;
   Fiber* fiber = engine()->current;
   fiber->copy_groups.push_back(std::move(fiber->open_copies));
   fiber->open_copies.clear();
 }
 void copy_async_wait(int pending, const Location&) {
+  const EngineScope scope;
   Engine* e = engine();
   Fiber* fiber = e->current;
   while (static_cast<int>(fiber->copy_groups.size()) > pending) {
@@ -304,7 +309,7 @@ void issue_store(AsyncOperation op, const char* what) {
         if (global == nullptr) return;
         const size_t bytes = static_cast<size_t>(last - first) * op.map.element_bytes;
         if (op.kind == AsyncOperation::tensor_add) {
-          check_atomic(e, e->current, global, bytes, true, " at " + where(op.location));
+          check_atomic(e, e->current, global, bytes, true, op.location);
         } else {
           check_access(e, e->current, global, bytes, true, nullptr, what);
         }
@@ -327,6 +332,7 @@ void issue_load(AsyncOperation op, const char* what) {
 
 void tensor_load(void* shared, const void* map, uint64_t* bar, int rank, const int* coordinates,
                  const uint16_t* offsets, bool multicast, uint16_t cta_mask, const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   AsyncOperation op =
       tensor_operation(AsyncOperation::tensor_load, "TMA load", map, shared, rank, coordinates, location);
@@ -355,6 +361,7 @@ void tensor_load(void* shared, const void* map, uint64_t* bar, int rank, const i
 
 void tensor_store(const void* map, const void* shared, int rank, const int* coordinates, bool add,
                   const Location& location) {
+  const EngineScope scope;
   const char* what = add ? "TMA reduce" : "TMA store";
   AsyncOperation op = tensor_operation(add ? AsyncOperation::tensor_add : AsyncOperation::tensor_store, what, map,
                                        shared, rank, coordinates, location);
@@ -363,6 +370,7 @@ void tensor_store(const void* map, const void* shared, int rank, const int* coor
 }
 
 void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* bar, const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   if (bytes == 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     misuse("bulk_load", location, "size and addresses must be multiples of 16");
@@ -379,6 +387,7 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* bar, 
 }
 
 void bulk_store(void* global, const void* shared, uint32_t bytes, const Location& location) {
+  const EngineScope scope;
   if (bytes == 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     misuse("bulk_store", location, "size and addresses must be multiples of 16");
   }
@@ -391,12 +400,14 @@ void bulk_store(void* global, const void* shared, uint32_t bytes, const Location
 }
 
 void bulk_commit() {
+  const EngineScope scope;
   Fiber* fiber = engine()->current;
   fiber->bulk_groups.push_back(std::move(fiber->open_bulk));
   fiber->open_bulk.clear();
 }
 
 void bulk_wait(int pending, bool read_only, const Location&) {
+  const EngineScope scope;
   Engine* e = engine();
   Fiber* fiber = e->current;
   const auto groups = static_cast<int>(fiber->bulk_groups.size());

@@ -41,6 +41,7 @@ void arrive_and_wait(Engine* e, Barrier& barrier, int expected, const char* what
 }  // namespace
 
 int block_barrier(Vote vote, int predicate, const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   Fiber* fiber = e->current;
   Block& block = *fiber->block;
@@ -77,6 +78,7 @@ void thread_exited_barriers(Engine* e, Fiber* fiber) {
 }
 
 void named_barrier(int id, int threads, bool wait, const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   if (id < 1 || id >= named_barriers) misuse("named barrier", location, "the id must be 1 to 15");
   if (threads < 32 || threads % 32 != 0) misuse("named barrier", location, "the count must be a multiple of 32");
@@ -95,6 +97,7 @@ void named_barrier(int id, int threads, bool wait, const Location& location) {
 }
 
 void cluster_barrier_arrive(const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   Fiber* fiber = e->current;
   if (fiber->cluster_arrived) misuse("cluster barrier", location, "arrived twice without waiting");
@@ -112,6 +115,7 @@ void cluster_barrier_arrive(const Location& location) {
 }
 
 void cluster_barrier_wait(const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   Fiber* fiber = e->current;
   if (!fiber->cluster_arrived) misuse("cluster barrier", location, "waits without having arrived");
@@ -124,6 +128,7 @@ void cluster_barrier_wait(const Location& location) {
 }
 
 void grid_barrier(unsigned* counter, const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   if (!e->launch->cooperative) misuse("grid_sync", location, "the launch is not cooperative");
   announce_atomic(counter, sizeof *counter, true, Order::acquire_release, location);
@@ -156,6 +161,7 @@ void advance(MbarrierState& s) {
 }  // namespace
 
 void mbarrier_init(uint64_t* bar, uint32_t count, const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   check_shared(bar, 8, 8, "mbarrier_init", &location);
   if (count == 0 || count >= 1u << 20) misuse("mbarrier_init", location, "the count must be 1 to 2^20 - 1");
@@ -164,6 +170,7 @@ void mbarrier_init(uint64_t* bar, uint32_t count, const Location& location) {
 }
 
 void mbarrier_arrive(uint64_t* bar, uint32_t expected_bytes, const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   MbarrierState& s = state_of(bar, "mbarrier_arrive", location);
   if (s.pending == 0) misuse("mbarrier_arrive", location, "more arrivals than the barrier counts");
@@ -186,6 +193,7 @@ bool mbarrier_phase_done(Engine* e, uint64_t* bar, uint32_t parity) {
 }
 
 bool mbarrier_test(uint64_t* bar, uint32_t parity, const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   state_of(bar, "mbarrier_try_wait", location);
   if (!mbarrier_phase_done(e, bar, parity)) {
@@ -197,6 +205,7 @@ bool mbarrier_test(uint64_t* bar, uint32_t parity, const Location& location) {
 }
 
 void mbarrier_wait(uint64_t* bar, uint32_t parity, const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   Fiber* fiber = e->current;
   state_of(bar, "mbarrier_wait", location);

@@ -98,6 +98,7 @@ struct Fiber {
   uint64_t* polled_barrier = nullptr;
   uint32_t polled_parity = 0;
   int yields = 0;
+  int engine_depth = 0;  // > 0: in a call of the engine, whose own accesses are not the kernel's
 
   // asynchronous operations
   std::vector<CopyAsync> open_copies;
@@ -240,6 +241,7 @@ struct Engine {
 
   // race mode
   bool race = false;
+  uintptr_t builtins_begin = 0, builtins_end = 0;  // threadIdx and its like, on the host thread that runs the engine
   uint32_t generation = 0, first_generation = 0;
   uint32_t async_time = 1;
   std::vector<Cell> shared_cells;
@@ -259,6 +261,19 @@ struct Engine {
 };
 
 Engine* engine();  // of this host thread; null outside a launch
+
+// Stands in every function that a kernel calls. The linker may give the engine the instrumented copy of a standard
+// library template, so the hooks have to know whose access they see.
+class EngineScope {
+ public:
+  EngineScope() : fiber_(engine()->current) { ++fiber_->engine_depth; }
+  ~EngineScope() { --fiber_->engine_depth; }
+  EngineScope(const EngineScope&) = delete;
+  EngineScope& operator=(const EngineScope&) = delete;
+
+ private:
+  Fiber* fiber_;
+};
 
 // scheduling (scheduler.cpp)
 [[noreturn]] void raise_error(std::string message);

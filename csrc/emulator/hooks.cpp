@@ -10,7 +10,9 @@ namespace {
 
 inline void on_access(const void* p, size_t bytes, bool write, const void* pc) {
   Engine* e = engine();
-  if (e != nullptr && e->race && e->current != nullptr) check_access(e, e->current, p, bytes, write, pc, nullptr);
+  if (e == nullptr || !e->race || e->current == nullptr || e->current->engine_depth > 0) return;
+  const EngineScope scope;
+  check_access(e, e->current, p, bytes, write, pc, nullptr);
 }
 
 // Layouts of the compiler's descriptions (ABI of the undefined-behaviour sanitizer).
@@ -44,6 +46,7 @@ std::string text(const SourcePlace& place, const void* pc) {
 void type_mismatch(const TypeMismatch* data, uintptr_t address, const void* pc) {
   const Engine* e = engine();
   if (e == nullptr || e->current == nullptr || !enabled(Detector::alignment)) return;
+  const EngineScope scope;
   const std::string type = static_cast<const TypeDescriptor*>(data->type)->name;
   const std::string why = address == 0
                               ? "access through a null pointer to "
@@ -55,6 +58,7 @@ void type_mismatch(const TypeMismatch* data, uintptr_t address, const void* pc) 
 void out_of_bounds(const OutOfBounds* data, uintptr_t index, const void* pc) {
   const Engine* e = engine();
   if (e == nullptr || e->current == nullptr || !enabled(Detector::bounds)) return;
+  const EngineScope scope;
   const std::string type = static_cast<const TypeDescriptor*>(data->array_type)->name;
   raise_error("index " + std::to_string(static_cast<int64_t>(index)) + " is outside an array of type " + type +
               text(data->place, pc) + "; " + describe(e->current));

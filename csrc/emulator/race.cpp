@@ -92,6 +92,7 @@ void release_async(Engine* e, Clock& sync, uint32_t time) {
 }
 
 void memory_fence() {
+  const EngineScope scope;
   Engine* e = engine();
   if (e->race) {
     e->current->fenced = snapshot(e, e->current);
@@ -101,12 +102,13 @@ void memory_fence() {
 }
 
 void announce_atomic(const void* p, size_t bytes, bool writes, Order order, const Location& location) {
+  const EngineScope scope;
+  spin(location);  // others run before, never between the announcement and the operation
   Engine* e = engine();
-  if (e == nullptr) raise_error("an atomic outside a kernel");
   Fiber* fiber = e->current;
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("misaligned atomic", location);
   if (e->race) {
-    check_atomic(e, fiber, p, bytes, writes, " at " + where(location));
+    check_atomic(e, fiber, p, bytes, writes, location);
     const auto address = reinterpret_cast<uintptr_t>(p);
     const bool releases = order == Order::release || order == Order::acquire_release;
     // A relaxed atomic after a fence releases what the fence covered; acquiring is not made to depend on a fence.
@@ -137,7 +139,6 @@ void announce_atomic(const void* p, size_t bytes, bool writes, Order order, cons
       for (const uint32_t gang : e->acquired) add(gang);
     }
   }
-  spin(location);
 }
 
 namespace {
@@ -153,7 +154,7 @@ struct Access {
   Kind kind;
   const void* pc;
   const char* what;
-  std::string place;        // atomics: already known
+  const Location* location;  // atomics
   const Range* range;       // null: shared memory
   uint32_t async_time = 0;  // async_read
   bool other_proxy = false;
@@ -161,7 +162,7 @@ struct Access {
   bool writes() const { return kind == Kind::write || kind == Kind::atomic; }
 
   std::string at() const {
-    if (!place.empty()) return place;
+    if (location != nullptr) return " at " + where(*location);
     return pc != nullptr ? locate(pc) : locate_caller();
   }
   std::string by() const { return what != nullptr ? std::string(" by ") + what : std::string(); }
@@ -432,6 +433,7 @@ bool in_loaded_image(uintptr_t address) {
 template <class F>
 void over_cells(Access& a, F f) {
   Engine* e = a.e;
+  if (a.address - e->builtins_begin < e->builtins_end - e->builtins_begin) return;
   const uintptr_t stacks = reinterpret_cast<uintptr_t>(e->stacks);
   if (a.address - stacks < e->stacks_mapped) {
     const uintptr_t own = reinterpret_cast<uintptr_t>(a.fiber->stack);
@@ -476,7 +478,7 @@ void over_cells(Access& a, F f) {
 
 Access access(Engine* e, Fiber* fiber, const void* p, size_t bytes, Kind kind, const void* pc, const char* what) {
   ++e->statistics.accesses;
-  return {e, fiber, reinterpret_cast<uintptr_t>(p), bytes, kind, pc, what, {}, nullptr};
+  return {e, fiber, reinterpret_cast<uintptr_t>(p), bytes, kind, pc, what, nullptr, nullptr};
 }
 
 }  // namespace
@@ -486,9 +488,9 @@ void check_access(Engine* e, Fiber* fiber, const void* p, size_t bytes, bool wri
   over_cells(a, [&a](Cell& cell) { visit(a, cell); });
 }
 
-void check_atomic(Engine* e, Fiber* fiber, const void* p, size_t bytes, bool writes, const std::string& place) {
+void check_atomic(Engine* e, Fiber* fiber, const void* p, size_t bytes, bool writes, const Location& location) {
   Access a = access(e, fiber, p, bytes, Kind::atomic, nullptr, "an atomic");
-  a.place = place;
+  a.location = &location;
   if (!writes) {
     // An acquire load of a read-only flag is a read for the bounds, an atomic for the order.
     const Range* range = find_range(a.address);

@@ -15,7 +15,7 @@ void release_async(Engine* e, Clock& sync, uint32_t time);
 
 // Accesses. `what` names the primitive, pc the instruction; either may be null.
 void check_access(Engine* e, Fiber* fiber, const void* p, size_t bytes, bool write, const void* pc, const char* what);
-void check_atomic(Engine* e, Fiber* fiber, const void* p, size_t bytes, bool writes, const std::string& place);
+void check_atomic(Engine* e, Fiber* fiber, const void* p, size_t bytes, bool writes, const Location& location);
 // Asynchronous operations: the issuing fiber must be ordered after earlier writes, and generic-proxy writes be fenced.
 void async_read(Engine* e, Fiber* issuer, const void* p, size_t bytes, uint32_t time, bool other_proxy,
                 const char* what);

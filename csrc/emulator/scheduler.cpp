@@ -101,6 +101,7 @@ void fiber_main() {
     e->launch->body(e->launch->parameters);
   } catch (const std::exception& x) { raise_error(std::string("exception in a kernel: ") + x.what()); }
   Fiber* fiber = e->current;
+  ++fiber->engine_depth;
   check_nothing_outstanding(fiber);
   fiber->state = State::done;
   --e->live;
@@ -182,12 +183,14 @@ std::string describe(const Fiber* fiber) {
 void raise_error(std::string message) {
   Engine* e = current_engine;
   if (e == nullptr || e->current == nullptr) throw std::runtime_error(message);
+  ++e->current->engine_depth;
   if (e->error == nullptr) e->error = std::make_unique<std::string>(std::move(message));
   leave_gang(e);
 }
 
 void fail(const char* what, const Location& location) {
   Engine* e = current_engine;
+  if (e != nullptr && e->current != nullptr) ++e->current->engine_depth;
   raise_error(std::string(what) + " at " + where(location) + (e && e->current ? "; " + describe(e->current) : ""));
 }
 
@@ -213,6 +216,7 @@ void continue_with_next() {
 void spin(const Location& location) {
   Engine* e = current_engine;
   if (e == nullptr || e->current == nullptr) return;
+  const EngineScope scope;
   if (e->queue.empty()) {
     if (wake_pollers(e) || run_async_operation(e)) return;
     if (++e->lonely_yields > livelock_yields) {
@@ -308,6 +312,12 @@ void Engine::prepare(const Launch& l) {
   split_cells.clear();
   free_split_cells.clear();
   first_generation = next_generation;
+  builtins_begin = UINTPTR_MAX;
+  builtins_end = 0;
+  for (const uint3* variable : {&threadIdx, &blockIdx, &pyops_block_dim, &pyops_grid_dim}) {
+    builtins_begin = std::min(builtins_begin, reinterpret_cast<uintptr_t>(variable));
+    builtins_end = std::max(builtins_end, reinterpret_cast<uintptr_t>(variable + 1));
+  }
 }
 
 void Engine::run_gang(Extent origin) {

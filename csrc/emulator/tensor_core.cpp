@@ -353,6 +353,7 @@ void finish_groups(Engine* e, Fiber* any, int pending) {
 void wgmma_fence(const Location&) { engine()->current->product_fenced = true; }
 
 void wgmma_issue(const WgmmaIssue& issue, const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   Fiber* fiber = e->current;
   if (issue.columns < 8 || issue.columns > 256 || issue.columns % 8 != 0) fail("wgmma: no such N", location);
@@ -380,12 +381,14 @@ void wgmma_issue(const WgmmaIssue& issue, const Location& location) {
 }
 
 void wgmma_commit() {
+  const EngineScope scope;
   Fiber* fiber = engine()->current;
   fiber->product_groups.push_back(std::move(fiber->open_products));
   fiber->open_products.clear();
 }
 
 void wgmma_wait(int pending, const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   Fiber* fiber = e->current;
   int& waiters = fiber->block->product_waiters[fiber->thread / 128];

@@ -117,6 +117,7 @@ const WarpOp reduce_xor{"__reduce_xor_sync", run_reduce_xor, false};
 
 void warp_collective(const WarpOp& op, unsigned mask, const void* in, void* out, uint32_t size, uint64_t argument,
                      const Location& location) {
+  const EngineScope scope;
   Engine* e = engine();
   Fiber* fiber = e->current;
   Warp* warp = fiber->warp;
