@@ -1,9 +1,9 @@
 // Row normalisation on CUDA, shared by layer_norm (Centered) and rms_norm (not Centered: mean 0, no bias).
 //
 // forward   rows   a row lives in the registers of `width` threads (2..32 lanes, or one block): x is read once.
-//           split  rows too long for 512 threads (64 KB), or at most 32 rows of 32 KB or more: blocks share a row, one
-//           kernel
-//                  for the moments of slices, one to combine them, one to normalise, last slices first (still in L2).
+//           split  rows too long for 512 threads (64 KB, ragged ones 8192 values), or at most 32 rows of 32 KB or more:
+//                  blocks share a row: one kernel for the moments of slices, one to combine them, one to normalise,
+//                  last slices first (still in L2).
 // backward  rows   the same mapping; a block strides over rows and keeps dw, db of its columns in registers, then
 //                  writes one line of [blocks, N] partials which sum_columns adds up: x and dy are read once.
 //           split  sums of slices, combine, then threads own columns for dx and the partials of dw, db.
@@ -381,7 +381,7 @@ inline RowPlan plan_rows(int64_t vectors, const int (&counts)[3], const int (&th
 inline bool few_long_rows(int64_t M, int64_t row_bytes) { return M <= 32 && row_bytes >= 32 * 1024; }
 
 template <class T, int V>
-inline constexpr int fwd_items[3] = {1, V > 1 ? 4 : 8, V > 1 ? 8 : (sizeof(T) == 8 ? 16 : 32)};
+inline constexpr int fwd_items[3] = {1, V > 1 ? 4 : 8, V > 1 ? 8 : 16};
 template <class T, int V>
 inline constexpr int bwd_items[3] = {1, V > 1 ? 2 : 4, V > 1 ? 4 : (sizeof(T) == 8 ? 8 : 16)};
 
