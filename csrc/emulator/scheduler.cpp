@@ -26,7 +26,7 @@ constexpr size_t guard_bytes = 4096;
 constexpr unsigned char canary = 0xA5;
 constexpr unsigned char poison = 0xFF;  // NaN in every floating type
 constexpr size_t shared_limit = 227 * 1024;
-constexpr uint64_t livelock_yields = 1 << 24;
+constexpr uint64_t livelock_yields = 1 << 20;
 
 std::atomic<uint32_t> next_generation{1};
 
@@ -225,6 +225,8 @@ void spin(const Location& location) {
     return;
   }
   if (++e->current->yields % 16 != 0) return;
+  // Nothing but spinning for a while: what they spin on may be a sleeper's turn or a copy's landing.
+  if (e->lonely_yields % 64 == 63 && !wake_pollers(e)) run_async_operation(e);
   if (++e->lonely_yields > livelock_yields) fail("livelock: threads spin without an end", location);
   e->push(e->current);
   continue_with_next();

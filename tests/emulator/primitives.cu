@@ -28,13 +28,12 @@ PYOPS_TEST(launch_empty_grid) {
   return "";
 }
 PYOPS_TEST(launch_errors) {
-  for (const LaunchConfig& config : {LaunchConfig{.grid = 1, .block = 2048}, {.grid = 1, .block = 32, .smem = 1 << 20}}) {
+  for (const LaunchConfig& config :
+       {LaunchConfig{.grid = 1, .block = 2048}, {.grid = 1, .block = 32, .smem = 1 << 20}}) {
     bool thrown = false;
     try {
       launch(write_index, config, nullptr, 1);
-    } catch (const std::runtime_error&) {
-      thrown = true;
-    }
+    } catch (const std::runtime_error&) { thrown = true; }
     PYOPS_EXPECT(thrown);
   }
   return "";
@@ -117,8 +116,12 @@ PYOPS_TEST(shuffles) {
   test::synchronize();
   for (int t = 0; t < 64; ++t) {
     const int lane = t % 32;
-    const int want[6] = {5, lane ^ 3, lane < 2 ? lane : lane - 2, lane + 7 > 31 ? lane : lane + 7,
-                         lane / 8 * 8 + 3, lane % 16 == 15 ? lane : lane + 1};
+    const int want[6] = {5,
+                         lane ^ 3,
+                         lane < 2 ? lane : lane - 2,
+                         lane + 7 > 31 ? lane : lane + 7,
+                         lane / 8 * 8 + 3,
+                         lane % 16 == 15 ? lane : lane + 1};
     for (int k = 0; k < 6; ++k) PYOPS_EXPECT_EQUAL(out[static_cast<size_t>(t * 6 + k)], want[k] * 10, t * 6 + k);
   }
   return "";
@@ -380,8 +383,7 @@ __global__ void relay(unsigned* flags, int* values) {
   if (threadIdx.x != 0) return;
   const unsigned b = blockIdx.x;
   if (b > 0) {
-    while (load_acquire(flags + b - 1) == 0) {
-    }
+    while (load_acquire(flags + b - 1) == 0) {}
   }
   values[b] = b == 0 ? 1 : values[b - 1] * 3;
   store_release(flags + b, 1u);

@@ -17,9 +17,7 @@ PYOPS_EXPORT const char* pyops_test_run(const char* name, int variant) {
     if (std::strcmp(t.name, name) != 0) continue;
     try {
       result = t.run(variant);
-    } catch (const std::exception& x) {
-      result = x.what();
-    }
+    } catch (const std::exception& x) { result = x.what(); }
     test::forget_buffers();
   }
   return result.c_str();

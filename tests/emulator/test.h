@@ -96,13 +96,15 @@ inline std::string failure(const char* file, int line, const std::string& text) 
 
 }  // namespace pyops::test
 
-#define PYOPS_TEST(NAME)                                                                          \
-  static std::string NAME([[maybe_unused]] int variant);                                          \
-  static const ::pyops::test::Register register_##NAME(#NAME, &NAME);                             \
+#define PYOPS_TEST(NAME)                                              \
+  static std::string NAME([[maybe_unused]] int variant);              \
+  static const ::pyops::test::Register register_##NAME(#NAME, &NAME); \
   static std::string NAME([[maybe_unused]] int variant)
 #define PYOPS_EXPECT(CONDITION) \
   if (!(CONDITION)) return ::pyops::test::failure(__FILE__, __LINE__, #CONDITION)
-#define PYOPS_EXPECT_EQUAL(GOT, WANT, INDEX)                                                              \
-  if (const double pyops_got = static_cast<double>(GOT), pyops_want = static_cast<double>(WANT); !(pyops_got == pyops_want))      \
-  return ::pyops::test::failure(__FILE__, __LINE__, #GOT " [" + std::to_string(INDEX) + "]: got " +       \
-                                                        std::to_string(pyops_got) + ", expected " + std::to_string(pyops_want))
+#define PYOPS_EXPECT_EQUAL(GOT, WANT, INDEX)                                                                \
+  if (const double pyops_got = static_cast<double>(GOT), pyops_want = static_cast<double>(WANT);            \
+      !(pyops_got == pyops_want))                                                                           \
+  return ::pyops::test::failure(__FILE__, __LINE__,                                                         \
+                                #GOT " [" + std::to_string(INDEX) + "]: got " + std::to_string(pyops_got) + \
+                                    ", expected " + std::to_string(pyops_want))
