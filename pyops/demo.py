@@ -209,7 +209,8 @@ def class_names() -> list[str]:
     """
     path = package_folder("torchvision") / "models" / "_meta.py"
     spec = importlib.util.spec_from_file_location("_pyops_demo_torchvision_meta", path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be read")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return list(module._IMAGENET_CATEGORIES)

@@ -47,11 +47,13 @@ def test_nan_and_infinity_stay_in_their_row(backend):
 
 
 def test_variance_survives_a_huge_mean(backend):
-    x = 1e6 + torch.randn(3, 512, dtype=torch.float64)
-    x = x.float().double()
+    x = (1e6 + torch.randn(3, 512, dtype=torch.float64)).float()
+    exact = torch.nn.functional.layer_norm(x.double(), (512,))
+    error = lambda y: (y.double() - exact).abs().max().item()
     with backends.backend(backend):
-        y = F.layer_norm(x.float(), (512,))
-    torch.testing.assert_close(y.double(), torch.nn.functional.layer_norm(x, (512,)), rtol=0, atol=0.05)
+        ours = error(F.layer_norm(x, (512,)))
+    # at 1e6 the mean itself rounds to 1/16
+    assert ours <= 2 * error(torch.nn.functional.layer_norm(x, (512,))) < 0.1
 
 
 def test_bad_input():
