@@ -127,7 +127,7 @@ struct RowTiles {
   int64_t R, C;
   int64_t width = C < tile_channels ? C : tile_channels;
   int64_t tiles = width > 0 ? ceil_div(C, width) : 0;
-  int64_t height = std::max<int64_t>(64, width > 0 ? 16384 / width : 1);
+  int64_t height = std::clamp<int64_t>(width > 0 ? 16384 / width : 1, 64, 1024);
   int64_t chunks = ceil_div(R, height);
 
   // f(chunk, first row, rows, first channel, channels) for every tile of every chunk.
@@ -169,10 +169,11 @@ void column_moments(const scalar_t* __restrict__ x, int64_t R, int64_t C, double
   tiling.each([&](int64_t chunk, int64_t first, int64_t rows, int64_t channel, int64_t width) {
     alignas(64) acc_t pivot[tile_channels] = {}, one[tile_channels] = {}, two[tile_channels] = {};
     const scalar_t* __restrict__ block = x + first * C + channel;
-    accumulate_columns<acc_t, 1>(rows, width, {pivot}, [&](int64_t r, int64_t c, auto lanes, auto& t) {
+    const int64_t sampled = ceil_div(rows, 8);  // enough for a pivot, see block_moments
+    accumulate_columns<acc_t, 1>(sampled, width, {pivot}, [&](int64_t r, int64_t c, auto lanes, auto& t) {
       t[0] += V::load(block + r * C + c, lanes);
     });
-    for (int64_t c = 0; c < width; ++c) pivot[c] /= acc_t(rows);
+    for (int64_t c = 0; c < width; ++c) pivot[c] /= acc_t(sampled);
     accumulate_columns<acc_t, 2>(rows, width, {one, two}, [&](int64_t r, int64_t c, auto lanes, auto& t) {
       V d = V::load(block + r * C + c, lanes) - V::load(pivot + c, lanes);
       t[0] += d;
@@ -241,10 +242,25 @@ class ChannelTable {
   Buffer<acc_t> data_;
 };
 
-template <class F>
-void each_row_backwards(int64_t R, int64_t C, F&& f) {
-  parallel_for(R, row_grain(C), [&](int64_t begin, int64_t end) {
-    for (int64_t r = end - 1; r >= begin; --r) f(r * C);
+// y[r, c] = value(r * C, c, lanes). Blocks of rows go backwards, since what was read last is still in cache, and rows
+// inside a block forwards, as the prefetcher likes them. Four rows share what is loaded for a channel, except in
+// streamed stores, which want one ascending address.
+template <class acc_t, class scalar_t, class F>
+void write_rows(scalar_t* __restrict__ y, int64_t R, int64_t C, bool streamed, F&& value) {
+  const int64_t height = C > 0 && C < 16384 ? 16384 / C : 1;
+  parallel_for(ceil_div(R, height), 2, [&](int64_t begin, int64_t end) {
+    for (int64_t block = end - 1; block >= begin; --block) {
+      int64_t r = block * height;
+      const int64_t last = std::min(R, r + height);
+      for (; !streamed && r + 4 <= last; r += 4)
+        each_vector<acc_t>(C, [&](int64_t c, auto lanes) {
+          Vec<acc_t> v[4];
+          for (int64_t k = 0; k < 4; ++k) v[k] = value((r + k) * C, c, lanes);
+          for (int64_t k = 0; k < 4; ++k) v[k].store(y + (r + k) * C + c, lanes);
+        });
+      for (; r < last; ++r)
+        write_run<acc_t>(y + r * C, C, streamed, [&](int64_t c, auto lanes) { return value(r * C, c, lanes); });
+    }
     stream_fence();
   });
 }
@@ -254,11 +270,9 @@ void affine_rows(const scalar_t* __restrict__ x, const ChannelTable<acc_t, 3>& t
                  int64_t R, int64_t C, bool streamed) {
   using V = Vec<acc_t>;
   const acc_t* __restrict__ high = table[0], * __restrict__ scale = table[1], * __restrict__ shift = table[2];
-  each_row_backwards(R, C, [&](int64_t row) {
-    write_run<acc_t>(y + row, C, streamed, [&](int64_t c, auto lanes) {
-      return fma(V::load(x + row + c, lanes) - V::load(high + c, lanes), V::load(scale + c, lanes),
-                 V::load(shift + c, lanes));
-    });
+  write_rows<acc_t>(y, R, C, streamed, [=](int64_t row, int64_t c, auto lanes) {
+    return fma(V::load(x + row + c, lanes) - V::load(high + c, lanes), V::load(scale + c, lanes),
+               V::load(shift + c, lanes));
   });
 }
 
@@ -267,12 +281,10 @@ void gradient_rows(const scalar_t* __restrict__ dy, const scalar_t* __restrict__
                    scalar_t* __restrict__ dx, int64_t R, int64_t C, bool streamed) {
   using V = Vec<acc_t>;
   const acc_t* __restrict__ mean = table[0], * __restrict__ along_dy = table[1], * __restrict__ along_x = table[2], * __restrict__ shift = table[3];
-  each_row_backwards(R, C, [&](int64_t row) {
-    write_run<acc_t>(dx + row, C, streamed, [&](int64_t c, auto lanes) {
-      V centered = V::load(x + row + c, lanes) - V::load(mean + c, lanes);
-      return fma(V::load(dy + row + c, lanes), V::load(along_dy + c, lanes),
-                 fma(centered, V::load(along_x + c, lanes), V::load(shift + c, lanes)));
-    });
+  write_rows<acc_t>(dx, R, C, streamed, [=](int64_t row, int64_t c, auto lanes) {
+    V centered = V::load(x + row + c, lanes) - V::load(mean + c, lanes);
+    return fma(V::load(dy + row + c, lanes), V::load(along_dy + c, lanes),
+               fma(centered, V::load(along_x + c, lanes), V::load(shift + c, lanes)));
   });
 }
 

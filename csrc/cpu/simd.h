@@ -222,6 +222,15 @@ struct Vec {
     simd::write_streamed(p, simd::Memory<T>::pack(v));
   }
 
+  template <class T>
+  static PYOPS_INLINE void stream(T* p, const Vec& a, const Vec& b) {
+    using Packed = typename simd::Memory<T>::Packed;
+    struct {
+      Packed first, second;
+    } pair{simd::Memory<T>::pack(a.v), simd::Memory<T>::pack(b.v)};
+    simd::write_streamed(p, simd::bits_as<Native>(pair));
+  }
+
   friend PYOPS_INLINE Vec operator+(const Vec& a, const Vec& b) { return a.v + b.v; }
   friend PYOPS_INLINE Vec operator-(const Vec& a, const Vec& b) { return a.v - b.v; }
   friend PYOPS_INLINE Vec operator*(const Vec& a, const Vec& b) { return a.v * b.v; }
@@ -235,7 +244,7 @@ struct Vec {
 // a * b + c, rounded once where the instruction set can.
 template <class acc_t>
 PYOPS_INLINE Vec<acc_t> fma(const Vec<acc_t>& a, const Vec<acc_t>& b, const Vec<acc_t>& c) {
-  using V = Vec<acc_t>;
+  using V [[maybe_unused]] = Vec<acc_t>;
 #if defined(__AVX512F__)
   if constexpr (sizeof(acc_t) == 4) return V(typename V::Native(_mm512_fmadd_ps(a.v, b.v, c.v)));
   if constexpr (sizeof(acc_t) == 8) return V(typename V::Native(_mm512_fmadd_pd(a.v, b.v, c.v)));
@@ -312,19 +321,29 @@ PYOPS_INLINE void accumulate(Totals<acc_t, K>& total, int64_t n, F&& term) {
 }
 
 // y[i] = value(i, lanes) over n elements; past the caches when `streamed`, which needs stream_fence() afterwards.
+// Streamed stores are as wide as the registers, so half types go out in pairs.
 template <class acc_t, class T, class F>
 PYOPS_INLINE void write_run(T* y, int64_t n, bool streamed, F&& value) {
-  constexpr int64_t W = Vec<acc_t>::width, bytes = W * int64_t(sizeof(T));
+  using V = Vec<acc_t>;
+  constexpr int64_t W = V::width, step = vector_bytes / int64_t(sizeof(T));
   if (!streamed || n < 4 * W)
     return each_vector<acc_t>(n, [&](int64_t i, auto lanes) { value(i, lanes).store(y + i, lanes); });
-  int64_t i = int64_t(-reinterpret_cast<uintptr_t>(y) & (bytes - 1)) / int64_t(sizeof(T));
-  if (i > 0) value(0, FirstLanes{i}).store(y, FirstLanes{i});
-  for (; i + W <= n; i += W) value(i, AllLanes{}).stream(y + i);
-  if (i < n) value(i, FirstLanes{n - i}).store(y + i, FirstLanes{n - i});
+  auto plain = [&](int64_t first, int64_t count) {
+    each_vector<acc_t>(count, [&](int64_t i, auto lanes) { value(first + i, lanes).store(y + first + i, lanes); });
+  };
+  int64_t i = int64_t(-reinterpret_cast<uintptr_t>(y) & (vector_bytes - 1)) / int64_t(sizeof(T));
+  if (i > 0) plain(0, i);
+  for (; i + step <= n; i += step) {
+    if constexpr (step == W)
+      value(i, AllLanes{}).stream(y + i);
+    else
+      V::stream(y + i, value(i, AllLanes{}), value(i + W, AllLanes{}));
+  }
+  if (i < n) plain(i, n - i);
 }
 
 // An output of this size does not stay in the caches: writing past them saves reading each line first.
-inline constexpr int64_t streamed_bytes = 8 << 20;
+inline constexpr int64_t streamed_bytes = 12 << 20;
 PYOPS_INLINE bool is_streamed(int64_t elements, int64_t element_size) {
   return elements * element_size >= streamed_bytes;
 }
