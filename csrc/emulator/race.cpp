@@ -415,13 +415,14 @@ bool in_loaded_image(uintptr_t address) {
 
 [[noreturn]] void outside(const Access& a) {
   std::string near = "no tensor of this call is near";
+  uintptr_t nearest = 4096;
   for (const Range& r : ranges()) {
-    if (a.address >= r.end && a.address - r.end < 4096) {
-      near = std::to_string(a.address - r.end) + " bytes past the end of " + r.name;
-      break;
-    }
-    if (a.address < r.begin && r.begin - a.address <= 4096) {
-      near = std::to_string(r.begin - a.address) + " bytes before " + r.name;
+    if (a.address >= r.end && a.address - r.end < nearest) {
+      nearest = a.address - r.end;
+      near = std::to_string(nearest) + " bytes past the end of " + r.name;
+    } else if (a.address < r.begin && r.begin - a.address < nearest) {
+      nearest = r.begin - a.address;
+      near = std::to_string(nearest) + " bytes before " + r.name;
     }
   }
   if (a.address < 4096) near = "a null pointer";

@@ -57,11 +57,10 @@ __global__ void pass_through_ring(int* out, int n, bool polling) {
     const int slot = i % 2;
     const uint32_t phase = static_cast<uint32_t>(i / 2 % 2);
     if (threadIdx.x < 32) {
+      if (lane != 0) continue;  // a lane that only waits could fall two phases behind, and then wait for ever
       mbarrier_wait(&s.empty[slot], phase ^ 1);
-      if (lane == 0) {
-        s.slot[slot] = i * i;
-        mbarrier_arrive(&s.full[slot]);
-      }
+      s.slot[slot] = i * i;
+      mbarrier_arrive(&s.full[slot]);
     } else {
       if (polling) {
         while (!mbarrier_try_wait(&s.full[slot], phase)) {}

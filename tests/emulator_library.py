@@ -1,0 +1,101 @@
+"""Builds and loads the emulator's test library: tests/emulator/*.cu, plain, under race detection, or for a GPU."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "tests" / "emulator"
+GOLDEN = SOURCES / "golden"
+
+
+def cuda_include_dirs() -> list[Path]:
+    """CUDA headers: of the toolkit, else of the PyPI packages nvidia-cuda-runtime, -crt and -cccl."""
+    given = os.environ.get("PYOPS_CUDA_INCLUDE_DIRS")
+    if given:
+        return [Path(p) for p in given.split(";")]
+    candidates = [Path("/usr/local/cuda/include")]
+    candidates += [Path(p) / "nvidia" / "cu13" / "include" for p in sys.path]
+    return [p for p in candidates if (p / "cuda_fp16.h").exists()][:1]
+
+
+def program(name: str) -> str | None:
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+
+
+def build(flavour: str) -> Path:
+    """Path of the up-to-date library of flavour "plain" or "race"."""
+    directory = ROOT / "build" / "emulator-tests"
+    cmake, ninja = program("cmake"), program("ninja")
+    if cmake is None or ninja is None:
+        raise FileNotFoundError("cmake and ninja are needed to build the emulator's tests")
+    include = ";".join(str(p) for p in cuda_include_dirs())
+    configure = [cmake, "-S", str(ROOT / "csrc" / "emulator"), "-B", str(directory), "-G", "Ninja"]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPYOPS_CUDA_INCLUDE_DIRS={include}"]
+    target = f"pyops_emulator_tests_{flavour}"
+    for command in (configure, [cmake, "--build", str(directory), "--target", target]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    return directory / f"{target}.so"
+
+
+def build_gpu(architecture: str = "sm_90a") -> Path:
+    """The same tests for the GPU of this machine; only the files its architecture can compile."""
+    library = ROOT / "build" / f"gpu_tests_{architecture}.so"
+    hopper = architecture == "sm_90a"
+    sources = [p for p in sorted(SOURCES.glob("*.cu")) if "bugs" not in p.name]
+    sources = [p for p in sources if hopper or p.name not in ("hopper.cu", "wgmma.cu", "conformance_hopper.cu")]
+    command = ["nvcc", "-std=c++20", f"-arch={architecture}", "-shared", "-Xcompiler=-fPIC", "-I", str(ROOT / "csrc")]
+    subprocess.run([*command, *map(str, sources), "-o", str(library)], check=True)
+    return library
+
+
+class Library:
+    """The C interface of tests/emulator/runner.cu, and the emulator's own where the library has it."""
+
+    def __init__(self, path: Path):
+        self._lib = ctypes.CDLL(str(path))
+        self._lib.pyops_test_name.restype = ctypes.c_char_p
+        self._lib.pyops_test_run.restype = ctypes.c_char_p
+        self._lib.pyops_test_recorded.restype = ctypes.POINTER(ctypes.c_ubyte)
+        if hasattr(self._lib, "pyops_emulator_statistics"):
+            self._lib.pyops_emulator_statistics.restype = ctypes.c_uint64
+
+    def names(self) -> list[str]:
+        return [self._lib.pyops_test_name(i).decode() for i in range(self._lib.pyops_test_count())]
+
+    def run(self, name: str, variant: int = 0) -> str:
+        """Empty if the test passed, else what went wrong."""
+        return self._lib.pyops_test_run(name.encode(), variant).decode()
+
+    def recorded(self) -> bytes:
+        size = ctypes.c_size_t()
+        pointer = self._lib.pyops_test_recorded(ctypes.byref(size))
+        return bytes(pointer[: size.value])
+
+    def configure(self, **settings: object) -> None:
+        for key, value in settings.items():
+            if self._lib.pyops_emulator_configure(key.encode(), str(value).encode()) != 0:
+                raise ValueError(f"the emulator does not know {key}={value}")
+
+    def statistic(self, key: str) -> int:
+        return int(self._lib.pyops_emulator_statistics(key.encode()))
+
+
+def write_golden(architecture: str = "sm_90a") -> None:
+    """Runs the conformance kernels on this machine's GPU and keeps their outputs."""
+    library = Library(build_gpu(architecture))
+    GOLDEN.mkdir(exist_ok=True)
+    for name in library.names():
+        result = library.run(name)
+        print(f"{name}: {result or 'ok'}")
+        if name.startswith("conformance_") and not result:
+            (GOLDEN / f"{name}.bin").write_bytes(library.recorded())
+
+
+if __name__ == "__main__":
+    write_golden(*sys.argv[1:])

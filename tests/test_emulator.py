@@ -1,0 +1,162 @@
+"""The emulator: every primitive right in every schedule, and every detector proven by a planted bug."""
+
+import re
+
+import numpy
+import pytest
+
+from tests import emulator_library as emulator
+
+SCHEDULES = ("forward", "reverse", "random:7", "deep", "deep-reverse")
+
+
+def load(flavour):
+    if not emulator.cuda_include_dirs():
+        pytest.skip("no CUDA headers: a toolkit, or requirements/emulator.txt")
+    return emulator.Library(emulator.build(flavour))
+
+
+@pytest.fixture(scope="session")
+def plain():
+    return load("plain")
+
+
+@pytest.fixture(scope="session")
+def race():
+    return load("race")
+
+
+@pytest.fixture(autouse=True)
+def defaults(request):
+    yield
+    for flavour in ("plain", "race"):
+        if flavour in request.fixturenames:
+            library = request.getfixturevalue(flavour)
+            library.configure(schedule="forward", silence="", threads=1, poison=1, race=int(flavour == "race"))
+
+
+def passing(library):
+    return [n for n in library.names() if not n.startswith(("bug_", "conformance_"))]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_primitives_plain(plain, schedule):
+    plain.configure(schedule=schedule)
+    assert {n: r for n in passing(plain) if (r := plain.run(n))} == {}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_primitives_race(race, schedule):
+    race.configure(schedule=schedule)
+    assert {n: r for n in passing(race) if (r := race.run(n))} == {}
+
+
+def test_every_primitive_is_there(plain):
+    assert len(passing(plain)) >= 35
+
+
+def test_host_threads(plain):
+    plain.configure(threads=3)
+    assert {n: r for n in passing(plain) if (r := plain.run(n))} == {}
+
+
+# bug: (what the message says, the detector that says it). None: part of the primitive's own definition, never silent
+# (a misaligned vector load would fault in the CPU itself).
+BUGS = {
+    "missing_barrier": (r"uninitialised shared memory|data race .* on shared memory", "uninitialised,race"),
+    "shared_race": (r"data race .* on shared memory", "race"),
+    "missing_syncwarp": (r"uninitialised shared memory|data race .* on shared memory", "uninitialised,race"),
+    "uninitialised_shared": (r"read of uninitialised shared memory \+160", "uninitialised"),
+    "read_past_end": (r"read outside every tensor \(0 bytes past the end of in\)", "bounds"),
+    "write_past_end": (r"write outside every tensor .* past the end of out", "bounds"),
+    "write_to_input": (r"write to the input in \+\d+", "read_only"),
+    "two_blocks_one_address": (r"data race \(write after write\) on out \+0 .* another block", "race"),
+    "read_of_other_block": (r"data race .* another block", "race"),
+    "plain_add_against_atomic": (r"data race .* on out \+0", "race"),
+    "missing_threadfence": (r"data race .* another block", "race"),
+    "shuffle_mask": (r"__shfl_xor_sync .* names a lane that has exited", "warp"),
+    "lane_outside_mask": (r"__shfl_down_sync .* not in its own mask", None),
+    "exited_lane": (r"names a lane that has exited", "warp"),
+    "divergent_barrier": (r"__syncthreads .* divergent", "barrier"),
+    "return_before_barrier": (r"__syncthreads .* exited", "barrier"),
+    "missing_cp_async_wait": (r"while an asynchronous copy to it has not been waited for", "async_wait"),
+    "missing_cp_async_barrier": (r"uninitialised shared memory|data race .* on shared memory", "uninitialised,race"),
+    "cp_async_never_waited": (r"cp.async still outstanding", "async_wait"),
+    "misaligned_vector_load": (r"misaligned access .* needs a multiple of 16", None),
+    "index_past_member_array": (r"index 64 is outside an array of type 'float \[64\]'", "bounds"),
+    "shared_overrun": (r"write past the end of shared memory", "bounds,shared_overrun"),
+    "launch_with_too_little_shared_memory": (r"shared_storage .* needs 16384 bytes", None),
+    "local_memory_of_other_thread": (r"read of another thread's local memory", "bounds"),
+    "endless_spin": (r"livelock", None),
+    "missing_mbarrier_wait": (r"while an asynchronous copy to it has not been waited for", "async_wait"),
+    "missing_empty_wait": (r"more arrivals than the barrier counts", None),
+    "mbarrier_used_before_its_barrier": (r"data race .* by mbarrier_wait", "race"),
+    "too_many_arrivals": (r"more arrivals than the barrier counts", None),
+    "wrong_expected_bytes": (r"deadlock: .* wait in mbarrier_wait", None),
+    "missing_proxy_fence": (r"missing proxy fence on shared memory", "proxy_fence"),
+    "missing_store_wait": (r"data race \(write after read\) .* asynchronous operation", "race"),
+    "missing_cluster_sync": (r"uninitialised shared memory|data race .* on shared memory", "uninitialised,race"),
+    "exit_while_cluster_reads": (r"shared memory of a block that has exited", "race"),
+    "missing_wgmma_wait": (r"data race \(write after read\) .* asynchronous operation", "race"),
+    "missing_wgmma_fence": (r"wgmma without wgmma_fence", None),
+    "wgmma_never_waited": (r"wgmma still outstanding", "async_wait"),
+    "misaligned_tma_tile": (r"TMA load .* misaligned shared address", None),
+}
+
+
+def test_every_bug_is_listed(race):
+    assert sorted(n.removeprefix("bug_") for n in race.names() if n.startswith("bug_")) == sorted(BUGS)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug(race, bug, schedule):
+    race.configure(schedule=schedule)
+    message, detector = BUGS[bug]
+    assert race.run(f"bug_{bug}", 0) == "", "the correct variant must pass"
+    found = race.run(f"bug_{bug}", 1)
+    assert re.search(message, found, re.DOTALL), found
+    if detector is not None:
+        race.configure(silence=detector)
+        assert not re.search(message, race.run(f"bug_{bug}", 1), re.DOTALL), "found without its detector?"
+
+
+def test_messages_name_file_line_block_and_thread(race):
+    for bug in ("shared_race", "read_past_end", "missing_proxy_fence", "misaligned_vector_load", "shuffle_mask"):
+        found = race.run(f"bug_{bug}", 1)
+        assert re.search(r"bugs(_hopper)?\.cu:\d+.*block \(0,0,0\) thread \(\d+,0,0\)", found), found
+
+
+def test_plain_build_finds_misuse_without_instrumentation(plain):
+    for bug in ("shuffle_mask", "divergent_barrier", "cp_async_never_waited", "missing_wgmma_fence", "shared_overrun"):
+        assert re.search(BUGS[bug][0], plain.run(f"bug_{bug}", 1)), bug
+
+
+def test_statistics_and_configuration(plain):
+    plain.configure(statistics="reset")
+    assert plain.run("mma_bf16_ldmatrix") == ""
+    assert (plain.statistic("launches"), plain.statistic("mma"), plain.statistic("ldmatrix")) == (1, 2, 4)
+    assert plain.statistic("no such counter") == 2**64 - 1
+    with pytest.raises(ValueError):
+        plain.configure(schedule="sideways")
+
+
+def conformance_names():
+    names = (re.findall(r"PYOPS_TEST\((conformance_\w+)\)", p.read_text()) for p in emulator.SOURCES.glob("conf*.cu"))
+    return sorted(n for group in names for n in group)
+
+
+@pytest.mark.parametrize("name", conformance_names())
+def test_conformance_with_a_gpu(plain, name):
+    """Layouts bit for bit; products within the rounding of their 16 terms."""
+    assert plain.run(name) == ""
+    ours = plain.recorded()
+    assert len(ours) > 0
+    golden = emulator.GOLDEN / f"{name}.bin"
+    if not golden.exists():
+        pytest.skip("no GPU has recorded golden outputs yet: the layouts are checked against their documentation only")
+    if name.startswith("conformance_exact_"):
+        assert ours == golden.read_bytes()
+    else:
+        got, want = (numpy.frombuffer(b, numpy.float32) for b in (ours, golden.read_bytes()))
+        numpy.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
