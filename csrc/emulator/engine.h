@@ -157,6 +157,7 @@ struct Block {
   std::vector<Warp> warps;
   Barrier barriers[named_barriers];
   int product_waiters[8] = {};
+  std::unordered_map<int, uint32_t> remote_accesses;  // race mode: thread of another block, time of its last access
 };
 
 struct MbarrierState {

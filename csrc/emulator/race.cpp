@@ -155,8 +155,8 @@ struct Access {
   const void* pc;
   const char* what;
   const Location* location;  // atomics
-  const Range* range;       // null: shared memory
-  uint32_t async_time = 0;  // async_read
+  const Range* range;        // null: shared memory
+  uint32_t async_time = 0;   // async_read
   bool other_proxy = false;
 
   bool writes() const { return kind == Kind::write || kind == Kind::atomic; }
@@ -450,7 +450,8 @@ void over_cells(Access& a, F f) {
       raise_error(std::string(verb(a.writes())) + " past the end of shared memory (byte " + std::to_string(offset) +
                   " of " + std::to_string(e->shared_bytes) + ")" + a.by() + a.at() + "; " + describe(a.fiber));
     }
-    const Block& owner = e->blocks[(a.address - region) / e->arena_stride];
+    Block& owner = e->blocks[(a.address - region) / e->arena_stride];
+    if (&owner != a.fiber->block) owner.remote_accesses[a.fiber->id] = a.fiber->clock;
     if (owner.exited == e->threads_per_block && enabled(Detector::race)) {
       raise_error(std::string(verb(a.writes())) + " of the shared memory of a block that has exited" + a.by() + a.at() +
                   "; " + describe(a.fiber));
@@ -517,12 +518,31 @@ void async_write_issued(Engine* e, Fiber* issuer, const void* p, size_t bytes, c
 }
 
 void async_write_landed(Engine* e, const void* p, size_t bytes, Fiber* owner, uint32_t time) {
-  Access a = access(e, owner != nullptr ? owner : &e->blocks[0].fibers[0], p, bytes, Kind::write, nullptr, nullptr);
+  Fiber* fiber = owner;
+  if (fiber == nullptr) {
+    const size_t block = static_cast<size_t>(static_cast<const char*>(p) - e->region) / e->arena_stride;
+    fiber = &e->blocks[block].fibers[0];  // local: the landing itself is nobody's access
+  }
+  Access a = access(e, fiber, p, bytes, Kind::write, nullptr, nullptr);
   over_cells(a, [&](Cell& cell) {
     cell.pending = 0;
     cell.writer = owner != nullptr ? owner->id : e->threads;
     cell.write_time = owner != nullptr ? owner->clock : time;
   });
+}
+
+void check_remote_accesses(Engine* e, Fiber* exiting) {
+  auto& accesses = exiting->block->remote_accesses;
+  for (auto i = accesses.begin(); i != accesses.end();) {
+    const bool seen = i->second <= (*exiting->seen)[static_cast<size_t>(i->first)];
+    i = seen ? accesses.erase(i) : std::next(i);
+  }
+  if (accesses.empty() || exiting->block->exited < e->threads_per_block || !enabled(Detector::race)) return;
+  const int id = accesses.begin()->first;
+  const Block& reader = e->blocks[static_cast<size_t>(id / e->threads_per_block)];
+  raise_error("a block exits while another may still use its shared memory: the exit of " + describe(exiting) +
+              " is not ordered after an access by " +
+              describe(&reader.fibers[static_cast<size_t>(id % e->threads_per_block)]));
 }
 
 }  // namespace pyops::emulator

@@ -22,6 +22,9 @@ void async_read(Engine* e, Fiber* issuer, const void* p, size_t bytes, uint32_t 
 void async_write_issued(Engine* e, Fiber* issuer, const void* p, size_t bytes, const char* what);
 void async_write_landed(Engine* e, const void* p, size_t bytes, Fiber* owner, uint32_t time);
 
+// A block may end only after the others of its cluster have finished with its shared memory.
+void check_remote_accesses(Engine* e, Fiber* exiting);
+
 // The ranges of the calling host thread (memory.cpp).
 std::vector<Range>& ranges();
 bool any_range_registered();

@@ -106,6 +106,7 @@ void fiber_main() {
   fiber->state = State::done;
   --e->live;
   ++fiber->block->exited;
+  if (e->race) check_remote_accesses(e, fiber);
   lane_exited(e, fiber);
   thread_exited_barriers(e, fiber);
   if (e->live == 0) leave_gang(e);
@@ -351,6 +352,7 @@ void Engine::run_gang(Extent origin) {
     block.index = {origin.x + i % box.x, origin.y + i / box.x % box.y, origin.z + i / (box.x * box.y)};
     for (Barrier& barrier : block.barriers) barrier.reset();
     for (int& waiters : block.product_waiters) waiters = 0;
+    block.remote_accesses.clear();
     for (size_t w = 0; w < block.warps.size(); ++w) {
       block.warps[w] = Warp();
       block.warps[w].block = &block;
