@@ -342,10 +342,13 @@ PYOPS_INLINE void write_run(T* y, int64_t n, bool streamed, F&& value) {
   if (i < n) plain(i, n - i);
 }
 
-// An output of this size does not stay in the caches: writing past them saves reading each line first.
-inline constexpr int64_t streamed_bytes = 12 << 20;
+// An output from this size on does not stay in the caches: writing past them saves reading each line first. From 32 MiB
+// on malloc maps fresh pages, which the kernel has just zeroed through the caches: there a plain store is the faster
+// one.
+inline constexpr int64_t streamed_bytes = 12 << 20, mapped_bytes = 32 << 20;
 PYOPS_INLINE bool is_streamed(int64_t elements, int64_t element_size) {
-  return elements * element_size >= streamed_bytes;
+  const int64_t bytes = elements * element_size;
+  return bytes >= streamed_bytes && bytes < mapped_bytes;
 }
 
 // Streamed stores are weakly ordered; nobody may be told of them before this.
