@@ -106,10 +106,10 @@ std::string signature(R (*)(A...)) {
 #define PYOPS_ACTIVE (std::string_view(PYOPS_TEXT(PYOPS_CPU_CAPABILITY)) == pyops::registry::active_cpu_capability())
 #endif
 
-#define PYOPS_IMPL(m, fn)                                                 \
-  do {                                                                    \
-    if (PYOPS_ACTIVE) {                                                   \
-      (m).impl(#fn, TORCH_BOX(&fn));                                      \
-      pyops::registry::record(#fn, pyops::registry::signature(&fn));      \
-    }                                                                     \
+#define PYOPS_IMPL(m, fn)                                            \
+  do {                                                               \
+    if (PYOPS_ACTIVE) {                                              \
+      (m).impl(#fn, TORCH_BOX(&fn));                                 \
+      pyops::registry::record(#fn, pyops::registry::signature(&fn)); \
+    }                                                                \
   } while (false)

@@ -167,10 +167,14 @@ decltype(auto) dispatch_floating(const OpScope& op, ScalarType dtype, F&& f) {
                dtype == ScalarType::Half,
            "expected a float32, float64, bfloat16 or float16 tensor, got ", dtype);
   switch (dtype) {
-    case ScalarType::Double: return f.template operator()<double>();
-    case ScalarType::BFloat16: return f.template operator()<bfloat16_t>();
-    case ScalarType::Half: return f.template operator()<half_t>();
-    default: return f.template operator()<float>();
+    case ScalarType::Double:
+      return f.template operator()<double>();
+    case ScalarType::BFloat16:
+      return f.template operator()<bfloat16_t>();
+    case ScalarType::Half:
+      return f.template operator()<half_t>();
+    default:
+      return f.template operator()<float>();
   }
 }
 
