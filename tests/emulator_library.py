@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "tests" / "emulator"
 GOLDEN = SOURCES / "golden"
+HOPPER_ONLY = ("hopper.cu", "wgmma.cu", "bugs_hopper.cu", "conformance_hopper.cu")
 
 
 def cuda_include_dirs() -> list[Path]:
@@ -48,7 +49,7 @@ def build_gpu(architecture: str = "sm_90a") -> Path:
     library = ROOT / "build" / f"gpu_tests_{architecture}.so"
     hopper = architecture == "sm_90a"
     sources = [p for p in sorted(SOURCES.glob("*.cu")) if "bugs" not in p.name]
-    sources = [p for p in sources if hopper or p.name not in ("hopper.cu", "wgmma.cu", "conformance_hopper.cu")]
+    sources = [p for p in sources if hopper or p.name not in HOPPER_ONLY]
     command = ["nvcc", "-std=c++20", f"-arch={architecture}", "-shared", "-Xcompiler=-fPIC", "-I", str(ROOT / "csrc")]
     subprocess.run([*command, *map(str, sources), "-o", str(library)], check=True)
     return library

@@ -1,6 +1,7 @@
 """The emulator: every primitive right in every schedule, and every detector proven by a planted bug."""
 
 import re
+import subprocess
 
 import numpy
 import pytest
@@ -160,3 +161,26 @@ def test_conformance_with_a_gpu(plain, name):
     else:
         got, want = (numpy.frombuffer(b, numpy.float32) for b in (ours, golden.read_bytes()))
         numpy.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_vocabulary_compiles_for_gpus(architecture, tmp_path):
+    """What the emulator runs is also CUDA: nvcc accepts every test kernel."""
+    nvcc = emulator.program("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    for source in sorted(emulator.SOURCES.glob("*.cu")):
+        if architecture == "sm_80" and source.name in emulator.HOPPER_ONLY:
+            continue
+        command = [
+            nvcc,
+            "-std=c++20",
+            f"-arch={architecture}",
+            "-cubin",
+            "-I",
+            str(emulator.ROOT / "csrc"),
+            str(source),
+        ]
+        done = subprocess.run([*command, "-o", str(tmp_path / "out.cubin")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

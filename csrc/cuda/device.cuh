@@ -10,44 +10,46 @@
 //           make_tensor_map(base, shape, stride_bytes, box, Swizzle) -> TensorMap, arrays innermost first
 //           make_tensor_map_im2col(base, shape, stride_bytes, Im2col{...}, Swizzle) -> TensorMap
 // storage   shared_storage<T>()      one struct per kernel; pass .smem = sizeof(T)
-// types     bf16 fp16 Vec<T, N>{v[N]}  accumulate_t<T> (double for double, else float; common/host_device.h)
-// convert   to_float(x) from_float<T>(f) to_acc(x) from_acc<T>(a) convert<T>(x) pack2<T>(lo, hi) unpack2<T>(u32)
-// to_tf32(f) memory    load_vec<N>(p) load_vec_readonly<N>(p) load_vec_streaming<N>(p) store_vec(p, v)
-// store_vec_streaming(p, v)
-//           load_acquire(p) store_release(p, v) fetch_add_acq_rel(p, v)    device scope, 32-bit and 64-bit unsigned
-// atomics   atomicAdd(float | double | int | unsigned | half | half2 | bf16 | bf162) ...  red_add_v2(float*, Vec<float,
-// 2>)
-//           red_add_v4(float*, Vec<float, 4>)
+// types     bf16 fp16 Vec<T, N>{v[N]} accumulate_t<T> (double for double, else float; common/host_device.h)
+// convert   to_float(x) from_float<T>(f) to_acc(x) from_acc<T>(a) convert<T>(x) to_tf32(f)
+//           pack2<T>(lo, hi) -> uint32_t, unpack2<T>(u32) -> float2
+// memory    load_vec<N>(p) load_vec_readonly<N>(p) load_vec_streaming<N>(p) store_vec(p, v) store_vec_streaming(p, v)
+//           load_acquire(p) store_release(p, v) fetch_add_acq_rel(p, v)    device scope, unsigned of 32 or 64 bits
+// atomics   atomicAdd(float | double | int | unsigned | half | half2 | bf16 | bf162), atomicMax, atomicCAS, ...
+//           red_add_v2(float*, Vec<float, 2>) red_add_v4(float*, Vec<float, 4>)
 // math      exp2_approx log2_approx tanh_approx rcp_approx
-// reduce    warp_reduce<W>(v, op) warp_sum<W>(v) warp_max<W>(v) warp_min<W>(v)   W = 32 | 16 | 8 | 4 | 2 lanes, result
-// in all lanes
-//           block_reduce(v, op, identity, BlockScratch<T>&) block_sum(v, scratch) block_max(v, scratch)   two barriers,
-//           result in all threads, fixed order; blocks of a multiple of 32 threads
-// barriers  named_barrier_sync(id, threads) named_barrier_arrive(id, threads)   id 1..15
+// reduce    warp_reduce<W>(v, op) warp_sum<W>(v) warp_max<W>(v) warp_min<W>(v)
+//           W = 32, 16, 8, 4 or 2 lanes; every lane gets the result
+//           block_reduce(v, op, identity, BlockScratch<T>&) block_sum(v, scratch) block_max(v, scratch)
+//           two barriers, fixed order, every thread gets the result; blocks of a multiple of 32 threads
+// barriers  named_barrier_sync(id, threads) named_barrier_arrive(id, threads)   id 1 to 15
 //           grid_sync(unsigned* zeroed_counter)   cooperative launches; the counter only grows
-// random    philox4x32(seed, subsequence, offset) -> Vec<uint32_t, 4>   uniform_from_bits(u32) in (0, 1]
-// philox_uniform4(...) cp.async  cp_async<16 | 8 | 4>(smem, gmem, bool valid = true)  zero-fills when not valid;
-// cp_async_commit() cp_async_wait<N>() matrix    ldmatrix_x1/x2/x4[_trans](uint32_t (&r)[n], row)  mma_m16n8k16<bf16 |
-// fp16>(d[4], a[4], b[2])  mma_m16n8k8_tf32(d, a, b)
+// random    philox4x32(seed, subsequence, offset) -> Vec<uint32_t, 4>   philox_uniform4(...) -> Vec<float, 4>
+//           uniform_from_bits(u32) in (0, 1]
+// cp.async  cp_async<16 | 8 | 4>(smem, gmem, bool valid = true)  zero-fills when not valid
+//           cp_async_commit() cp_async_wait<N>()
+// matrix    ldmatrix_x1/x2/x4[_trans](uint32_t (&r)[n], row)
+//           mma_m16n8k16<bf16 | fp16>(d[4], a[4], b[2])  mma_m16n8k8_tf32(d, a, b)
 //
 // sm_90 and later (device/cuda_hopper.cuh):
 // cluster   cluster_sync cluster_arrive cluster_wait cluster_rank cluster_size cluster_map(ptr, rank)
 // mbarrier  mbarrier_init(bar, count) mbarrier_arrive(bar) mbarrier_arrive_expect_tx(bar, bytes)
-// mbarrier_arrive_remote(bar, rank)
-//           mbarrier_try_wait(bar, parity) mbarrier_wait(bar, parity) fence_barrier_init
-// TMA       tma_load(smem, map, bar, {x, y, ...}) tma_load_multicast(..., cta_mask) tma_load_im2col(smem, map, bar, {c,
-// w, ..., n},
-//           {filter offsets}) tma_store(map, smem, {...}) tma_reduce_add(map, smem, {...}) bulk_load(smem, gmem, bytes,
-//           bar) bulk_store(gmem, smem, bytes) tma_store_commit tma_store_wait<N> tma_store_wait_read<N>
-//           tma_prefetch(map) fence_proxy_async (this block's shared memory)
+//           mbarrier_arrive_remote(bar, rank) mbarrier_try_wait(bar, parity) mbarrier_wait(bar, parity)
+//           fence_barrier_init
+// TMA       tma_load(smem, map, bar, {x, y, ...}) tma_load_multicast(..., cta_mask)
+//           tma_load_im2col(smem, map, bar, {c, w, ..., n}, {filter offsets})
+//           tma_store(map, smem, {...}) tma_reduce_add(map, smem, {...})
+//           bulk_load(smem, gmem, bytes, bar) bulk_store(gmem, smem, bytes)
+//           tma_store_commit tma_store_wait<N> tma_store_wait_read<N> tma_prefetch(map)
+//           fence_proxy_async (this block's shared memory; by every thread that wrote what TMA or wgmma will read)
 // matrix    stmatrix_x1/x2/x4[_trans](row, r)
 // other     elect_one()
 //
 // sm_90a only (device/cuda_wgmma.cuh):
-// wgmma     smem_desc(ptr, leading_bytes, stride_bytes, Swizzle)  wgmma_m64k16<T, N, MajorA, MajorB>(d[N / 2], desc_a,
-// desc_b,
-//           accumulate = true)  wgmma_m64k16_reg<T, N, MajorB>(d, a[4], desc_b, accumulate)  wgmma_fence wgmma_commit
-//           wgmma_wait<N> setmaxnreg_inc<R> setmaxnreg_dec<R>
+// wgmma     smem_desc(ptr, leading_bytes, stride_bytes, Swizzle)
+//           wgmma_m64k16<T, N, MajorA, MajorB>(d[N / 2], desc_a, desc_b, accumulate = true)
+//           wgmma_m64k16_reg<T, N, MajorB>(d, a[4], desc_b, accumulate = true)
+//           wgmma_fence wgmma_commit wgmma_wait<N> setmaxnreg_inc<R> setmaxnreg_dec<R>
 //
 // Rules a kernel follows so that both compilers mean the same: shared memory only through shared_storage; arithmetic in
 // float or double, the half types are storage; spin loops contain an atomic, load_acquire or __nanosleep; no
