@@ -50,7 +50,9 @@ def build_gpu(architecture: str = "sm_90a") -> Path:
     hopper = architecture == "sm_90a"
     sources = [p for p in sorted(SOURCES.glob("*.cu")) if "bugs" not in p.name]
     sources = [p for p in sources if hopper or p.name not in HOPPER_ONLY]
-    command = ["nvcc", "-std=c++20", f"-arch={architecture}", "-shared", "-Xcompiler=-fPIC", "-I", str(ROOT / "csrc")]
+    # Spelled out: the short -arch may add the PTX of the plain architecture, which has no wgmma.
+    target = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
+    command = ["nvcc", "-std=c++20", target, "-shared", "-Xcompiler=-fPIC", "-I", str(ROOT / "csrc")]
     subprocess.run([*command, *map(str, sources), "-o", str(library)], check=True)
     return library
 

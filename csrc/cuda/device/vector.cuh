@@ -4,7 +4,7 @@
 namespace pyops {
 
 template <class To, class From>
-PYOPS_DEVICE To convert(From x) {
+PYOPS_HOST_DEVICE To convert(From x) {
   if constexpr (std::is_same_v<To, From>) {
     return x;
   } else if constexpr (std::is_same_v<From, bf16>) {
@@ -21,28 +21,28 @@ PYOPS_DEVICE To convert(From x) {
 }
 // The half types meet each other through float.
 template <>
-PYOPS_DEVICE bf16 convert<bf16, fp16>(fp16 x) {
+PYOPS_HOST_DEVICE bf16 convert<bf16, fp16>(fp16 x) {
   return __float2bfloat16(__half2float(x));
 }
 template <>
-PYOPS_DEVICE fp16 convert<fp16, bf16>(bf16 x) {
+PYOPS_HOST_DEVICE fp16 convert<fp16, bf16>(bf16 x) {
   return __float2half(__bfloat162float(x));
 }
 
 template <class T>
-PYOPS_DEVICE float to_float(T x) {
+PYOPS_HOST_DEVICE float to_float(T x) {
   return convert<float>(x);
 }
 template <class T>
-PYOPS_DEVICE T from_float(float x) {
+PYOPS_HOST_DEVICE T from_float(float x) {
   return convert<T>(x);
 }
 template <class T>
-PYOPS_DEVICE accumulate_t<T> to_acc(T x) {
+PYOPS_HOST_DEVICE accumulate_t<T> to_acc(T x) {
   return convert<accumulate_t<T>>(x);
 }
 template <class T>
-PYOPS_DEVICE T from_acc(accumulate_t<T> x) {
+PYOPS_HOST_DEVICE T from_acc(accumulate_t<T> x) {
   return convert<T>(x);
 }
 
