@@ -76,10 +76,10 @@ def cuda_headers() -> str:
         if (directory / "cuda_fp16.h").exists():
             return ";".join(str(p) for p in (directory, directory / "cccl") if p.exists())
     site = Path(torch_package()).parent / "nvidia"
-    found = sorted({str(p.parent) for name in ("cuda_fp16.h", "nv/target") for p in site.glob(f"**/include/{name}")})
-    found += sorted({str(p.parent.parent) for p in site.glob("**/include/**/nv/target")})
-    if not any((Path(p) / "cuda_fp16.h").exists() for p in found):
+    found = sorted({str(p.parent) for p in site.glob("**/include/cuda_fp16.h")})
+    if not found:
         fail("the emulator needs CUDA headers: `pip install -r requirements/emulator.txt`")
+    found += sorted({str(p.parent.parent) for p in site.glob("**/include/**/nv/target")})
     return ";".join(found)
 
 

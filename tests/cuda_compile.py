@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_90a")
-HOPPER_ONLY = ("hopper",)  # sources whose name contains one of these need sm_90a
+HOPPER_ONLY = ("hopper", "wgmma")  # sources whose name contains one of these need sm_90a
 # Registers saved around an out-of-line division count as spills; more than this many bytes are a real one.
 CALL_SAVED_BYTES = 32
 MATRIX_INSTRUCTIONS = ("HGMMA", "HMMA", "DMMA", "IMMA", "UTMALDG", "LDGSTS", "LDSM")
