@@ -5,18 +5,14 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "common/qualifiers.h"
+
 #if defined(__CUDACC__) || defined(PYOPS_EMULATOR)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #else
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
-#endif
-
-#if defined(__CUDACC__)
-#define PYOPS_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define PYOPS_HOST_DEVICE inline
 #endif
 
 namespace pyops {

@@ -24,8 +24,8 @@
 //           two barriers, fixed order, every thread gets the result; blocks of a multiple of 32 threads
 // barriers  named_barrier_sync(id, threads) named_barrier_arrive(id, threads)   id 1 to 15
 //           grid_sync(unsigned* zeroed_counter)   cooperative launches; the counter only grows
-// random    philox4x32(seed, subsequence, offset) -> Vec<uint32_t, 4>   philox_uniform4(...) -> Vec<float, 4>
-//           uniform_from_bits(u32) in (0, 1]
+// random    philox4x32(seed, subsequence, offset) philox_uniform4(...) uniform_from_bits(u32) in (0, 1]
+//           RandomStream(state).words(group) is_kept(u32, threshold)   common/philox.h
 // cp.async  cp_async<16 | 8 | 4>(smem, gmem, bool valid = true)  zero-fills when not valid
 //           cp_async_commit() cp_async_wait<N>()
 // matrix    ldmatrix_x1/x2/x4[_trans](uint32_t (&r)[n], row)
@@ -61,6 +61,7 @@
 #include <type_traits>
 
 #include "common/host_device.h"
+#include "common/philox.h"
 
 namespace pyops {
 
@@ -90,4 +91,3 @@ struct Im2col {
 
 #include "cuda/device/vector.cuh"
 #include "cuda/device/reduce.cuh"
-#include "cuda/device/philox.cuh"

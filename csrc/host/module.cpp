@@ -1,9 +1,10 @@
-// The Python face of pyops._host: build info, CPU probe, measured ceilings, and the oracle.
+// The Python face of pyops._host: build info, CPU probe, measured ceilings, Philox, and the oracle.
 
 #include <algorithm>
 
 #include <pybind11/stl.h>
 
+#include "common/philox.h"
 #include "host/host.h"
 
 namespace py = pybind11;
@@ -85,7 +86,7 @@ py::dict ceilings(int threads, double seconds) {
 
 PYBIND11_MODULE(_host, module) {
   using namespace pybind11::literals;
-  module.doc() = "What is not a tensor op: build info, CPU probe, measured ceilings, long-double oracle.";
+  module.doc() = "What is not a tensor op: build info, CPU probe, measured ceilings, Philox, long-double oracle.";
   module.def("build_info", &build_info, "Compiler, C++ standard, build type and CUDA architectures of this build.");
   module.def("cpu_features", &cpu_features, "Model, cores, usable instructions and cache sizes in bytes.");
   module.def("variants", &variants,
@@ -94,5 +95,12 @@ PYBIND11_MODULE(_host, module) {
       "ceilings", &ceilings, "threads"_a = 1, "seconds"_a = 0.3,
       "Measures for about `seconds`: copy_bandwidth in bytes/s (read + written; the better of non-temporal stores "
       "and memcpy) and fma_rate in fp32 flop/s, of all threads together.");
+  module.def(
+      "philox4x32",
+      [](uint64_t seed, uint64_t subsequence, uint64_t offset) {
+        const pyops::Words4 w = pyops::philox4x32(seed, subsequence, offset);
+        return py::make_tuple(w[0], w[1], w[2], w[3]);
+      },
+      "seed"_a, "subsequence"_a, "offset"_a, "Four random 32-bit words, as the kernels draw them.");
   pyops::host::bind_oracle(module);
 }
