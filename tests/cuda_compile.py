@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_90a")
-HOPPER_ONLY = ("hopper", "wgmma")  # sources whose name contains one of these need sm_90a
+HOPPER_ONLY = ("hopper", "wgmma")  # sources whose name ends so need sm_90a
 # Registers saved around an out-of-line division count as spills; more than this many bytes are a real one.
 CALL_SAVED_BYTES = 32
 MATRIX_INSTRUCTIONS = ("HGMMA", "HMMA", "DMMA", "IMMA", "UTMALDG", "LDGSTS", "LDSM")
@@ -33,8 +33,9 @@ def compile_one(source: Path, architecture: str, folder: Path) -> tuple[Path, st
     """One nvcc run to a cubin, with ptxas' resource report."""
     torch = Path(importlib.util.find_spec("torch").origin).parent
     cubin = folder / f"{source.stem}.{architecture}.cubin"
-    command = ["nvcc", "-std=c++20", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-DPYOPS_CUDA"]
-    command += ["--expt-relaxed-constexpr", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command = ["nvcc", "-std=c++20", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
+    command += ["--expt-relaxed-constexpr", "-DPYOPS_CUDA", "-DPYOPS_CUDA_HOPPER"]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command += [f"-I{torch / 'include'}", f"-I{ROOT / 'csrc'}", str(source), "-o", str(cubin)]
     return source, architecture, subprocess.run(command, capture_output=True, text=True), cubin
 
@@ -85,7 +86,7 @@ def main(stems: list[str]) -> int:
             pool.submit(compile_one, source, architecture, Path(name))
             for source in sources(stems)
             for architecture in ARCHITECTURES
-            if architecture == "sm_90a" or not any(word in source.stem for word in HOPPER_ONLY)
+            if architecture == "sm_90a" or not source.stem.endswith(HOPPER_ONLY)
         ]
         for job in jobs:
             source, architecture, done, cubin = job.result()

@@ -1,16 +1,32 @@
 """What the tests of every room share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from pyops import testing
 from pyops.core import backend as backends
+from pyops.core import library
 
 
 def passes(op: str, backend: str, check: str) -> None:
     """One check of pyops.testing on one op and backend."""
     (result,) = testing.check_room(op, backend, [check])
     assert result.ok, result.detail
+
+
+@contextmanager
+def device_of(backend: str, capability: int) -> Iterator[None]:
+    """On the emulator, a device of that compute capability (80: no clusters, no TMA, no wgmma; 90: all of them)."""
+    if backend == "emulator":
+        library.configure_emulator(capability=capability)
+    try:
+        yield
+    finally:
+        if backend == "emulator":
+            library.configure_emulator(capability=90)
 
 
 def refuses(kind: type[Exception], words: tuple[str, ...], function, *args, **kwargs) -> None:

@@ -33,7 +33,8 @@ def defaults(request):
     for flavour in ("plain", "race"):
         if flavour in request.fixturenames:
             library = request.getfixturevalue(flavour)
-            library.configure(schedule="forward", silence="", threads=1, poison=1, race=int(flavour == "race"))
+            race = int(flavour == "race")
+            library.configure(schedule="forward", silence="", threads=1, poison=1, capability=90, race=race)
 
 
 def passing(library):
@@ -59,6 +60,33 @@ def test_every_primitive_is_there(plain):
 def test_host_threads(plain):
     plain.configure(threads=3)
     assert {n: r for n in passing(plain) if (r := plain.run(n))} == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cluster_shared_memory", "clusters need sm_90"),
+        ("mbarrier_ring", "mbarrier_init needs sm_90"),
+        ("stmatrix", "stmatrix needs sm_90"),
+        ("wgmma_columns", "needs sm_90"),
+    ],
+)
+def test_an_older_device_refuses_what_it_lacks(plain, name, message):
+    plain.configure(capability=80)
+    assert message in plain.run(name)
+    plain.configure(capability=90)
+    assert plain.run(name) == ""
+
+
+def test_a_newer_device_has_no_wgmma(plain):
+    plain.configure(capability=100)
+    assert "wgmma needs sm_90a" in plain.run("wgmma_columns")
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90, 120])
+def test_shared_memory_of_each_device(plain, capability):
+    plain.configure(capability=capability)
+    assert plain.run("device_questions", capability) == ""
 
 
 # bug: (what the message says, the detector that says it). None: part of the primitive's own definition, never silent

@@ -7,6 +7,9 @@
 // host      launch(kernel, {.grid, .block, .smem, .stream, .cluster, .cooperative}, args...)
 //           throws std::runtime_error; an empty grid launches nothing
 //           multiprocessor_count() max_cooperative_blocks(kernel, threads, smem)
+//           compute_capability()   of the code that runs on the current device: 80, 86, 90, 100, 120
+//           shared_memory_limit()  bytes of shared memory that one block may ask for
+//           hopper_built           whether the kernels of <stem>_hopper.cu are in this library (see below)
 //           make_tensor_map(base, shape, stride_bytes, box, Swizzle) -> TensorMap, arrays innermost first
 //           make_tensor_map_im2col(base, shape, stride_bytes, Im2col{...}, Swizzle) -> TensorMap
 // storage   shared_storage<T>()      one struct per kernel; pass .smem = sizeof(T)
@@ -31,7 +34,8 @@
 // matrix    ldmatrix_x1/x2/x4[_trans](uint32_t (&r)[n], row)
 //           mma_m16n8k16<bf16 | fp16>(d[4], a[4], b[2])  mma_m16n8k8_tf32(d, a, b)
 //
-// sm_90 and later (device/cuda_hopper.cuh):
+// sm_90 and later (device/cuda_hopper.cuh). The cluster words also compile for older architectures, where they trap: a
+// kernel that uses no other of these may stand in any source, and is launched where compute_capability() >= 90.
 // cluster   cluster_sync cluster_arrive cluster_wait cluster_rank cluster_size cluster_map(ptr, rank)
 // mbarrier  mbarrier_init(bar, count) mbarrier_arrive(bar) mbarrier_arrive_expect_tx(bar, bytes)
 //           mbarrier_arrive_remote(bar, rank) mbarrier_try_wait(bar, parity) mbarrier_wait(bar, parity)
@@ -50,6 +54,12 @@
 //           wgmma_m64k16<T, N, MajorA, MajorB>(d[N / 2], desc_a, desc_b, accumulate = true)
 //           wgmma_m64k16_reg<T, N, MajorB>(d, a[4], desc_b, accumulate = true)
 //           wgmma_fence wgmma_commit wgmma_wait<N> setmaxnreg_inc<R> setmaxnreg_dec<R>
+//
+// Kernels that need sm_90a stand in <stem>_hopper.cu, which is compiled for sm_90a only. <stem>.cu calls its launchers
+// by
+//   if constexpr (hopper_built)
+//     if (compute_capability() == 90) return launch_on_hopper(...);
+// so that a library built without sm_90a never mentions them.
 //
 // Rules a kernel follows so that both compilers mean the same: shared memory only through shared_storage; arithmetic in
 // float or double, the half types are storage; spin loops contain an atomic, load_acquire or __nanosleep; no

@@ -48,6 +48,7 @@ uint32_t shared_offset(const void* p) {
 void* map_shared(const void* p, unsigned rank, const Location& location) {
   const EngineScope scope;
   Engine* e = engine();
+  require_hopper("cluster_map", location);
   const auto offset = static_cast<const char*>(p) - e->current->block->arena;
   if (rank >= e->blocks.size()) misuse("cluster_map", location, "no block of that rank in the cluster");
   if (offset < 0 || static_cast<size_t>(offset) >= e->shared_bytes) {
@@ -274,6 +275,7 @@ void run(Engine* e, AsyncOperation& op) {
 
 AsyncOperation operation(AsyncOperation::Kind kind, const Location& location) {
   Engine* e = engine();
+  require_hopper("TMA", location);
   AsyncOperation op{};
   op.kind = kind;
   op.issuer = e->current;

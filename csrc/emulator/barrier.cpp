@@ -100,6 +100,7 @@ void cluster_barrier_arrive(const Location& location) {
   const EngineScope scope;
   Engine* e = engine();
   Fiber* fiber = e->current;
+  require_hopper("cluster barrier", location);
   if (fiber->cluster_arrived) misuse("cluster barrier", location, "arrived twice without waiting");
   fiber->cluster_arrived = true;
   fiber->cluster_phase = e->cluster_phase;
@@ -163,6 +164,7 @@ void advance(MbarrierState& s) {
 void mbarrier_init(uint64_t* bar, uint32_t count, const Location& location) {
   const EngineScope scope;
   Engine* e = engine();
+  require_hopper("mbarrier_init", location);
   check_shared(bar, 8, 8, "mbarrier_init", &location);
   if (count == 0 || count >= 1u << 20) misuse("mbarrier_init", location, "the count must be 1 to 2^20 - 1");
   if (e->race) check_access(e, e->current, bar, 8, true, nullptr, "mbarrier_init");

@@ -40,6 +40,9 @@ bool set(Configuration& c, const std::string& key, const std::string& value) {
   } else if (key == "multiprocessors") {
     if (number() < 1) return false;
     c.multiprocessors = static_cast<int>(number());
+  } else if (key == "capability") {
+    if (number() < 80) return false;
+    c.capability = static_cast<int>(number());
   } else if (key == "stack_bytes") {
     if (number() < 16 << 10) return false;
     c.stack_bytes = static_cast<size_t>(number()) / 4096 * 4096;
@@ -63,7 +66,7 @@ bool set(Configuration& c, const std::string& key, const std::string& value) {
 // construction (here) and of the race build's own switch (hooks.cpp) does not matter.
 Configuration from_environment() {
   Configuration c;
-  for (const char* key : {"schedule", "race", "poison", "threads", "multiprocessors", "stack_bytes"}) {
+  for (const char* key : {"schedule", "race", "poison", "threads", "multiprocessors", "capability", "stack_bytes"}) {
     std::string name = "PYOPS_EMULATOR_";
     for (const char* k = key; *k; ++k) name += static_cast<char>(*k >= 'a' && *k <= 'z' ? *k - 32 : *k);
     const char* value = std::getenv(name.c_str());
@@ -84,6 +87,16 @@ Configuration& configuration() {
 bool enabled(Detector detector) { return (configuration().silenced >> static_cast<int>(detector) & 1) == 0; }
 int multiprocessor_count() { return configuration().multiprocessors; }
 int resident_blocks() { return configuration().resident_blocks; }
+int compute_capability() { return configuration().capability; }
+// CUDA C++ programming guide, table of technical specifications: the architecture's maximum less the 1 KB it reserves.
+int shared_memory_limit() {
+  const int capability = compute_capability();
+  if (capability == 86 || capability == 89 || capability >= 120) return 99 << 10;
+  return capability < 90 ? 163 << 10 : 227 << 10;
+}
+void require_hopper(const char* what, const Location& location) {
+  if (compute_capability() < 90) fail((std::string(what) + " needs sm_90").c_str(), location);
+}
 
 }  // namespace pyops::emulator
 

@@ -41,6 +41,9 @@ PYOPS_ENGINE void launch(void (*kernel)(Params...), const LaunchConfig& config, 
                          config.cooperative, __PRETTY_FUNCTION__, &Call::run, &call, sizeof call});
 }
 inline int multiprocessor_count() { return emulator::multiprocessor_count(); }
+inline int compute_capability() { return emulator::compute_capability(); }
+inline int shared_memory_limit() { return emulator::shared_memory_limit(); }
+inline constexpr bool hopper_built = true;
 template <class... Params>
 int max_cooperative_blocks(void (*)(Params...), unsigned, size_t) {
   return emulator::multiprocessor_count() * emulator::resident_blocks();
@@ -139,9 +142,11 @@ PYOPS_ENGINE void cp_async_wait(PYOPS_HERE) {
     emulator::warp_collective(emulator::load_matrix_transposed, ~0u, row, r, 4, COUNT, location);  \
   }                                                                                                \
   PYOPS_ENGINE void stmatrix_x##COUNT(void* row, const uint32_t (&r)[COUNT], PYOPS_HERE) {         \
+    emulator::require_hopper("stmatrix", location);                                                \
     emulator::warp_collective(emulator::store_matrix, ~0u, r, row, 4, COUNT, location);            \
   }                                                                                                \
   PYOPS_ENGINE void stmatrix_x##COUNT##_trans(void* row, const uint32_t (&r)[COUNT], PYOPS_HERE) { \
+    emulator::require_hopper("stmatrix", location);                                                \
     emulator::warp_collective(emulator::store_matrix_transposed, ~0u, r, row, 4, COUNT, location); \
   }
 PYOPS_MATRIX(1)

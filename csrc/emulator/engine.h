@@ -30,6 +30,7 @@ struct Configuration {
   size_t stack_bytes = 64 << 10;
   int multiprocessors = 2;
   int resident_blocks = 2;
+  int capability = 90;    // 10 * major + minor
   uint64_t silenced = 0;  // detectors switched off, for the tests that prove them
 };
 Configuration& configuration();

@@ -25,6 +25,10 @@ struct Launch {
 };
 void launch_grid(const Launch& launch);
 int multiprocessor_count();
+int compute_capability();
+int shared_memory_limit();
+// Fails where the emulated device is older than sm_90.
+void require_hopper(const char* what, const Location& location);
 int resident_blocks();  // of one multiprocessor, for cooperative launches
 
 [[noreturn]] void fail(const char* what, const Location& location);

@@ -25,7 +25,6 @@ __thread Engine* current_engine PYOPS_TLS = nullptr;
 constexpr size_t guard_bytes = 4096;
 constexpr unsigned char canary = 0xA5;
 constexpr unsigned char poison = 0xFF;  // NaN in every floating type
-constexpr size_t shared_limit = 227 * 1024;
 constexpr uint64_t livelock_yields = 1 << 20;
 
 std::atomic<uint32_t> next_generation{1};
@@ -150,9 +149,12 @@ void check_launch(const Launch& launch) {
   const auto fail_launch = [&](const std::string& why) { throw std::runtime_error("kernel launch: " + why); };
   if (launch.block.volume() < 1 || launch.block.volume() > 1024) fail_launch("blocks have 1 to 1024 threads");
   if (launch.grid.y > 65535 || launch.grid.z > 65535 || launch.grid.x > 0x7fffffffu) fail_launch("grid too large");
-  if (launch.shared_bytes > shared_limit) fail_launch("more than 227 KB of shared memory");
+  if (launch.shared_bytes > static_cast<size_t>(shared_memory_limit())) {
+    fail_launch("more than " + std::to_string(shared_memory_limit() >> 10) + " KB of shared memory");
+  }
   const Extent &g = launch.grid, &c = launch.cluster;
   if (c.volume() < 1 || c.volume() > 16) fail_launch("clusters have 1 to 16 blocks");
+  if (c.volume() > 1 && compute_capability() < 90) fail_launch("clusters need sm_90");
   if (g.x % c.x || g.y % c.y || g.z % c.z) fail_launch("the grid is not a multiple of the cluster");
   if (launch.cooperative && g.volume() > int64_t(multiprocessor_count()) * resident_blocks()) {
     fail_launch("a cooperative grid must fit the machine: max_cooperative_blocks(...)");

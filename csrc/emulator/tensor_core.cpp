@@ -356,6 +356,7 @@ void wgmma_issue(const WgmmaIssue& issue, const Location& location) {
   const EngineScope scope;
   Engine* e = engine();
   Fiber* fiber = e->current;
+  if (compute_capability() != 90) fail("wgmma needs sm_90a", location);
   if (issue.columns < 8 || issue.columns > 256 || issue.columns % 8 != 0) fail("wgmma: no such N", location);
   if ((fiber->thread / 128 + 1) * 128 > e->threads_per_block) fail("wgmma: not in a whole warpgroup", location);
   if (!fiber->product_fenced) fail("wgmma without wgmma_fence since its registers were last touched", location);

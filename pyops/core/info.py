@@ -29,6 +29,7 @@ def collect() -> dict[str, Any]:
             ``logical_cores``, ``usable_cores``, ``instructions``, ``caches`` (bytes), ``variants``.
         gpus: name, compute capability and memory in bytes of each GPU that torch sees.
         cuda_architectures: compiled into libpyops.so.
+        hopper_kernels: whether the kernels for sm_90a alone are in it.
         host_module: ``why_not`` it cannot be imported (None where it can), and its ``build``.
         environment: the variables that steer pyops, where they are set.
     """
@@ -48,6 +49,7 @@ def collect() -> dict[str, Any]:
         "cpu": cpu,
         "gpus": _gpus(),
         "cuda_architectures": library.cuda_architectures().split(),
+        "hopper_kernels": "90a-real" in library.cuda_architectures().split(),
         "host_module": {"why_not": host_problem, "build": host.build_info() if host is not None else None},
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
@@ -120,7 +122,9 @@ def _lines(info: dict[str, Any]) -> list[str]:
     lines.append(_row("threads", f"{cpu['threads']} (torch)"))
 
     if info["cuda_architectures"]:
-        lines.append(_row("CUDA kernels", " ".join(info["cuda_architectures"])))
+        hopper = "with" if info["hopper_kernels"] else "without"
+        names = " ".join(info["cuda_architectures"])
+        lines.append(_row("CUDA kernels", f"{names} · {hopper} kernels for sm_90a alone"))
     for gpu in info["gpus"]:
         lines.append(_row("GPU", f"{gpu['name']} · compute capability {gpu['capability']} · {_size(gpu['memory'])}"))
     if not info["gpus"]:

@@ -132,6 +132,20 @@ def load_emulator() -> str | None:
     return _emulator_problem
 
 
+def configure_emulator(**settings: object) -> None:
+    """Sets keys of the emulator (docs/emulator.md), as ``schedule="deep"`` or ``capability=80``.
+
+    Raises:
+        RuntimeError: the emulator cannot be used.
+        ValueError: it does not know the key or the value.
+    """
+    if (problem := load_emulator()) is not None:
+        raise RuntimeError(f"emulator: {problem}")
+    for key, value in settings.items():
+        if _binaries["emulator"].pyops_emulator_configure(key.encode(), str(value).encode()) != 0:
+            raise ValueError(f"emulator: got {key}={value!r}, expected a key and value of docs/emulator.md")
+
+
 def cpu_capability() -> str:
     """Instruction set of the loaded CPU kernels: ``baseline``, ``avx2`` or ``avx512``."""
     return _text("pyops", "active_cpu_capability")

@@ -566,6 +566,18 @@ PYOPS_TEST(mma_tf32) {
   return "";
 }
 
+// questions about the device; variant: its capability, where the caller has chosen one
+
+PYOPS_TEST(device_questions) {
+  const int capability = compute_capability(), kilobytes = shared_memory_limit() >> 10;
+  PYOPS_EXPECT(capability >= 80 && (variant == 0 || variant == capability));
+  PYOPS_EXPECT(multiprocessor_count() >= 1);
+  if (capability == 80) PYOPS_EXPECT_EQUAL(kilobytes, 163, 0);
+  if (capability == 90) PYOPS_EXPECT_EQUAL(kilobytes, 227, 0);
+  if (capability == 86 || capability == 89 || capability == 120) PYOPS_EXPECT_EQUAL(kilobytes, 99, 0);
+  return "";
+}
+
 // integer and float intrinsics
 
 __global__ void bit_intrinsics(unsigned* out, float* f) {

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -71,12 +72,39 @@ void launch(void (*kernel)(Params...), const LaunchConfig& config, Args&&... arg
       "kernel launch");
 }
 
-inline int multiprocessor_count() {
-  int device = 0, count = 0;
-  detail::check_cuda(cudaGetDevice(&device), "current device");
-  detail::check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
-  return count;
+namespace detail {
+inline int device_attribute(cudaDeviceAttr attribute, const char* what) {
+  int device = 0, value = 0;
+  check_cuda(cudaGetDevice(&device), "current device");
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), what);
+  return value;
 }
+}  // namespace detail
+
+inline int multiprocessor_count() {
+  return detail::device_attribute(cudaDevAttrMultiProcessorCount, "multiprocessor count");
+}
+inline int shared_memory_limit() {
+  return detail::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "shared memory limit");
+}
+
+// The driver runs the newest code that is not newer than the device, so PTX of an old architecture has its abilities
+// even on a new device. Internal linkage: the list differs between sources that are compiled for all architectures and
+// those for sm_90a.
+static inline int compute_capability() {
+  const int device = 10 * detail::device_attribute(cudaDevAttrComputeCapabilityMajor, "compute capability") +
+                     detail::device_attribute(cudaDevAttrComputeCapabilityMinor, "compute capability");
+  int newest = 0;
+  for (const int architecture : {__CUDA_ARCH_LIST__})
+    if (architecture / 10 <= device) newest = std::max(newest, architecture / 10);
+  return newest;
+}
+#if defined(PYOPS_CUDA_HOPPER)
+inline constexpr bool hopper_built = true;
+#else
+inline constexpr bool hopper_built = false;
+#endif
+
 // The largest grid of a cooperative launch.
 template <class... Params>
 int max_cooperative_blocks(void (*kernel)(Params...), unsigned threads, size_t smem) {

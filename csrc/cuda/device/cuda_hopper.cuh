@@ -350,6 +350,26 @@ PYOPS_DEVICE bool elect_one() {
   return elected != 0;
 }
 
+#else
+
+// Never reached: kernels that use these are launched where compute_capability() >= 90.
+PYOPS_DEVICE void cluster_arrive() { __trap(); }
+PYOPS_DEVICE void cluster_wait() { __trap(); }
+PYOPS_DEVICE void cluster_sync() { __trap(); }
+PYOPS_DEVICE unsigned cluster_rank() {
+  __trap();
+  return 0;
+}
+PYOPS_DEVICE unsigned cluster_size() {
+  __trap();
+  return 1;
+}
+template <class T>
+PYOPS_DEVICE T* cluster_map(T* p, unsigned) {
+  __trap();
+  return p;
+}
+
 #endif
 
 }  // namespace pyops
