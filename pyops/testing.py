@@ -62,8 +62,13 @@ class _Case:
         return args, kwargs, maker
 
 
-def _first(y: Any) -> torch.Tensor:
-    return y[0] if isinstance(y, tuple) else y
+def _outputs(y: Any) -> list[torch.Tensor]:
+    """The tensors among the results of a call."""
+    return [t for t in (y if isinstance(y, (tuple, list)) else (y,)) if isinstance(t, torch.Tensor)]
+
+
+def _label(kind: str, index: int, count: int) -> str:
+    return kind if count == 1 else f"{kind} {index}"
 
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -75,18 +80,26 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.where(same, torch.zeros_like(a), (a - b).abs().nan_to_num(nan=float("inf"))).max().item()
 
 
-def _run(function: Callable, case: _Case, sample: Sample, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Output, input gradients and constants after the call (running statistics change)."""
+def _run(function: Callable, case: _Case, sample: Sample, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Outputs, input gradients from all outputs together, and constants after the call (running statistics change)."""
     args, kwargs, maker = case.arguments(sample, dtype, grad=True)
-    y = _first(function(*args, **kwargs))
-    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    grads = torch.autograd.grad(y, maker.inputs, direction.bfloat16().to(y), allow_unused=True)
+    outputs = _outputs(function(*args, **kwargs))
+    named = {_label("output", i, len(outputs)): y for i, y in enumerate(outputs)}
+    generator = torch.Generator().manual_seed(1)
+    smooth = [y for y in outputs if y.requires_grad]
+    along = [torch.randn(y.shape, generator=generator, dtype=torch.float64).bfloat16().to(y) for y in smooth]
+    if smooth:
+        grads: Any = torch.autograd.grad(smooth, maker.inputs, along, allow_unused=True)
+    else:
+        grads = [None] * len(maker.inputs)
+    for i, (x, g) in enumerate(zip(maker.inputs, grads)):
+        named[f"gradient of input {i}"] = torch.zeros_like(x) if g is None else g
     constants = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and not t.requires_grad]
-    return [y, *(torch.zeros_like(x) if g is None else g for x, g in zip(maker.inputs, grads)), *constants]
+    return {**named, **{f"constant {i}": t for i, t in enumerate(constants)}}
 
 
 def _accuracy(case: _Case, sample: Sample) -> str:
-    """Output, gradients and updated buffers in every dtype, against the reference in float64.
+    """Outputs, gradients and updated buffers in every dtype, against the reference in float64.
 
     In float64 the reference is the truth itself; its own error there is taken as that of float32, scaled by the ratio
     of the machine epsilons.
@@ -97,14 +110,16 @@ def _accuracy(case: _Case, sample: Sample) -> str:
     for dtype in case.dtypes:
         ours = _run(case.op.function, case, sample, dtype)
         theirs = _run(case.op.reference, case, sample, dtype)
-        for i, (a, t, exact) in enumerate(zip(ours, theirs, truth)):
-            what = "output" if i == 0 else f"gradient or buffer {i - 1}"
+        if list(ours) != list(theirs):
+            return f"{dtype}: got {', '.join(ours)}, expected {', '.join(theirs)}"
+        for what, a in ours.items():
+            t, exact = theirs[what], truth[what]
             if a.shape != t.shape or a.dtype != t.dtype:
                 return f"{dtype} {what}: got {list(a.shape)} {a.dtype}, expected {list(t.shape)} {t.dtype}"
             scale = max(1.0, exact.abs().nan_to_num().max().item()) if exact.numel() else 1.0
             reference_error = _difference(t, exact)
             if dtype == torch.float64:
-                reference_error = _difference(single[i], exact) * ratio
+                reference_error = _difference(single[what], exact) * ratio
             allowed = 2 * reference_error + SLACK[dtype] * torch.finfo(dtype).eps * scale
             error = _difference(a, exact)
             if not error <= allowed:
@@ -112,20 +127,32 @@ def _accuracy(case: _Case, sample: Sample) -> str:
     return ""
 
 
+def _swapping(values: Iterable[Any], swap: dict[int, torch.Tensor]) -> tuple:
+    """The values, those exchanged whose id is in ``swap``."""
+    return tuple(swap.get(id(v), v) for v in values)
+
+
 def _layout(case: _Case, sample: Sample) -> str:
-    """Strided inputs give the same numbers; channels last stays channels last, in gradients too."""
+    """A strided first input gives the same numbers; channels last stays channels last, in gradients too."""
     args, kwargs, maker = case.arguments(sample, torch.float32, grad=True)
-    y = _first(case.op.function(*args, **kwargs))
+    outputs = _outputs(case.op.function(*args, **kwargs))
+    if not maker.inputs:
+        return ""
     x = maker.inputs[0]
     if x.dim() > 3 and x.stride() != x.contiguous().stride():
+        y = outputs[0]
         (dx,) = torch.autograd.grad(y.sum(), x)
         for name, t in (("output", y), ("gradient", dx)):
             if t.stride() != x.stride():
                 return f"{name} has strides {t.stride()}, input {x.stride()}"
-    wide = torch.stack([x.detach(), x.detach() + 1], -1)[..., 0]  # every second element
-    _, fresh, _ = case.arguments(sample, torch.float32)
-    z = _first(case.op.function(wide, *args[1:], **fresh))
-    return "" if torch.equal(z, y) or _difference(z, y) <= 1e-5 * max(1.0, y.abs().max().item()) else "strided input"
+    args, kwargs, maker = case.arguments(sample, torch.float32)
+    x = maker.inputs[0]
+    swap = {id(x): torch.stack([x, x + 1], -1)[..., 0]}  # every second element
+    strided = case.op.function(*_swapping(args, swap), **dict(zip(kwargs, _swapping(kwargs.values(), swap))))
+    for y, z in zip(outputs, _outputs(strided)):
+        if not torch.equal(z, y) and _difference(z, y) > 1e-5 * max(1.0, y.abs().max().item()):
+            return "strided input"
+    return ""
 
 
 def _determinism(case: _Case, sample: Sample) -> str:
@@ -133,23 +160,27 @@ def _determinism(case: _Case, sample: Sample) -> str:
     threads = torch.get_num_threads()
     try:
         first = _run(case.op.function, case, sample, torch.float32)
-        torch.set_num_threads(1)
-        for again in (first, _run(case.op.function, case, sample, torch.float32)):
-            if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, again)):
-                return "differs between runs"
+        for count in (threads, 1):
+            torch.set_num_threads(count)
+            again = _run(case.op.function, case, sample, torch.float32)
+            for what, a in first.items():
+                if not torch.equal(a.nan_to_num(), again[what].nan_to_num()):
+                    return f"{what} differs between runs"
     finally:
         torch.set_num_threads(threads)
     return ""
 
 
-def _pure(case: _Case, sample: Sample) -> tuple[Callable, list[torch.Tensor]]:
-    """The op as a function of its differentiable float64 inputs alone, and those inputs."""
+def _pure(case: _Case, sample: Sample) -> tuple[Callable[..., tuple[torch.Tensor, ...]], list[torch.Tensor]]:
+    """The op's differentiable outputs as a function of its differentiable float64 inputs alone, and those inputs."""
     args, kwargs, maker = case.arguments(sample, torch.float64, grad=True)
+    smooth = [i for i, y in enumerate(_outputs(case.op.function(*args, **kwargs))) if y.requires_grad]
 
-    def of_inputs(*values: torch.Tensor) -> torch.Tensor:
+    def of_inputs(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         swap = {id(old): new for old, new in zip(maker.inputs, values)}
-        given = tuple(swap.get(id(a), a) for a in args)
-        return _first(case.op.function(*given, **{k: swap.get(id(v), v) for k, v in kwargs.items()}))
+        given = dict(zip(kwargs, _swapping(kwargs.values(), swap)))
+        outputs = _outputs(case.op.function(*_swapping(args, swap), **given))
+        return tuple(outputs[i] for i in smooth)
 
     return of_inputs, maker.inputs
 
@@ -168,14 +199,27 @@ def _gradgradcheck(case: _Case, sample: Sample) -> str:
     return ""
 
 
+def _probe(t: torch.Tensor) -> torch.Tensor:
+    """A fixed direction of the tensor's shape, in general position."""
+    return torch.sin(torch.arange(t.numel(), dtype=t.dtype, device=t.device)).reshape(t.shape)
+
+
+def _total(outputs: Iterable[torch.Tensor]) -> torch.Tensor:
+    """One number that depends on every output, not linearly."""
+    return torch.stack([y.sin().sum() for y in outputs]).sum()
+
+
 def _transforms(case: _Case, sample: Sample) -> str:
-    """torch.func: jvp against the reference, vmap against a loop, vmap of grad, over every input alone."""
+    """torch.func: jvp against the reference, vmap against a loop, vmap of grad, over every input alone.
+
+    With several outputs the gradient is taken from all together and from each alone, the others unused.
+    """
     function, inputs = _pure(case, sample)
     reference, _ = _pure(_Case(_swapped(case.op), case.device, case.dtypes, case.slow), sample)
     inputs = [x.detach() for x in inputs]
     for i, x in enumerate(inputs):
 
-        def one(f: Callable, v: torch.Tensor, i: int = i) -> torch.Tensor:
+        def one(f: Callable, v: torch.Tensor, i: int = i) -> tuple[torch.Tensor, ...]:
             return f(*inputs[:i], v, *inputs[i + 1 :])
 
         if x.numel() == 0:
@@ -183,20 +227,28 @@ def _transforms(case: _Case, sample: Sample) -> str:
         # torch's own norms need not have forward mode: compare with its vjp, transposed by linearity
         ours = torch.func.jvp(lambda v: one(function, v), (x,), (x.cos(),))[1]
         _, pullback = torch.func.vjp(lambda v: one(reference, v), x)
-        probe = torch.sin(torch.arange(ours.numel(), dtype=ours.dtype, device=ours.device)).reshape(ours.shape)
-        if abs((ours * probe).sum() - (pullback(probe)[0] * x.cos()).sum()) > 1e-8 * (1 + ours.abs().sum()):
+        (pulled,) = pullback(tuple(_probe(t) for t in ours))
+        along = torch.stack([(t * _probe(t)).sum() for t in ours]).sum()
+        if abs(along - (pulled * x.cos()).sum()) > 1e-8 * (1 + sum(t.abs().sum() for t in ours)):
             return f"jvp in input {i}"
         batch = torch.stack([x, x * 2 - 1, x.sin()], -1)
         for dim in (0, -1):
             moved = batch.movedim(-1, dim)
             mapped = torch.func.vmap(lambda v: one(function, v), in_dims=dim)(moved)
-            looped = torch.stack([one(reference, v) for v in batch.unbind(-1)])
-            if _difference(mapped, looped) > 1e-9 * (1 + looped.abs().max().item()):
-                return f"vmap over dimension {dim} of input {i}"
-        gradient = torch.func.vmap(torch.func.grad(lambda v: one(function, v).sin().sum()), in_dims=-1)(batch)
-        expected = torch.stack([torch.func.grad(lambda u: one(reference, u).sin().sum())(v) for v in batch.unbind(-1)])
-        if _difference(gradient, expected) > 1e-8 * (1 + expected.abs().max().item()):
-            return f"vmap of grad in input {i}"
+            looped = [torch.stack(rows) for rows in zip(*(one(reference, v) for v in batch.unbind(-1)))]
+            for k, (got, expected) in enumerate(zip(mapped, looped)):
+                if _difference(got, expected) > 1e-9 * (1 + expected.abs().max().item()):
+                    return f"vmap over dimension {dim} of input {i}, {_label('output', k, len(mapped))}"
+        alone = [slice(k, k + 1) for k in range(len(ours))] if len(ours) > 1 else []
+        for used in (slice(None), *alone):
+
+            def gradient(f: Callable, v: torch.Tensor, used: slice = used) -> torch.Tensor:
+                return torch.func.grad(lambda u: _total(one(f, u)[used]))(v)
+
+            got = torch.func.vmap(lambda v: gradient(function, v), in_dims=-1)(batch)
+            expected = torch.stack([gradient(reference, v) for v in batch.unbind(-1)])
+            if _difference(got, expected) > 1e-8 * (1 + expected.abs().max().item()):
+                return f"vmap of grad in input {i}" + ("" if used == slice(None) else f", output {used.start} alone")
     return ""
 
 
@@ -209,30 +261,32 @@ def _compiled(case: _Case, sample: Sample) -> str:
     torch._dynamo.reset()
     compiled = torch.compile(case.op.function, fullgraph=True, backend="aot_eager")
     eager, graph = (_run(f, case, sample, torch.float32) for f in (case.op.function, compiled))
-    for i, (a, b) in enumerate(zip(eager, graph)):
+    for what, a in eager.items():
+        b = graph[what]
         if a.stride() != b.stride():
-            return f"result {i}: strides {b.stride()} compiled, {a.stride()} eager"
+            return f"{what}: strides {b.stride()} compiled, {a.stride()} eager"
         if _difference(a, b) > 1e-6 * max(1.0, a.abs().max().item() if a.numel() else 0.0):
-            return f"result {i} differs"
+            return f"{what} differs"
     if not sample.derivatives:
         return ""
     function, inputs = _pure(case, sample)
     x, rest = inputs[0].detach(), [t.detach() for t in inputs[1:]]
     torch._dynamo.reset()
 
-    def direction(v: torch.Tensor) -> torch.Tensor:
+    def direction(v: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.func.jvp(lambda u: function(u, *rest), (v,), (v.cos(),))[1]
 
     def gradient(v: torch.Tensor) -> torch.Tensor:
-        return torch.func.grad(lambda u: function(u, *rest).sin().sum())(v)
+        return torch.func.grad(lambda u: _total(function(u, *rest)))(v)
 
     for name, transform in (("jvp", direction), ("grad", gradient)):
         try:
             result = torch.compile(transform, backend="aot_eager")(x)
         except Exception:
             continue  # a clear error is acceptable, a wrong number is not
-        if _difference(result, transform(x)) > 1e-9:
-            return f"compiled {name} is wrong"
+        for got, expected in zip(_outputs(result), _outputs(transform(x))):
+            if _difference(got, expected) > 1e-9:
+                return f"compiled {name} is wrong"
     return ""
 
 
@@ -241,7 +295,8 @@ def _autocast(case: _Case, sample: Sample) -> str:
     args, kwargs, _ = case.arguments(sample, torch.float32)
     with torch.autocast(case.device.split(":")[0], torch.bfloat16):
         ours, theirs = case.op.function(*args, **kwargs), case.op.reference(*args, **kwargs)
-    return "" if _first(ours).dtype == _first(theirs).dtype else f"{_first(ours).dtype}, torch {_first(theirs).dtype}"
+    got, expected = ([y.dtype for y in _outputs(result)] for result in (ours, theirs))
+    return "" if got == expected else f"got {got}, torch {expected}"
 
 
 class _Recorder(TorchDispatchMode):

@@ -4,16 +4,18 @@ A room gives a ``Formula``: the forward op, the backward op, and the *reference*
 From it follow
 
 - the gradient: the backward op;
-- second and higher gradients: the gradient of the reference's gradient (rare, so composite is fast enough);
+- second and higher gradients: the gradient of the reference's gradient (rare, so composite is fast enough), or what
+  the room states as ``second``;
 - forward mode (jvp): the reference's gradient is linear in its cotangent; transposing it once more gives the jvp
   (https://j-towns.github.io/2017/06/12/A-new-trick.html), so no forward-mode level is nested in another;
 - vmap: the room's folding of the batch dimension into an op dimension, else the reference under torch.vmap.
 
-Traps that shape the code (each has a test in tests/harness.py):
+Traps that shape the code (tests/test_autograd.py and the checks of pyops.testing hold each of them):
 
 - an op without an Autograd registration gives ``.grad is None`` with a mere warning: ops are registered as well;
 - an autograd.Function with ``jvp`` breaks ``torch.compile(fullgraph=True)``: when compiling, the op is called directly;
-- compiled forward mode over an op answers zeros: there the graph is broken instead.
+- compiled forward mode over an op answers zeros: there the graph is broken instead;
+- the raw backward op drops tangents of forward mode: it runs bare only where no level of forward mode is open.
 """
 
 from __future__ import annotations
@@ -34,238 +36,278 @@ Tensors = tuple[Any, ...]
 class Formula:
     """One differentiable op family.
 
+    Below, ``dy`` is the cotangent of the output, contiguous. With ``outputs > 1`` it is a tuple of as many
+    cotangents, each None where that output takes no part in what is differentiated; at least one is a tensor.
+
     Attributes:
-        forward: op called as ``forward(*inputs, *constants)``; returns ``y`` or ``(y, *statistics)``.
-        backward: op called as ``backward(*backward_arguments(...))``; returns one gradient per input.
-        inputs: how many leading arguments are tensors of the formula (None allowed).
-        gradients: how many of them, from the left, have a gradient; the backward op returns one for each.
-        backward_arguments: ``(dy, inputs, statistics, constants, needs) -> arguments of the backward op``;
-            ``needs[i]`` says whether the gradient of input i is wanted.
+        forward: op called as ``forward(*inputs, *constants)``; returns ``(*outputs, *statistics)``.
+        backward: op called as ``backward(*backward_arguments(...))``; returns one gradient for each of the first
+            ``gradients`` inputs, anything where it is not needed.
+        inputs: how many leading arguments are tensors (None allowed); the rest, the constants, are not tensors.
+        gradients: how many inputs, from the left, have a gradient. Indices, masks, seeds stand to their right.
+        backward_arguments: ``(dy, inputs, kept, constants, needs) -> arguments of the backward op``; ``needs[i]``
+            says whether the gradient of input i is wanted.
         reference: plain torch, called as the forward op; returns a tuple as the forward op does.
-        fold: optional vmap rule ``(forward, batch, dims, inputs, constants) -> (outputs, out_dims) | None``; None
+        fold: optional vmap rule ``(forward, batch, dims, inputs, constants) -> (results, out_dims) | None``; None
             hands over to the reference.
+        outputs: how many results, from the left, are differentiable; the rest are statistics, without gradient.
+        keep: which results the gradient reads, by position; the statistics if not stated. ``kept`` holds them.
+        second: optional gradient of the backward op,
+            ``(namespace, dy, inputs, constants, needs, cotangents) -> (ddy, input_gradients)``, where
+            ``cotangents[i]`` belongs to the gradient of input i (None where there is none), ddy has the form of dy,
+            and any result may be None for zero. Stated in differentiable functions, it serves all higher orders. The
+            composite gradient of the reference is used if not stated.
     """
 
     forward: Op
     backward: Op
     inputs: int
     gradients: int
-    backward_arguments: Callable[[torch.Tensor, Tensors, Tensors, Tensors, tuple[bool, ...]], Tensors]
+    backward_arguments: Callable[[Any, Tensors, Tensors, Tensors, tuple[bool, ...]], Tensors]
     reference: Callable[..., Tensors]
     fold: Callable[..., tuple[Tensors, Tensors] | None] | None = None
+    outputs: int = 1
+    keep: tuple[int, ...] | None = None
+    second: Callable[..., tuple[Any, Tensors]] | None = None
 
 
-def _outputs(result: Any) -> Tensors:
-    return result if isinstance(result, tuple) else (result,)
+def _results(result: Any) -> Tensors:
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
-def _gradient(formula: Formula, inputs: Tensors, constants: Tensors, needs: Sequence[bool]) -> tuple[Callable, Tensors]:
-    """The gradient of the reference as a function ``(dy, *present inputs) -> wanted gradients``."""
-    present = [i for i, t in enumerate(inputs) if t is not None]
-    wanted = [i for i in present if needs[i]]
-
-    def gradient(dy: torch.Tensor, *values: torch.Tensor) -> Tensors:
-        given = dict(zip(present, values))
-
-        def y_of(*chosen: torch.Tensor) -> torch.Tensor:
-            full = {**given, **dict(zip(wanted, chosen))}
-            return formula.reference(*(full.get(i) for i in range(formula.inputs)), *constants)[0]
-
-        _, pullback = torch.func.vjp(y_of, *(given[i] for i in wanted))
-        return pullback(dy)
-
-    return gradient, tuple(inputs[i] for i in present)
+def _is_smooth(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _jvp(function: Callable[..., Any], primals: Tensors, tangents: Tensors) -> Any:
-    """Directional derivative of ``function`` by transposing its vjp."""
-    result, pullback = torch.func.vjp(function, *primals)
-    zeros = torch.utils._pytree.tree_map(torch.zeros_like, result)
-    _, push = torch.func.vjp(lambda cotangent: pullback(cotangent), zeros)
-    filled = tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents))
-    return push(filled)[0]
+def _holding(function: Callable, arguments: Tensors, free: Sequence[int]) -> tuple[Callable, Tensors]:
+    """``function`` of its arguments at the positions ``free`` alone, the others held; and those arguments."""
+
+    def of_free(*chosen: torch.Tensor) -> Any:
+        full = list(arguments)
+        for position, value in zip(free, chosen):
+            full[position] = value
+        return function(*full)
+
+    return of_free, tuple(arguments[i] for i in free)
 
 
-def _split(formula: Formula, args: Tensors) -> tuple[Tensors, Tensors]:
-    return args[: formula.inputs], args[formula.inputs :]
+def _jvp(function: Callable, arguments: Tensors, tangents: Tensors, free: Sequence[int]) -> Tensors:
+    """Directional derivative of ``function`` in its arguments ``free``, by transposing its vjp."""
+    of_free, primals = _holding(function, arguments, free)
+    result, pullback = torch.func.vjp(of_free, *primals)
+    _, push = torch.func.vjp(pullback, tuple(torch.zeros_like(r) for r in result))
+    along = (tangents[i] for i in free)
+    return push(tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, along)))[0]
 
 
-def _save(ctx: Any, formula: Formula, args: Tensors, output: Any) -> None:
-    """Keeps what the gradient needs; constants may be tensors too (running statistics)."""
-    inputs, constants = _split(formula, args)
-    tensors = (*inputs, *_outputs(output)[1:], *constants)
-    ctx.slots = tuple(t if not isinstance(t, torch.Tensor) else None for t in tensors)
-    ctx.is_tensor = tuple(isinstance(t, torch.Tensor) for t in tensors)
-    ctx.statistics = len(_outputs(output)) - 1
-    kept = [t for t in tensors if isinstance(t, torch.Tensor)]
-    ctx.save_for_backward(*kept)
-    ctx.kept_for_forward = kept
+class _Recipe:
+    """What follows from one formula, as functions of tensors."""
 
+    def __init__(self, formula: Formula) -> None:
+        schema = formula.forward.overloads[NAMESPACES[0]]._schema
+        for argument in schema.arguments[formula.inputs :]:
+            if "Tensor" in str(argument.type):
+                raise TypeError(f"{schema.name}: argument '{argument.name}' is a tensor: count it among the inputs")
+        self.formula = formula
+        self.results = len(schema.returns)
+        self.keep = tuple(range(formula.outputs, self.results)) if formula.keep is None else formula.keep
 
-def _saved(ctx: Any, formula: Formula, tensors: Sequence[torch.Tensor]) -> tuple[Tensors, Tensors, Tensors]:
-    remaining = iter(tensors)
-    values = tuple(next(remaining) if is_tensor else slot for is_tensor, slot in zip(ctx.is_tensor, ctx.slots))
-    n, s = formula.inputs, ctx.statistics
-    return values[:n], values[n : n + s], values[n + s :]
+    def kept(self, result: Any) -> Tensors:
+        results = _results(result)
+        return tuple(results[i] for i in self.keep)
 
+    def smooth(self, inputs: Tensors) -> list[int]:
+        """Positions of the inputs in which the formula can be differentiated."""
+        return [i for i in range(self.formula.gradients) if _is_smooth(inputs[i])]
 
-def _pick(inputs: Tensors, needs: Sequence[bool], grads: Tensors) -> Tensors:
-    """Gradients in input order, None where there is no input or nobody asked."""
-    asked = [g if t is not None and need else None for t, need, g in zip(inputs, needs, grads)]
-    return (*asked, *(None,) * (len(inputs) - len(asked)))
+    def free(self, arguments: Tensors) -> list[int]:
+        """The same for the arguments (*dys, *inputs) of the gradient."""
+        m = self.formula.outputs
+        return [*(i for i in range(m) if arguments[i] is not None), *(m + i for i in self.smooth(arguments[m:]))]
 
+    def needs(self, asked: Sequence[bool]) -> tuple[bool, ...]:
+        """Which gradients are wanted: those that autograd asks for and that the formula has."""
+        return tuple(need and i < self.formula.gradients for i, need in enumerate(asked))
 
-def _needs(formula: Formula, asked: Sequence[bool]) -> tuple[bool, ...]:
-    """Which gradients are wanted: those that autograd asks for and that the formula has."""
-    return tuple(need and i < formula.gradients for i, need in enumerate(asked))
+    def reference(self, constants: Tensors) -> Callable[..., Tensors]:
+        """inputs -> differentiable outputs, in plain torch."""
+        return lambda *inputs: self.formula.reference(*inputs, *constants)[: self.formula.outputs]
 
+    def gradient(self, constants: Tensors, needs: Sequence[bool]) -> Callable[..., Tensors]:
+        """(*dys, *inputs) -> wanted gradients, in plain torch."""
+        m = self.formula.outputs
 
-def _second_gradient(
-    formula: Formula, dy: torch.Tensor, inputs: Tensors, constants: Tensors, needs: Sequence[bool], cotangents: Tensors
-) -> tuple[torch.Tensor, Tensors]:
-    """Gradients of (dy, inputs) given cotangents of the input gradients."""
-    gradient, present = _gradient(formula, inputs, constants, needs)
-    first, pullback = torch.func.vjp(gradient, dy, *present)
-    wanted = [c for t, need, c in zip(inputs, needs, cotangents) if t is not None and need]
-    filled = tuple(torch.zeros_like(g) if c is None else c.to(g.dtype) for g, c in zip(first, wanted))
-    ddy, *rest = pullback(filled)
-    remaining = iter(rest)
-    return ddy, tuple(None if t is None else next(remaining) for t in inputs)
+        def gradient(*arguments: Any) -> Tensors:
+            dys, inputs = arguments[:m], arguments[m:]
+            of_wanted, values = _holding(self.reference(constants), inputs, self.wanted(inputs, needs))
+            ys, pullback = torch.func.vjp(of_wanted, *values)
+            return pullback(tuple(torch.zeros_like(y) if dy is None else dy for y, dy in zip(ys, dys)))
+
+        return gradient
+
+    def wanted(self, inputs: Sequence[Any], needs: Sequence[bool]) -> list[int]:
+        """Positions of the inputs whose gradient is wanted."""
+        return [i for i in range(self.formula.gradients) if needs[i] and inputs[i] is not None]
+
+    def pick(self, inputs: Tensors, needs: Sequence[bool], grads: Tensors) -> Tensors:
+        """Gradients in input order, None where there is no input or nobody asked."""
+        asked = [g if t is not None and need else None for t, need, g in zip(inputs, needs, grads)]
+        return (*asked, *(None,) * (len(inputs) - len(asked)))
+
+    def backward(
+        self, namespace: str, dys: Tensors, inputs: Tensors, kept: Tensors, constants: Tensors, needs: tuple[bool, ...]
+    ) -> Tensors:
+        """The backward op: one gradient for each of the first ``gradients`` inputs."""
+        dy = dys[0] if self.formula.outputs == 1 else dys
+        arguments = self.formula.backward_arguments(dy, inputs, kept, constants, needs)
+        return _results(self.formula.backward(namespace, *arguments))
+
+    def second(
+        self,
+        namespace: str,
+        dys: Tensors,
+        inputs: Tensors,
+        constants: Tensors,
+        needs: Sequence[bool],
+        cotangents: Tensors,
+    ) -> Tensors:
+        """Gradients of (*dys, *inputs), given the cotangents of the input gradients."""
+        m = self.formula.outputs
+        if self.formula.second is not None:
+            dy = dys[0] if m == 1 else dys
+            ddy, grads = self.formula.second(namespace, dy, inputs, constants, needs, cotangents)
+            stated = (*((ddy,) if m == 1 else ddy), *grads, *(None,) * (len(inputs) - len(grads)))
+            return tuple(None if t is None else g for t, g in zip((*dys, *inputs), stated))
+        arguments = (*dys, *inputs)
+        free = self.free(arguments)
+        of_free, values = _holding(self.gradient(constants, needs), arguments, free)
+        first, pullback = torch.func.vjp(of_free, *values)
+        given = (cotangents[i] for i in self.wanted(inputs, needs))
+        found = dict(zip(free, pullback(tuple(torch.zeros_like(g) if c is None else c for g, c in zip(first, given)))))
+        return tuple(found.get(i) for i in range(len(arguments)))
 
 
 def differentiable(formula: Formula) -> Callable[..., Any]:
     """Builds ``apply(namespace, *inputs, *constants)`` from a formula; see the module docstring."""
-    n, gradients = formula.inputs, formula.gradients
+    recipe = _Recipe(formula)
+    n, m = formula.inputs, formula.outputs
 
     class Backward(torch.autograd.Function):
-        """(dy, inputs, statistics) -> gradients of the inputs, by the backward op; differentiable itself."""
+        """(*dys, *inputs, *kept) -> gradients of the inputs, by the backward op; differentiable itself."""
 
         @staticmethod
-        def forward(namespace: str, needs: tuple, counts: tuple, dy: torch.Tensor, *rest: Any) -> Tensors:
-            inputs, statistics, constants = rest[:n], rest[n : n + counts[0]], rest[n + counts[0] :]
-            arguments = formula.backward_arguments(dy, inputs, statistics, constants, needs)
-            return formula.backward(namespace, *arguments)
+        def forward(namespace: str, needs: tuple[bool, ...], constants: Tensors, *tensors: Any) -> Tensors:
+            dys, inputs, kept = tensors[:m], tensors[m : m + n], tensors[m + n :]
+            return recipe.backward(namespace, dys, inputs, kept, constants, needs)
 
         @staticmethod
-        def setup_context(ctx: Any, inputs: Tensors, output: Any) -> None:
-            _, ctx.needs, (ctx.statistics,), dy, *rest = inputs
+        def setup_context(ctx: Any, inputs: Tensors, output: Tensors) -> None:
+            ctx.namespace, ctx.needs, ctx.constants, *tensors = inputs
+            ctx.kept = len(tensors) - m - n
             ctx.set_materialize_grads(False)
-            ctx.rest_slots = tuple(t if not isinstance(t, torch.Tensor) else None for t in rest)
-            ctx.rest_is_tensor = tuple(isinstance(t, torch.Tensor) for t in rest)
-            kept = (dy, *(t for t in rest if isinstance(t, torch.Tensor)))
-            ctx.save_for_backward(*kept)
-            ctx.save_for_forward(*kept)
-
-        @staticmethod
-        def _restore(ctx: Any) -> tuple[torch.Tensor, Tensors, Tensors]:
-            dy, *tensors = ctx.saved_tensors
-            remaining = iter(tensors)
-            rest = tuple(next(remaining) if it else s for it, s in zip(ctx.rest_is_tensor, ctx.rest_slots))
-            return dy, rest[:n], rest[n + ctx.statistics :]
+            ctx.save_for_backward(*tensors[: m + n])
+            ctx.save_for_forward(*tensors[: m + n])
+            wanted = recipe.wanted(tensors[m : m + n], ctx.needs)
+            ctx.mark_non_differentiable(*(g for i, g in enumerate(output) if i not in wanted))
 
         @staticmethod
         def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Tensors:
-            dy, inputs, constants = Backward._restore(ctx)
-            nothing = (None,) * (ctx.statistics + len(constants))
+            nothing = (None,) * ctx.kept
             if all(c is None for c in cotangents):
-                return (None,) * (4 + n) + nothing
-            ddy, grads = _second_gradient(formula, dy, inputs, constants, ctx.needs, cotangents)
-            return (None, None, None, ddy, *grads, *nothing)
+                return (None,) * (3 + m + n) + nothing
+            dys, inputs = ctx.saved_tensors[:m], ctx.saved_tensors[m:]
+            return (
+                *(None, None, None),
+                *recipe.second(ctx.namespace, dys, inputs, ctx.constants, ctx.needs, cotangents),
+                *nothing,
+            )
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Tensors:
-            dy, inputs, constants = Backward._restore(ctx)
-            gradient, present = _gradient(formula, inputs, constants, ctx.needs)
-            given = (tangents[3], *(t for x, t in zip(inputs, tangents[4 : 4 + n]) if x is not None))
-            moved = iter(_jvp(gradient, (dy, *present), given))
-            wanted = zip(inputs[:gradients], ctx.needs)
-            return tuple(next(moved) if x is not None and need else dy.new_zeros(0) for x, need in wanted)
+            arguments = ctx.saved_tensors
+            gradient = recipe.gradient(ctx.constants, ctx.needs)
+            moved = iter(_jvp(gradient, arguments, tangents[3:], recipe.free(arguments)))
+            wanted = recipe.wanted(arguments[m:], ctx.needs)
+            return tuple(next(moved) if i in wanted else None for i in range(formula.gradients))
 
         @staticmethod
-        def vmap(info: Any, in_dims: Tensors, namespace: str, needs: tuple, counts: tuple, dy: Any, *rest: Any) -> Any:
-            inputs, constants = rest[:n], rest[n + counts[0] :]
-            dims = in_dims[4 : 4 + n]
-            gradient, present = _gradient(formula, inputs, constants, needs)
-            batched = (in_dims[3], *(d for x, d in zip(inputs, dims) if x is not None))
+        def vmap(info: Any, in_dims: Tensors, namespace: str, needs: Any, constants: Tensors, *tensors: Any) -> Any:
+            gradient = recipe.gradient(constants, needs)
             with torch.enable_grad():
-                grads = iter(torch.vmap(gradient, in_dims=batched, randomness="same")(dy, *present))
-            wanted = [x is not None and need for x, need in zip(inputs[:gradients], needs)]
-            picked = tuple(next(grads) if want else dy.new_empty(0) for want in wanted)
-            return picked, tuple(0 if want else None for want in wanted)
+                batched = torch.vmap(gradient, in_dims=in_dims[3 : 3 + m + n], randomness="same")
+                grads = iter(batched(*tensors[: m + n]))
+            wanted = recipe.wanted(tensors[m : m + n], needs)
+            spare = next(t for t in tensors if t is not None).new_empty(0)
+            slots = range(formula.gradients)
+            return tuple(next(grads) if i in wanted else spare for i in slots), tuple(
+                0 if i in wanted else None for i in slots
+            )
+
+    def remember(ctx: Any, namespace: str, constants: Tensors, inputs: Tensors, result: Any) -> None:
+        ctx.namespace, ctx.constants = namespace, constants
+        ctx.set_materialize_grads(False)
+        saved = (*inputs, *recipe.kept(result))
+        ctx.save_for_backward(*saved)
+        ctx.mark_non_differentiable(*_results(result)[m:])
+
+    def gradients(ctx: Any, *dys: torch.Tensor | None) -> Tensors:
+        nothing = (None,) * (2 + n)
+        dys = tuple(dy if dy is None else dy.contiguous() for dy in dys[:m])
+        if all(dy is None for dy in dys):
+            return nothing
+        needs = recipe.needs(ctx.needs_input_grad[2:])
+        saved = ctx.saved_tensors
+        inputs = saved[:n]
+        if torch.is_grad_enabled() or _transforms_active() or _forward_mode_active():
+            grads = Backward.apply(ctx.namespace, needs, ctx.constants, *dys, *saved)
+        else:
+            grads = recipe.backward(ctx.namespace, dys, inputs, saved[n:], ctx.constants, needs)
+        return (None, None, *recipe.pick(inputs, needs, grads))
 
     class Forward(torch.autograd.Function):
-        """inputs -> (y, *statistics) by the forward op."""
+        """inputs -> (*outputs, *statistics) by the forward op."""
 
         @staticmethod
-        def forward(namespace: str, *args: Any) -> Any:
-            return formula.forward(namespace, *args)
+        def forward(namespace: str, constants: Tensors, *inputs: Any) -> Any:
+            return formula.forward(namespace, *inputs, *constants)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Tensors, output: Any) -> None:
-            ctx.namespace = inputs[0]
-            ctx.set_materialize_grads(False)
-            _save(ctx, formula, inputs[1:], output)
-            ctx.save_for_forward(*ctx.kept_for_forward)
-            del ctx.kept_for_forward
-            ctx.mark_non_differentiable(*_outputs(output)[1:])
+            namespace, constants, *tensors = inputs
+            remember(ctx, namespace, constants, tuple(tensors), output)
+            ctx.save_for_forward(*tensors)
 
-        @staticmethod
-        def backward(ctx: Any, dy: torch.Tensor | None, *_: Any) -> Tensors:
-            inputs, statistics, constants = _saved(ctx, formula, ctx.saved_tensors)
-            nothing = (None,) * len(constants)
-            if dy is None:
-                return (None,) * (1 + n) + nothing
-            needs = _needs(formula, ctx.needs_input_grad[1 : 1 + n])
-            dy = dy.contiguous()
-            if torch.is_grad_enabled() or _transforms_active():
-                counts = (len(statistics),)
-                grads = Backward.apply(ctx.namespace, needs, counts, dy, *inputs, *statistics, *constants)
-            else:
-                arguments = formula.backward_arguments(dy, inputs, statistics, constants, needs)
-                grads = formula.backward(ctx.namespace, *arguments)
-            return (None, *_pick(inputs, needs, grads), *nothing)
+        backward = staticmethod(gradients)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
-            inputs, _, constants = _saved(ctx, formula, ctx.saved_tensors)
-            present = [i for i, t in enumerate(inputs) if t is not None]
-
-            def y_of(*values: torch.Tensor) -> torch.Tensor:
-                full = dict(zip(present, values))
-                return formula.reference(*(full.get(i) for i in range(n)), *constants)[0]
-
-            dy = _jvp(y_of, tuple(inputs[i] for i in present), tuple(tangents[1 + i] for i in present))
-            return (dy, *(None,) * ctx.statistics) if ctx.statistics else dy
+            inputs = ctx.saved_tensors[:n]
+            moved = _jvp(recipe.reference(ctx.constants), inputs, tangents[2:], recipe.smooth(inputs))
+            return moved[0] if recipe.results == 1 else (*moved, *(None,) * (recipe.results - m))
 
         @staticmethod
-        def vmap(info: Any, in_dims: Tensors, namespace: str, *args: Any) -> Any:
-            inputs, constants = _split(formula, args)
-            dims = tuple(in_dims[1 : 1 + n])
+        def vmap(info: Any, in_dims: Tensors, namespace: str, constants: Tensors, *inputs: Any) -> Any:
+            dims = tuple(in_dims[2:])
             if formula.fold is not None:
                 folded = formula.fold(lambda *a: apply(namespace, *a), info.batch_size, dims, inputs, constants)
                 if folded is not None:
                     return folded
-            present = [i for i, t in enumerate(inputs) if t is not None]
+            results = torch.vmap(lambda *given: formula.reference(*given, *constants), in_dims=dims, randomness="same")(
+                *inputs
+            )
+            return (results, (0,) * len(results)) if len(results) > 1 else (results[0], 0)
 
-            def all_of(*values: torch.Tensor) -> Tensors:
-                full = dict(zip(present, values))
-                return formula.reference(*(full.get(i) for i in range(n)), *constants)
-
-            values = tuple(inputs[i] for i in present)
-            outputs = torch.vmap(all_of, in_dims=tuple(dims[i] for i in present), randomness="same")(*values)
-            return (outputs, (0,) * len(outputs)) if len(outputs) > 1 else (outputs[0], 0)
-
-    def apply(namespace: str, *args: Any) -> Any:
+    def apply(namespace: str, *arguments: Any) -> Any:
         if torch.compiler.is_compiling():
-            if forward_ad._current_level >= 0:
+            if _forward_mode_active():
                 torch._dynamo.graph_break("pyops: forward-mode AD runs outside the compiled graph")
-            return formula.forward.overloads[namespace](*args)
-        if _transforms_active() or forward_ad._current_level >= 0 or _wants_gradient(args[:n]):
-            return Forward.apply(namespace, *args)
+            return formula.forward.overloads[namespace](*arguments)
+        if _transforms_active() or _forward_mode_active() or _wants_gradient(arguments[:n]):
+            return Forward.apply(namespace, arguments[n:], *arguments[:n])
         with torch._C._AutoDispatchBelowAutograd():
-            return formula.forward.overloads[namespace](*args)
+            return formula.forward.overloads[namespace](*arguments)
 
-    _register(formula)
+    _register(recipe)
     return apply
 
 
@@ -273,32 +315,38 @@ def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def _forward_mode_active() -> bool:
+    return forward_ad._current_level >= 0
+
+
 def _wants_gradient(inputs: Tensors) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
-# Backward ops whose raw gradient is refused; two formulas may share one (batch norm in training and in inference).
 _refusing: set[str] = set()
 
 
-def _register(formula: Formula) -> None:
+def _register(recipe: _Recipe) -> None:
     """Registers the same gradients on the ops themselves: for torch.compile and for callers of the raw op."""
-    n = formula.inputs
+    formula = recipe.formula
+    n, m = formula.inputs, formula.outputs
     for namespace in NAMESPACES:
 
         def setup_context(ctx: Any, inputs: Tensors, output: Any) -> None:
+            ctx.constants = inputs[n:]
             ctx.set_materialize_grads(False)
-            _save(ctx, formula, inputs, output)
-            del ctx.kept_for_forward
+            ctx.save_for_backward(*inputs[:n], *recipe.kept(output))
+            ctx.mark_non_differentiable(*_results(output)[m:])
 
-        def backward(ctx: Any, dy: torch.Tensor | None, *_: Any, namespace: str = namespace) -> Tensors:
-            inputs, statistics, constants = _saved(ctx, formula, ctx.saved_tensors)
-            nothing = (None,) * len(constants)
-            if dy is None:
+        def backward(ctx: Any, *dys: torch.Tensor | None, namespace: str = namespace) -> Tensors:
+            nothing = (None,) * len(ctx.constants)
+            dys = tuple(dy if dy is None else dy.contiguous() for dy in dys[:m])
+            if all(dy is None for dy in dys):
                 return (None,) * n + nothing
-            needs = _needs(formula, ctx.needs_input_grad[:n])
-            arguments = formula.backward_arguments(dy.contiguous(), inputs, statistics, constants, needs)
-            return (*_pick(inputs, needs, formula.backward(namespace, *arguments)), *nothing)
+            needs = recipe.needs(ctx.needs_input_grad[:n])
+            saved = ctx.saved_tensors
+            grads = recipe.backward(namespace, dys, saved[:n], saved[n:], ctx.constants, needs)
+            return (*recipe.pick(saved[:n], needs, grads), *nothing)
 
         name = f"{namespace}::{formula.forward.name}"
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=fragment(namespace))

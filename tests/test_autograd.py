@@ -1,0 +1,215 @@
+"""The autograd recipe, on an op with two differentiable outputs, a statistic, and an integer input.
+
+    r[m,n] = s * exp(x[m,n]) * w[n]     t[k] = sum_n sin(x[i[k],n])     size[m] = sum_n |x[m,n]|
+
+The gradient reads the output r and the statistic is of no use to it. The implementations are plain torch.
+"""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from pyops import testing
+from pyops.core import library
+from pyops.core.autograd import Formula, differentiable
+from pyops.testing import Maker, Sample, check_op
+
+
+def _forward(x, w, index, s):
+    r = s * x.exp() * (1 if w is None else w)
+    return r, x.sin().sum(-1)[index], x.abs().sum(-1)
+
+
+def _backward(dr, dt, x, w, index, r, s, need_dx, need_dw):
+    dx, dw = x.new_zeros(x.shape if need_dx else 0), x.new_zeros(x.shape[1] if need_dw else 0)
+    if need_dx and dr is not None:
+        dx = dx + dr * r
+    if need_dx and dt is not None:
+        dx = dx + x.cos() * dt.new_zeros(x.shape[0]).index_add(0, index, dt)[:, None]
+    if need_dw and dr is not None:
+        dw = (dr * s * x.exp()).sum(0)
+    return dx, dw
+
+
+def _declare(name):
+    """The ops in pyops' own namespace; not entered among the declared ones, which every backend must implement."""
+    fake = lambda x, w, index, s: (torch.empty_like(x), x.new_empty(index.shape[0]), x.new_empty(x.shape[0]))
+    fwd = library.declare(
+        f"{name}_fwd(Tensor x, Tensor? w, Tensor index, float s) -> (Tensor, Tensor, Tensor)", fake, None
+    )
+    bwd = library.declare(
+        f"{name}_bwd(Tensor? dr, Tensor? dt, Tensor x, Tensor? w, Tensor index, Tensor r, float s, bool need_dx,"
+        " bool need_dw) -> (Tensor, Tensor)",
+        lambda dr, dt, x, w, index, r, s, need_dx, need_dw: (
+            x.new_empty(x.shape if need_dx else 0),
+            x.new_empty(x.shape[1] if need_dw else 0),
+        ),
+        None,
+    )
+    for op, function in ((fwd, _forward), (bwd, _backward)):
+        library.fragment("pyops").impl(op.name, function, "CPU")
+        del library._ops[op.name]
+    return fwd, bwd
+
+
+def _arguments(dy, inputs, kept, constants, needs):
+    (dr, dt), (x, w, index), (r,), (s,) = dy, inputs, kept, constants
+    return dr, dt, x, w, index, r, s, needs[0], needs[1]
+
+
+seconds = []
+
+
+def _second(namespace, dy, inputs, constants, needs, cotangents):
+    """By hand: the gradient of  <ddx, dr s e^x w + cos(x) dt'> + <ddw, sum_m dr s e^x>  in dr, dt, x, w."""
+    (dr, dt), (x, w, index), (s,) = dy, inputs, constants
+    seconds.append(needs)
+    ddx, ddw = (torch.zeros_like(t) if c is None else c for c, t in zip(cotangents, (x, x[0])))
+    scale = x.new_ones(x.shape[1]) if w is None else w
+    full = x.new_zeros(x.shape) if dr is None else dr
+    rows = x.new_zeros(x.shape[0]) if dt is None else x.new_zeros(x.shape[0]).index_add(0, index, dt)
+    e = s * x.exp()
+    ddr = e * (ddx * scale + ddw)
+    ddt = (ddx * x.cos()).sum(-1)[index]
+    gx = full * e * (ddx * scale + ddw) - ddx * x.sin() * rows[:, None]
+    gw = (ddx * full * e).sum(0)
+    return (ddr, ddt), (gx, None if w is None else gw)
+
+
+def _build(name, **changed):
+    """The formula on ops of its own name."""
+    given = {"inputs": 3, "gradients": 2, "outputs": 2, "keep": (0,), "reference": _forward}
+    return differentiable(Formula(*_declare(name), **{"backward_arguments": _arguments, **given, **changed}))
+
+
+_composite = _build("waves")
+_stated = _build("waves_second", second=_second)
+
+
+def waves(x, w, index, s=0.5):
+    return _composite("pyops", x, w, index, s)[:2]
+
+
+def waves_second(x, w, index, s=0.5):
+    return _stated("pyops", x, w, index, s)[:2]
+
+
+def reference(x, w, index, s=0.5):
+    return _forward(x, w, index, s)[:2]
+
+
+def _sample(weighted=True):
+    def make(t: Maker):
+        return (t.input((3, 4)), t.input((4,)) if weighted else None, torch.tensor([2, 0, 0, 1])), {"s": 0.7}
+
+    return make
+
+
+SAMPLES = [
+    Sample("weight", _sample(), derivatives=True),
+    Sample("no weight", _sample(weighted=False), derivatives=True),
+]
+
+
+def inputs(dtype=torch.float64):
+    _, _, maker = (*SAMPLES[0].make(maker := Maker(dtype, requires_grad=True)), maker)
+    return (*maker.inputs, torch.tensor([2, 0, 0, 1]))
+
+
+@pytest.mark.parametrize("function", [waves, waves_second])
+@pytest.mark.parametrize("check", testing.checks())
+def test_two_outputs_pass_every_check(function, check):
+    (result,) = check_op(function, reference, SAMPLES, only=[check])
+    assert result.ok, result.detail
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("function", [waves, waves_second])
+def test_derivatives_with_outputs_unused(function, used):
+    x, w, index = inputs()
+    some = lambda x, w: tuple(function(x, w, index)[i] for i in used)
+    torch.autograd.gradcheck(some, (x, w), check_forward_ad=True, check_batched_grad=True)
+    torch.autograd.gradgradcheck(some, (x, w), check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_compiled_with_one_output_unused(used):
+    x, w, index = inputs(torch.float32)
+
+    def loss(x, w, function=waves):
+        return function(x, w, index)[used].square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    ours = torch.autograd.grad(compiled(x, w), (x, w), allow_unused=True)
+    theirs = torch.autograd.grad(loss(x, w, reference), (x, w), allow_unused=True)
+    for v, a, b in zip((x, w), ours, theirs):
+        torch.testing.assert_close(a, torch.zeros_like(v) if b is None else b)
+
+
+def test_the_stated_second_gradient_is_the_one_that_runs():
+    x, w, index = inputs()
+    seconds.clear()
+    (g,) = torch.autograd.grad(waves_second(x, w, index)[0].sum(), x, create_graph=True)
+    g.sum().backward()
+    assert seconds == [(True, True, False)]
+    # third order: through what the room states
+    torch.autograd.gradgradcheck(
+        lambda x: torch.autograd.grad(waves_second(x, w, index)[0].sum(), x, create_graph=True)[0], x
+    )
+
+
+def test_statistics_carry_no_gradient():
+    x, w, index = inputs()
+    for results in (_composite("pyops", x, w, index, 0.5), torch.ops.pyops.waves_fwd(x, w, index, 0.5)):
+        assert [r.requires_grad for r in results] == [True, True, False]
+
+
+def test_nothing_is_asked_of_an_output_that_nobody_uses(monkeypatch):
+    x, w, index = inputs()
+    given = []
+    spy = lambda dy, *rest: given.append([t is not None for t in dy]) or _arguments(dy, *rest)
+    apply = _build("waves_spied", backward_arguments=spy)
+    apply("pyops", x, w, index, 0.5)[1].sum().backward()
+    assert given == [[False, True]]
+    assert w.grad is not None and not w.grad.any()
+
+
+def test_forward_mode_over_reverse_without_a_graph():
+    """Tangents reach a gradient that is taken without create_graph."""
+    x, w, index = inputs()
+
+    def tangent(function):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            (g,) = torch.autograd.grad(function(dual, w, index)[0].sum(), dual)
+            return forward_ad.unpack_dual(g).tangent
+
+    torch.testing.assert_close(tangent(waves), tangent(reference))
+
+
+def test_raw_ops_have_gradients_of_first_order_and_refuse_the_second():
+    x, w, index = inputs()
+    r, t, _ = torch.ops.pyops.waves_fwd(x, w, index, 0.5)
+    ours = torch.autograd.grad(r.sum() + t.sum(), (x, w), create_graph=True)
+    theirs = torch.autograd.grad(sum(y.sum() for y in reference(x, w, index)), (x, w))
+    torch.testing.assert_close(ours, theirs)
+    with pytest.raises(RuntimeError, match="raw backward op"):
+        ours[0].sum().backward()
+
+
+def test_no_gradient_no_graph():
+    x, w, index = inputs()
+    assert not any(y.requires_grad for y in waves(x.detach(), w.detach(), index))
+    with torch.no_grad():
+        assert not any(y.requires_grad for y in waves(x, w, index))
+
+
+def test_double_backward_through_one_input_only():
+    x, w, index = inputs()
+    for other in (w.detach(), None):
+        torch.autograd.gradgradcheck(lambda x, other=other: waves(x, other, index), (x,))
+
+
+def test_a_tensor_among_the_constants_is_refused():
+    with pytest.raises(TypeError, match="'index'"):
+        _build("waves_refused", inputs=2)
