@@ -2,6 +2,7 @@
 
 from .ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .ops.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from .ops.im2col import Fold, Unfold
 from .ops.layer_norm import LayerNorm
 from .ops.rms_norm import RMSNorm
 
@@ -9,10 +10,12 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Fold",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
     "RMSNorm",
+    "Unfold",
 ]
