@@ -6,14 +6,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+TOOLKIT = Path("/usr/local/cuda")  # where a CUDA toolkit is if its nvcc is not on PATH
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     raise SystemExit(f"pyops build: {message}")
 
 
@@ -24,7 +26,10 @@ def torch_package() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         fail("torch is not installed here: `pip install 'torch>=2.10'`, then build with --no-build-isolation")
-    return Path(spec.origin).parent
+    package = Path(spec.origin).parent
+    if not (package / "include/torch/csrc/stable/library.h").exists():
+        fail(f"the torch in {package} is too old: pyops needs torch >= 2.10 (its stable C++ interface)")
+    return package
 
 
 def tool(name: str) -> str:
@@ -34,7 +39,31 @@ def tool(name: str) -> str:
         if found:
             return found
     fail(f"{name} is missing: `pip install {name}`")
-    raise AssertionError
+
+
+def check_compiler() -> None:
+    """A C++ compiler that CMake will find."""
+    given = os.environ.get("CXX")
+    if given and shutil.which(given.split()[0]) is None:
+        fail(f"no C++ compiler found: CXX={given!r} is not a program on PATH")
+    if not given and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        fail("no C++ compiler found: install g++ (>= 11) or clang++, or set CXX")
+
+
+def jobs() -> str:
+    """Compilers to run at a time: MAX_JOBS, else the number of cores."""
+    text = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not text.isdecimal() or int(text) == 0:
+        fail(f"MAX_JOBS must be a positive whole number, got {text!r}")
+    return text
+
+
+def pybind11_cmake_dir() -> str:
+    try:
+        import pybind11
+    except ImportError:
+        fail("pybind11 is missing: `pip install pybind11`")
+    return pybind11.get_cmake_dir()
 
 
 def build_cuda(torch: Path) -> bool:
@@ -59,7 +88,8 @@ def cuda_architectures() -> str | None:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
         if match is None:
             fail(f"TORCH_CUDA_ARCH_LIST: cannot read {item!r}; expected for example '8.0;9.0a+PTX'")
-        assert match is not None
+        if int(match[1]) < 8:
+            fail(f"TORCH_CUDA_ARCH_LIST: got {item!r}; pyops needs compute capability 8.0 or newer")
         number = match[1] + match[2] + match[3]
         architectures.append(f"{number}-real")
         if match[4]:
@@ -71,16 +101,16 @@ def cuda_headers() -> str:
     """Include directories of the CUDA headers the emulator needs: the toolkit's, else those of PyPI's packages."""
     nvcc = shutil.which("nvcc")
     candidates = [Path(nvcc).resolve().parent.parent / "include"] if nvcc else []
-    candidates.append(Path("/usr/local/cuda/include"))
+    candidates.append(TOOLKIT / "include")
     for directory in candidates:
         if (directory / "cuda_fp16.h").exists():
             return ";".join(str(p) for p in (directory, directory / "cccl") if p.exists())
-    site = Path(torch_package()).parent / "nvidia"
-    found = sorted({str(p.parent) for p in site.glob("**/include/cuda_fp16.h")})
-    if not found:
-        fail("the emulator needs CUDA headers: `pip install -r requirements/emulator.txt`")
-    found += sorted({str(p.parent.parent) for p in site.glob("**/include/**/nv/target")})
-    return ";".join(found)
+    for site in filter(None, sys.path):
+        nvidia = Path(site) / "nvidia"
+        found = sorted({str(p.parent) for p in nvidia.glob("**/include/cuda_fp16.h")})
+        if found:
+            return ";".join(found + sorted({str(p.parent.parent) for p in nvidia.glob("**/include/**/nv/target")}))
+    fail("the emulator needs CUDA headers: `pip install -r requirements/emulator.txt`")
 
 
 class CMakeBuild(build_ext):
@@ -88,36 +118,34 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         torch = torch_package()
+        check_compiler()
         package = ROOT / "pyops" if self.inplace else Path(self.build_lib).resolve() / "pyops"
         package.mkdir(parents=True, exist_ok=True)
-        build = ROOT / "build" / ("cmake-inplace" if self.inplace else "cmake")
+        build = ROOT / "build" / ("cmake-inplace" if self.inplace else f"cmake-{sys.implementation.cache_tag}")
         emulator = os.environ.get("PYOPS_BUILD_EMULATOR", "0") == "1"
         cuda = build_cuda(torch)
         arguments = {
             "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": tool("ninja"),
             "PYOPS_TORCH_DIR": str(torch),
             "PYOPS_OUTPUT_DIR": str(package),
             "PYOPS_BUILD_CUDA": "ON" if cuda else "OFF",
             "PYOPS_BUILD_EMULATOR": "ON" if emulator else "OFF",
             "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11_cmake_dir(),
         }
         if emulator:
             arguments["PYOPS_CUDA_INCLUDE_DIRS"] = cuda_headers()
+        elif not self.inplace:
+            # of an earlier build in this tree; a wheel packs whatever stands here
+            for library in package.glob("libpyops_emulator*.so"):
+                library.unlink()
         if cuda and (architectures := cuda_architectures()):
             arguments["PYOPS_CUDA_ARCHITECTURES"] = architectures
-        try:
-            import pybind11
-
-            arguments["pybind11_DIR"] = pybind11.get_cmake_dir()
-        except ImportError:
-            fail("pybind11 is missing: `pip install pybind11`")
-        if shutil.which("c++") is None and shutil.which("g++") is None and "CXX" not in os.environ:
-            fail("no C++ compiler found: install g++ (>= 11) or clang++, or set CXX")
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        configure = [tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-        configure.append(f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}")
+        cmake = tool("cmake")
+        configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [f"-D{key}={value}" for key, value in arguments.items()]
-        for command in (configure, [tool("cmake"), "--build", str(build), "--parallel", jobs]):
+        for command in (configure, [cmake, "--build", str(build), "--parallel", jobs()]):
             if subprocess.call(command) != 0:
                 fail(f"`{' '.join(command[:3])} ...` failed; the compiler's message stands above")
 
@@ -125,7 +153,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=["pyops", "pyops.core", "pyops.ops", "pyops.kernels", "pyops.bench"],
     package_dir={"pyops": "pyops", "pyops.kernels": "kernels", "pyops.bench": "bench"},
-    package_data={"pyops": ["py.typed", "*.so"], "pyops.bench": ["results/*.json"]},
+    package_data={"pyops": ["py.typed"], "pyops.bench": ["results/*.json"]},
     ext_modules=[Extension("pyops._host", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,
