@@ -1,7 +1,7 @@
 """Command line of pyops: ``python -m pyops info | check | bench | explain | demo``.
 
-Exit codes: 0 done, 1 a check or a benchmark found something wrong, 2 bad arguments, 3 what was asked for cannot run
-on this machine.
+Exit codes: 0 done, 1 a check or a benchmark found something wrong, 2 bad arguments or environment variables, 3 what was
+asked for cannot run on this machine.
 """
 
 from __future__ import annotations
@@ -245,6 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     options.arguments = arguments
     try:
+        if (problem := library.environment_problem()) is not None:
+            raise Stop(Exit.USAGE, f"{options.command}: {problem}")
         return int(options.run(options))
     except Stop as stop:
         print(f"pyops {stop}", file=sys.stderr)

@@ -90,3 +90,15 @@ def test_refuses_as_torch(args):
 
 def test_module_refuses_a_wrong_rank_as_torch():
     same_refusal(nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4), X)
+
+
+def test_infinity_reaches_the_running_mean_as_in_torch():
+    """The mean of a channel that holds one infinity is infinite; its variance is not a number."""
+    x = torch.randn(2, 3, 5)
+    x[0, 1, 2] = float("inf")
+    ours, theirs = ((torch.zeros(3), torch.ones(3)) for _ in range(2))
+    with backends.backend("cpu"):
+        F.batch_norm(x, *ours, training=True)
+    torch.nn.functional.batch_norm(x, *theirs, training=True)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, equal_nan=True)

@@ -40,6 +40,46 @@ def test_info_reports_a_forced_backend_and_capability():
     assert found["environment"] == {"PYOPS_BACKEND": "cpu", "PYOPS_CPU_CAPABILITY": "baseline"}
 
 
+@pytest.mark.parametrize(
+    "variable, value, words",
+    [
+        ("PYOPS_BACKEND", "gpu", ("got 'gpu'", "expected one of cpu, cuda, triton, emulator")),
+        ("PYOPS_CPU_CAPABILITY", "sse", ("got 'sse'", "expected 'baseline'")),
+    ],
+)
+def test_an_environment_that_cannot_be_obeyed_ends_in_one_line(variable, value, words):
+    done = run("info", **{variable: value})
+    assert done.returncode == Exit.USAGE and not done.stdout
+    (line,) = done.stderr.splitlines()
+    for word in ("pyops info", variable, *words):
+        assert word in line
+
+
+@pytest.mark.parametrize("variable, value", [("PYOPS_BACKEND", "gpu"), ("PYOPS_CPU_CAPABILITY", "sse")])
+def test_an_environment_that_cannot_be_obeyed_makes_every_call_raise(variable, value):
+    program = """
+import torch, pyops
+def call():
+    try:
+        pyops.functional.layer_norm(torch.ones(2, 3), (3,))
+    except (RuntimeError, NotImplementedError) as error:
+        print(error)
+call()
+with pyops.backend("emulator"):
+    pass
+call()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, variable: value},
+        timeout=120,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all(f"{variable}: " in line and repr(value) in line for line in lines), done.stderr
+
+
 def test_info_for_a_reader(capsys):
     assert main(["info"]) == Exit.OK
     text = capsys.readouterr().out

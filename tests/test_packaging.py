@@ -1,4 +1,4 @@
-"""Packaging: metadata without torch, one clear line per build problem, complete archives, a wheel that works elsewhere."""
+"""Packaging: metadata without torch, one line per build problem, complete archives, a wheel that works elsewhere."""
 
 import importlib.util
 import os

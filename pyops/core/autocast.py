@@ -16,6 +16,8 @@ FLOAT32_ON: dict[str, tuple[str, ...]] = {
 
 def cast(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The arguments of ``op`` in the dtype that the active autocast context asks for."""
+    if not torch._C._is_any_autocast_enabled():
+        return (x, *others)
     device = x.device.type
     if device not in FLOAT32_ON[op] or not torch.is_autocast_enabled(device):
         return (x, *others)

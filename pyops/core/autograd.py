@@ -112,9 +112,20 @@ class _Recipe:
         self.results = len(schema.returns)
         self.keep = tuple(range(formula.outputs, self.results)) if formula.keep is None else formula.keep
 
-    def kept(self, result: Any) -> Tensors:
+    def save(self, ctx: Any, namespace: str, constants: Tensors, inputs: Tensors, result: Any) -> None:
+        """Keeps what the gradient reads, and names the results that have none."""
         results = _results(result)
-        return tuple(results[i] for i in self.keep)
+        ctx.namespace, ctx.constants = namespace, constants
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *[results[i] for i in self.keep])
+        ctx.mark_non_differentiable(*results[self.formula.outputs :])
+
+    def cotangents(self, dys: Tensors) -> Tensors | None:
+        """Those of the differentiable outputs, contiguous; None where nobody uses any of them."""
+        if self.formula.outputs == 1:
+            return None if dys[0] is None else (dys[0].contiguous(),)
+        given = [dy if dy is None else dy.contiguous() for dy in dys[: self.formula.outputs]]
+        return None if all(dy is None for dy in given) else tuple(given)
 
     def smooth(self, inputs: Tensors) -> list[int]:
         """Positions of the inputs in which the formula can be differentiated."""
@@ -125,9 +136,10 @@ class _Recipe:
         m = self.formula.outputs
         return [*(i for i in range(m) if arguments[i] is not None), *(m + i for i in self.smooth(arguments[m:]))]
 
-    def needs(self, asked: Sequence[bool]) -> tuple[bool, ...]:
+    def needs(self, asked: tuple[bool, ...]) -> tuple[bool, ...]:
         """Which gradients are wanted: those that autograd asks for and that the formula has."""
-        return tuple(need and i < self.formula.gradients for i, need in enumerate(asked))
+        spare = len(asked) - self.formula.gradients
+        return asked if spare == 0 else (*asked[: self.formula.gradients], *(False,) * spare)
 
     def reference(self, constants: Tensors) -> Callable[..., Tensors]:
         """inputs -> differentiable outputs, in plain torch."""
@@ -152,7 +164,7 @@ class _Recipe:
     def pick(self, inputs: Tensors, needs: Sequence[bool], grads: Tensors) -> Tensors:
         """Gradients in input order, None where there is no input or nobody asked."""
         asked = [g if t is not None and need else None for t, need, g in zip(inputs, needs, grads)]
-        return (*asked, *(None,) * (len(inputs) - len(asked)))
+        return (*asked, *(None,) * (self.formula.inputs - self.formula.gradients))
 
     def backward(
         self, namespace: str, dys: Tensors, inputs: Tensors, kept: Tensors, constants: Tensors, needs: tuple[bool, ...]
@@ -243,38 +255,44 @@ def differentiable(formula: Formula) -> Callable[..., Any]:
                 0 if i in wanted else None for i in slots
             )
 
-    def remember(ctx: Any, namespace: str, constants: Tensors, inputs: Tensors, result: Any) -> None:
-        ctx.namespace, ctx.constants = namespace, constants
-        ctx.set_materialize_grads(False)
-        saved = (*inputs, *recipe.kept(result))
-        ctx.save_for_backward(*saved)
-        ctx.mark_non_differentiable(*_results(result)[m:])
-
     def gradients(ctx: Any, *dys: torch.Tensor | None) -> Tensors:
-        nothing = (None,) * (2 + n)
-        dys = tuple(dy if dy is None else dy.contiguous() for dy in dys[:m])
-        if all(dy is None for dy in dys):
-            return nothing
+        given = recipe.cotangents(dys)
+        if given is None:
+            return (None,) * (2 + n)
         needs = recipe.needs(ctx.needs_input_grad[2:])
         saved = ctx.saved_tensors
         inputs = saved[:n]
-        if torch.is_grad_enabled() or _transforms_active() or _forward_mode_active():
-            grads = Backward.apply(ctx.namespace, needs, ctx.constants, *dys, *saved)
+        if torch.is_grad_enabled() or _derivative_levels_active():
+            grads = Backward.apply(ctx.namespace, needs, ctx.constants, *given, *saved)
         else:
-            grads = recipe.backward(ctx.namespace, dys, inputs, saved[n:], ctx.constants, needs)
+            with torch._C._AutoDispatchBelowAutograd():
+                grads = recipe.backward(ctx.namespace, given, inputs, saved[n:], ctx.constants, needs)
         return (None, None, *recipe.pick(inputs, needs, grads))
 
+    class Plain(torch.autograd.Function):
+        """Forward for the common case: reverse mode alone. torch binds such a Function several times faster."""
+
+        @staticmethod
+        def forward(ctx: Any, namespace: str, constants: Tensors, *inputs: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                result = formula.forward.overloads[namespace](*inputs, *constants)
+            recipe.save(ctx, namespace, constants, inputs, result)
+            return result
+
+        backward = staticmethod(gradients)
+
     class Forward(torch.autograd.Function):
-        """inputs -> (*outputs, *statistics) by the forward op."""
+        """inputs -> (*outputs, *statistics) by the forward op, in every kind of derivative."""
 
         @staticmethod
         def forward(namespace: str, constants: Tensors, *inputs: Any) -> Any:
-            return formula.forward(namespace, *inputs, *constants)
+            with torch._C._AutoDispatchBelowAutograd():
+                return formula.forward.overloads[namespace](*inputs, *constants)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Tensors, output: Any) -> None:
             namespace, constants, *tensors = inputs
-            remember(ctx, namespace, constants, tuple(tensors), output)
+            recipe.save(ctx, namespace, constants, tuple(tensors), output)
             ctx.save_for_forward(*tensors)
 
         backward = staticmethod(gradients)
@@ -302,8 +320,10 @@ def differentiable(formula: Formula) -> Callable[..., Any]:
             if _forward_mode_active():
                 torch._dynamo.graph_break("pyops: forward-mode AD runs outside the compiled graph")
             return formula.forward.overloads[namespace](*arguments)
-        if _transforms_active() or _forward_mode_active() or _wants_gradient(arguments[:n]):
+        if _derivative_levels_active():
             return Forward.apply(namespace, arguments[n:], *arguments[:n])
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[:n]):
+            return Plain.apply(namespace, arguments[n:], *arguments[:n])
         with torch._C._AutoDispatchBelowAutograd():
             return formula.forward.overloads[namespace](*arguments)
 
@@ -311,16 +331,13 @@ def differentiable(formula: Formula) -> Callable[..., Any]:
     return apply
 
 
-def _transforms_active() -> bool:
-    return torch._C._are_functorch_transforms_active()
-
-
 def _forward_mode_active() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _wants_gradient(inputs: Tensors) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+def _derivative_levels_active() -> bool:
+    """Inside torch.func's transforms or forward mode: more is asked than a gradient for ``.backward()``."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 _refusing: set[str] = set()
@@ -329,23 +346,20 @@ _refusing: set[str] = set()
 def _register(recipe: _Recipe) -> None:
     """Registers the same gradients on the ops themselves: for torch.compile and for callers of the raw op."""
     formula = recipe.formula
-    n, m = formula.inputs, formula.outputs
+    n = formula.inputs
     for namespace in NAMESPACES:
 
-        def setup_context(ctx: Any, inputs: Tensors, output: Any) -> None:
-            ctx.constants = inputs[n:]
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*inputs[:n], *recipe.kept(output))
-            ctx.mark_non_differentiable(*_results(output)[m:])
+        def setup_context(ctx: Any, inputs: Tensors, output: Any, namespace: str = namespace) -> None:
+            recipe.save(ctx, namespace, inputs[n:], inputs[:n], output)
 
-        def backward(ctx: Any, *dys: torch.Tensor | None, namespace: str = namespace) -> Tensors:
+        def backward(ctx: Any, *dys: torch.Tensor | None) -> Tensors:
             nothing = (None,) * len(ctx.constants)
-            dys = tuple(dy if dy is None else dy.contiguous() for dy in dys[:m])
-            if all(dy is None for dy in dys):
+            given = recipe.cotangents(dys)
+            if given is None:
                 return (None,) * n + nothing
             needs = recipe.needs(ctx.needs_input_grad[:n])
             saved = ctx.saved_tensors
-            grads = recipe.backward(namespace, dys, saved[:n], saved[n:], ctx.constants, needs)
+            grads = recipe.backward(ctx.namespace, given, saved[:n], saved[n:], ctx.constants, needs)
             return (*recipe.pick(saved[:n], needs, grads), *nothing)
 
         name = f"{namespace}::{formula.forward.name}"

@@ -24,19 +24,29 @@ _NAMESPACE_ON = {
 _HOME = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda", "emulator": "cpu"}
 _why_not: Callable[[str], str | None]
 _usable: dict[str, bool] = {}
+_chosen: dict[str, str] = {}  # device type -> namespace, as long as the forced backend stays
 _forced: str | None = None
+_problem: str | None = None  # why PYOPS_BACKEND cannot be obeyed; every call says so until a backend is chosen
 
 
 def install(why_not: Callable[[str], str | None]) -> None:
     """Tells this module how to ask whether a backend can run, and applies PYOPS_BACKEND."""
-    global _why_not
+    global _why_not, _problem
     _why_not = why_not
     if name := os.environ.get("PYOPS_BACKEND"):
-        _force(name)
+        try:
+            _force(name)
+        except (ValueError, RuntimeError) as error:
+            _problem = f"PYOPS_BACKEND: {error}"
+
+
+def problem() -> str | None:
+    """Why PYOPS_BACKEND cannot be obeyed, or None."""
+    return _problem
 
 
 def _force(name: str | None) -> None:
-    global _forced
+    global _forced, _problem
     if name is not None:
         if name not in NAMES:
             raise ValueError(f"backend: got {name!r}, expected one of {', '.join(NAMES)} or None")
@@ -44,7 +54,8 @@ def _force(name: str | None) -> None:
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run: {reason}")
         _usable[name] = True
-    _forced = name
+    _forced, _problem = name, None
+    _chosen.clear()
 
 
 class backend:
@@ -52,7 +63,7 @@ class backend:
 
     ``pyops.backend("triton")`` forces it from now on; ``with pyops.backend("triton"): ...`` restores the former
     choice at the end; ``pyops.backend(None)`` gives the choice back to pyops. The environment variable PYOPS_BACKEND
-    does the same at import.
+    does the same from the start; where it cannot be obeyed, every call raises and says why.
 
     Args:
         name: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"emulator"`` (CUDA C++ kernels run on CPU tensors, for tests)
@@ -64,15 +75,16 @@ class backend:
     """
 
     def __init__(self, name: str | None) -> None:
-        self._before = _forced
+        self._before = _forced, _problem
         _force(name)
 
     def __enter__(self) -> backend:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        global _forced
-        _forced = self._before
+        global _forced, _problem
+        _forced, _problem = self._before
+        _chosen.clear()
 
 
 def forced() -> str | None:
@@ -105,12 +117,22 @@ def namespace_for(op: str, x: torch.Tensor) -> str:
         RuntimeError: the forced backend does not serve the tensor's device.
         NotImplementedError: none is forced, and pyops has no kernels for the device here.
     """
-    name = _forced if _forced is not None else default_for(x.device.type)
+    device_type = x.device.type
+    namespace = _chosen.get(device_type)
+    if namespace is None:
+        namespace = _chosen[device_type] = _choose(op, device_type)
+    return namespace
+
+
+def _choose(op: str, device_type: str) -> str:
+    if _problem is not None:
+        raise RuntimeError(f"{op}: {_problem}")
+    name = _forced if _forced is not None else default_for(device_type)
     # a meta tensor has shapes only: every backend's fake serves it
-    device_type = _HOME[name] if x.device.type == "meta" else x.device.type
-    namespace = _NAMESPACE_ON.get((name, device_type))
+    kernels_for = _HOME[name] if device_type == "meta" else device_type
+    namespace = _NAMESPACE_ON.get((name, kernels_for))
     if namespace is not None and _can_run(name):
         return namespace
-    reason = _why_not(name) if namespace is not None else f"it does not run on {device_type} tensors"
+    reason = _why_not(name) if namespace is not None else f"it does not run on {kernels_for} tensors"
     kind = NotImplementedError if _forced is None else RuntimeError
     raise kind(f"{op}: backend {name!r} cannot run: {reason}")

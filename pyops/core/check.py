@@ -24,18 +24,18 @@ def floating(op: str, argument: str, x: torch.Tensor) -> None:
 
 def affine(op: str, x: torch.Tensor, shape: tuple[int, ...], **parameters: torch.Tensor | None) -> None:
     """Each given parameter has this shape, x's device, and x's dtype or the dtype of its sums."""
-    wide = accumulate_dtype(x.dtype)
     dtype = None
     for name, p in parameters.items():
         if p is None:
             continue
         if not isinstance(p, torch.Tensor):
             fail(TypeError, op, name, type(p).__name__, "a tensor or None")
-        if tuple(p.shape) != shape:
+        if p.shape != shape:
             fail(RuntimeError, op, name, f"shape {list(p.shape)}", f"shape {list(shape)}")
         if p.device != x.device:
             fail(RuntimeError, op, name, f"a tensor on {p.device}", f"one on {x.device}, as the input")
-        if p.dtype not in (x.dtype, wide):
+        if p.dtype != x.dtype and p.dtype != accumulate_dtype(x.dtype):
+            wide = accumulate_dtype(x.dtype)
             fail(RuntimeError, op, name, p.dtype, f"{x.dtype} or {wide} for an input of {x.dtype}")
         if dtype is not None and p.dtype != dtype:
             fail(RuntimeError, op, name, p.dtype, f"{dtype}, as the other parameters")
@@ -60,7 +60,7 @@ def normalized_shape(op: str, x: torch.Tensor, shape: Any) -> tuple[int, ...]:
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     if not sizes:
         fail(RuntimeError, op, "normalized_shape", list(sizes), "at least one dimension")
-    if len(sizes) > x.dim() or tuple(x.shape[x.dim() - len(sizes) :]) != sizes:
+    if x.shape[-len(sizes) :] != sizes:
         fail(RuntimeError, op, "normalized_shape", list(sizes), f"the last sizes of an input of shape {list(x.shape)}")
     return sizes
 

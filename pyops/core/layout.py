@@ -1,8 +1,30 @@
-"""How an ``[N, C, *]`` tensor reaches a kernel: contiguous, as ``[N, C, S]`` or, channels last, as ``[N, S, C]``."""
+"""How tensors reach a kernel: ``[*, N]`` as rows ``[M, N]``; ``[N, C, *]`` as ``[N, C, S]`` or ``[N, S, C]``.
+
+A view costs a microsecond, and as much again in the backward pass: none is made of what has its shape already.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+
+def rows(x: torch.Tensor, dims: int) -> torch.Tensor:
+    """The last ``dims`` dimensions as one contiguous row: ``[M, N]``."""
+    x = x.contiguous()
+    if dims == 1 and x.dim() == 2:
+        return x
+    split = x.dim() - dims
+    return x.reshape(math.prod(x.shape[:split]), math.prod(x.shape[split:]))
+
+
+def row(p: torch.Tensor | None) -> torch.Tensor | None:
+    """A parameter of such rows: ``[N]``."""
+    if p is None:
+        return None
+    p = p.contiguous()
+    return p if p.dim() == 1 else p.reshape(p.numel())
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
@@ -17,13 +39,14 @@ def flatten(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
         return x.contiguous().reshape(n, 1, c), True
     if is_channels_last(x):
         return x.movedim(1, -1).reshape(n, _count(x), c), True
-    return x.contiguous().reshape(n, c, _count(x)), False
+    x = x.contiguous()
+    return (x if x.dim() == 3 else x.reshape(n, c, _count(x))), False
 
 
 def restore(y: torch.Tensor, shape: torch.Size, channels_last: bool) -> torch.Tensor:
     """The inverse of ``flatten``: ``shape`` again, in the memory layout that ``channels_last`` says."""
     if not channels_last or len(shape) == 2:
-        return y.reshape(shape)
+        return y if len(shape) == 3 else y.reshape(shape)
     return y.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 

@@ -106,10 +106,17 @@ _emulator_problem: str | None = "not loaded yet"
 
 _wanted = os.environ.get("PYOPS_CPU_CAPABILITY")
 if _native_problem is None and _wanted is not None and _wanted != _text("pyops", "active_cpu_capability"):
-    raise RuntimeError(
+    _native_problem = (
         f"PYOPS_CPU_CAPABILITY: got {_wanted!r}, expected 'baseline', 'avx2' or 'avx512' up to what this CPU runs "
         f"({_text('pyops', 'supported_cpu_capability')})"
     )
+
+
+def environment_problem() -> str | None:
+    """Why an environment variable cannot be obeyed, or None. Calls of ops say the same."""
+    if _native_problem is not None and _native_problem.startswith("PYOPS_"):
+        return _native_problem
+    return backend.problem()
 
 
 def emulator_flavour() -> str:

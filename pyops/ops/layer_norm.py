@@ -10,12 +10,11 @@ The gradient is derived in docs/math/norms.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
-from ..core import autocast, backend, check, library
+from ..core import autocast, backend, check, layout, library
 from ..core.autograd import Formula, Tensors, differentiable
 from ..core.intercept import route
 from ..core.samples import Maker, Sample, checked
@@ -112,16 +111,15 @@ def layer_norm(
     check.non_negative("layer_norm", "eps", eps)
     input, weight, bias = autocast.cast("layer_norm", input, weight, bias)
     check.affine("layer_norm", input, shape, weight=weight, bias=bias)
-    width = math.prod(shape)
-    x = input.contiguous().reshape(math.prod(input.shape[: input.dim() - len(shape)]), width)
+    x = layout.rows(input, len(shape))
     y, _, _ = _apply(
         backend.namespace_for("layer_norm", input),
         x,
-        None if weight is None else weight.contiguous().reshape(width),
-        None if bias is None else bias.contiguous().reshape(width),
+        layout.row(weight),
+        layout.row(bias),
         float(eps),
     )
-    return y.reshape(input.shape)
+    return y if x is input else y.reshape(input.shape)
 
 
 class LayerNorm(torch.nn.LayerNorm):

@@ -10,12 +10,11 @@ The gradient is derived in docs/math/norms.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
-from ..core import autocast, backend, check, library
+from ..core import autocast, backend, check, layout, library
 from ..core.autograd import Formula, Tensors, differentiable
 from ..core.intercept import route
 from ..core.samples import Maker, Sample, checked
@@ -106,15 +105,14 @@ def rms_norm(
         eps = torch.finfo(check.accumulate_dtype(input.dtype)).eps
     check.non_negative("rms_norm", "eps", eps)
     check.affine("rms_norm", input, shape, weight=weight)
-    width = math.prod(shape)
-    x = input.contiguous().reshape(math.prod(input.shape[: input.dim() - len(shape)]), width)
+    x = layout.rows(input, len(shape))
     y, _ = _apply(
         backend.namespace_for("rms_norm", input),
         x,
-        None if weight is None else weight.contiguous().reshape(width),
+        layout.row(weight),
         float(eps),
     )
-    return y.reshape(input.shape)
+    return y if x is input else y.reshape(input.shape)
 
 
 class RMSNorm(torch.nn.RMSNorm):
