@@ -6,6 +6,9 @@ PIP := $(BIN)/pip --disable-pip-version-check
 # CUDA headers for the emulator come from a toolkit if there is one, else from PyPI's NVIDIA packages.
 CUDA_HEADERS := $(shell command -v nvcc >/dev/null || test -e /usr/local/cuda/include/cuda_fp16.h && echo yes)
 RUN := PYTHONUNBUFFERED=1 $(BIN)/python
+# One process per core, of one thread each.
+PYTEST := $(RUN) -m pytest -n $(or $(MAX_JOBS),$(shell n=$$(nproc); echo $$((n < 16 ? n : 16)))) --dist worksteal
+RACE := PYOPS_EMULATOR=race $(PYTEST) tests -m race --backend emulator
 
 .PHONY: demo test bench build gpu emulator room fmt lint check sanitize profile sass clean
 
@@ -31,12 +34,12 @@ demo: $(VENV)/.demo build ## the main job: a real network on real photos, then a
 	$(RUN) -m pyops demo --out out
 
 test: $(VENV)/.demo emulator ## the whole suite, then the race detector on the smallest cases
-	$(RUN) -m pytest tests -m "not slow"
-	PYOPS_EMULATOR=race $(RUN) -m pytest tests -m race --backend emulator
+	$(PYTEST) tests -m "not slow"
+	$(RACE)
 
 check: $(VENV)/.demo emulator ## everything, slow tests included
-	$(RUN) -m pytest tests
-	PYOPS_EMULATOR=race $(RUN) -m pytest tests -m race --backend emulator
+	$(PYTEST) tests
+	$(RACE)
 	$(RUN) -m pyops check
 
 bench: $(VENV)/.demo build ## all benchmark rooms on this machine; table, JSON and plots in out/

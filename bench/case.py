@@ -29,6 +29,7 @@ class Case:
         backward: also compute the gradients of every differentiable input.
         channels_last: ``x`` and ``dy`` are in channels_last memory format.
         quick: belongs to the subset of ``--quick``.
+        output: shape of ``y`` and so of ``dy``, where it is not that of ``x``.
     """
 
     op: str
@@ -39,6 +40,7 @@ class Case:
     channels_last: bool = False
     quick: bool = False
     args: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    output: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:

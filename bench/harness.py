@@ -92,7 +92,7 @@ def fresh_inputs(room: Room, case: Case) -> Tensors:
     dtype = at_least_float32(case.dtype) if any(name in STATE for name in shapes) else case.dtype
     for name, shape in shapes.items():
         tensors[name] = (normal(shape) * 0.2 + 1.0).abs().to(dtype)
-    tensors["dy"] = normal(case.shape).to(case.dtype)
+    tensors["dy"] = normal(case.output or case.shape).to(case.dtype)
     return in_layout(tensors, case.channels_last)
 
 

@@ -298,7 +298,7 @@ def draw(path: Path, photos: list[Any], by_torch: list[Answer], by_pyops: list[A
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * len(photos), 3.7), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(photos), 3.15), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, photo, a, b in zip(figure.subplots(1, len(photos)), photos, by_torch, by_pyops):
         axes.imshow(photo)

@@ -1,10 +1,13 @@
 """Builds and loads the emulator's test library: tests/emulator/*.cu, plain, under race detection, or for a GPU."""
 
+import contextlib
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,19 +32,34 @@ def program(name: str) -> str | None:
 
 def build(flavour: str) -> Path:
     """Path of the up-to-date library of flavour "plain" or "race"."""
-    directory = ROOT / "build" / "emulator-tests"
     cmake, ninja = program("cmake"), program("ninja")
     if cmake is None or ninja is None:
         raise FileNotFoundError("cmake and ninja are needed to build the emulator's tests")
-    include = ";".join(str(p) for p in cuda_include_dirs())
-    configure = [cmake, "-S", str(ROOT / "csrc" / "emulator"), "-B", str(directory), "-G", "Ninja"]
-    configure += [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPYOPS_CUDA_INCLUDE_DIRS={include}"]
-    target = f"pyops_emulator_tests_{flavour}"
-    for command in (configure, [cmake, "--build", str(directory), "--target", target]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
-    return directory / f"{target}.so"
+    directory, library = ROOT / "build" / "emulator-tests", f"pyops_emulator_tests_{flavour}.so"
+    commands = [[cmake, "-S", str(ROOT / "csrc" / "emulator"), "-B", str(directory), "-G", "Ninja"]]
+    commands[0] += [f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    commands[0] += [f"-DPYOPS_CUDA_INCLUDE_DIRS={';'.join(str(p) for p in cuda_include_dirs())}"]
+    whole = ROOT / "build" / "cmake-inplace"
+    if (whole / "CMakeCache.txt").exists() and "EMULATOR:BOOL=ON" in (whole / "CMakeCache.txt").read_text():
+        # `make emulator` has built the engine there
+        directory, library, commands = whole, f"csrc/emulator/{library}", []
+    targets = [f"pyops_emulator_tests_{name}" for name in ("plain", "race")]
+    commands.append([cmake, "--build", str(directory), "--target", *targets])
+    with one_at_a_time(directory):
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    return directory / library
+
+
+@contextlib.contextmanager
+def one_at_a_time(directory: Path) -> Iterator[None]:
+    """Workers of `pytest -n` wait here for the one that builds."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def build_gpu(architecture: str = "sm_90a") -> Path:
