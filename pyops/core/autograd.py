@@ -15,6 +15,7 @@ Traps that shape the code (tests/test_autograd.py and the checks of pyops.testin
 - an op without an Autograd registration gives ``.grad is None`` with a mere warning: ops are registered as well;
 - an autograd.Function with ``jvp`` breaks ``torch.compile(fullgraph=True)``: when compiling, the op is called directly;
 - compiled forward mode over an op answers zeros: there the graph is broken instead;
+- under torch.compile, torch.func's grad and vmap cannot see through an op: there the reference is compiled;
 - the raw backward op drops tangents of forward mode: it runs bare only where no level of forward mode is open.
 """
 
@@ -319,6 +320,10 @@ def differentiable(formula: Formula) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             if _forward_mode_active():
                 torch._dynamo.graph_break("pyops: forward-mode AD runs outside the compiled graph")
+            if torch._C._functorch.peek_interpreter_stack() is not None:
+                # torch.func inside the compiled graph: plain torch is differentiable there, the op is not
+                results = formula.reference(*arguments)
+                return results if recipe.results > 1 else results[0]
             return formula.forward.overloads[namespace](*arguments)
         if _derivative_levels_active():
             return Forward.apply(namespace, arguments[n:], *arguments[:n])
