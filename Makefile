@@ -66,12 +66,20 @@ lint: $(VENV)/.installed ## style, types, import contract
 sanitize: ## compute-sanitizer on the smallest case of each kernel (GPU)
 	$(MAKE) gpu PART=sanitize
 
-sass: $(VENV)/.installed ## compile every CUDA kernel for sm_80 and sm_90a; registers, spills, shared memory, matrix instructions
-	$(RUN) tests/cuda_compile.py
-	$(RUN) tests/triton_compile.py
+sass: $(VENV)/.installed ## compile the CUDA and Triton kernels for sm_80 and sm_90a: registers, spills, shared memory; OP=rms_norm
+	$(RUN) tests/cuda_compile.py $(OP)
+	$(RUN) tests/triton_compile.py $(OP)
 
-profile: $(VENV)/.demo build ## where the time of one benchmark room goes: make profile OP=layer_norm
-	$(RUN) -m cProfile -s tottime -m pyops bench --quick --out out $(OP)
+# perf sees the C++ kernels by name; without it the Python profiler shows the path of a call.
+profile: $(VENV)/.demo build ## where the time of one room goes on the CPU, first in Python, then in C++: make profile OP=layer_norm
+	@test -n "$(OP)" || { echo "make profile needs OP=, for example OP=layer_norm"; exit 2; }
+	@mkdir -p out
+	$(RUN) -m cProfile -o out/profile.pstats -m pyops bench $(OP) --quick --device cpu
+	$(RUN) -c "import pstats; pstats.Stats('out/profile.pstats').sort_stats('tottime').print_stats('pyops|torch.ops|bench', 15)"
+	@if command -v perf >/dev/null && perf record -q -o out/perf.data -- true 2>/dev/null; then \
+	  perf record -q -g -o out/perf.data -- $(BIN)/python -m pyops bench $(OP) --quick --device cpu >/dev/null; \
+	  perf report --stdio --no-children -g none --percent-limit 1 -i out/perf.data 2>/dev/null | grep -v '^#'; \
+	else echo "perf is not here, or may not record: no profile of the C++ kernels"; fi
 
 clean:
 	rm -rf build out dist *.egg-info pyops/*.so

@@ -50,7 +50,8 @@ class Formula:
             says whether the gradient of input i is wanted.
         reference: plain torch, called as the forward op; returns a tuple as the forward op does.
         fold: optional vmap rule ``(forward, batch, dims, inputs, constants) -> (results, out_dims) | None``; None
-            hands over to the reference.
+            hands over to the reference. ``forward(*inputs, *constants)`` returns what the op returns: a tensor where
+            it has one result.
         outputs: how many results, from the left, are differentiable; the rest are statistics, without gradient.
         keep: which results the gradient reads, by position; the statistics if not stated. ``kept`` holds them.
         second: optional gradient of the backward op,
@@ -310,7 +311,8 @@ def differentiable(formula: Formula) -> Callable[..., Any]:
             if formula.fold is not None:
                 folded = formula.fold(lambda *a: apply(namespace, *a), info.batch_size, dims, inputs, constants)
                 if folded is not None:
-                    return folded
+                    single = recipe.results == 1 and isinstance(folded[0], tuple)
+                    return (folded[0][0], folded[1][0]) if single else folded
             results = torch.vmap(lambda *given: formula.reference(*given, *constants), in_dims=dims, randomness="same")(
                 *inputs
             )
