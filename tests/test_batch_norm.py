@@ -1,11 +1,24 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyops import functional as F
 from pyops import nn, testing
 from pyops.core import backend as backends
+from pyops.core.explain import explain
 
-from .harness import modules_agree, passes, refuses, same_refusal
+from .harness import (
+    accurate,
+    floating,
+    laid_out,
+    layouts,
+    modules_agree,
+    passes,
+    properties,
+    refuses,
+    same_refusal,
+)
 
 X = torch.ones(2, 4, 3)
 ONES = torch.ones(4)
@@ -102,3 +115,64 @@ def test_infinity_reaches_the_running_mean_as_in_torch():
     torch.nn.functional.batch_norm(x, *theirs, training=True)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@properties
+@given(
+    batch=st.integers(3, 9),
+    channels=st.one_of(st.integers(1, 40), st.sampled_from([64, 65, 513])),
+    space=st.lists(st.integers(1, 9), max_size=3),
+    dtype=floating,
+    layout=layouts,
+    shift=st.sampled_from([0.0, 40.0]),
+    affine=st.booleans(),
+    training=st.booleans(),
+)
+def test_any_shape_and_layout(batch, channels, space, dtype, layout, shift, affine, training):
+    def make(t):
+        x = laid_out(t, (batch, channels, *space), layout, shift)
+        mean, var = t.constant((channels,)), t.constant((channels,), positive=True)
+        parameters = {"weight": t.input((channels,)), "bias": t.input((channels,))} if affine else {}
+        return (x, mean, var), {**parameters, "training": training, "eps": 0.1}
+
+    accurate(F.batch_norm, torch.nn.functional.batch_norm, make, dtype)
+
+
+@pytest.mark.parametrize("space", [(7, 7), (14, 14), (31,), (1200,)])
+def test_many_channels(space):
+    def make(t):
+        shape = (6, 150, *space)
+        return (t.input(shape, 3.0), None, None, t.input((150,)), t.input((150,)), True), {}
+
+    accurate(F.batch_norm, torch.nn.functional.batch_norm, make, torch.float32)
+
+
+def test_explains_its_blocking():
+    notes = lambda *shape: " | ".join(explain("batch_norm", [shape], wanted="cpu").notes)
+    assert "whole channels, in blocks of 4096" in notes(32, 64, 56, 56)
+    assert "lanes over channels" in notes(256, 512)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_offsets_past_32_bits(backend, channels_last):
+    if backend != "cpu":
+        pytest.skip("the kernels of csrc/cpu only: minutes elsewhere")
+    shape = (2**11 + 1, 4, 2**18) if not channels_last else (2**11 + 1, 2**18, 4)
+    x = torch.zeros(shape, dtype=torch.bfloat16)  # pages that nobody writes take no memory
+    x[-1] = torch.randn(shape[1:])
+    x = x.transpose(1, 2) if channels_last else x
+    mean, var = torch.zeros(4), torch.ones(4)
+    with backends.backend(backend):
+        y = F.batch_norm(x, mean, var, training=True, momentum=1.0)
+    last = x[-1].double()
+    torch.testing.assert_close(mean, (last.sum(1) / (x.numel() / 4)).float(), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(var, (last.square().sum(1) / (x.numel() / 4)).float(), rtol=1e-3, atol=1e-8)
+    expected = (last - mean[:, None]) / (var[:, None].double() + 1e-5).sqrt()
+    torch.testing.assert_close(y[-1].double(), expected, rtol=0.01, atol=0.01)
+
+
+def test_more_elements_than_32_bits_count():
+    x = torch.empty(2**11, 2**6, 2**7, 2**7, device="meta", requires_grad=True)
+    y = F.batch_norm(x, None, None, training=True)
+    assert y.shape == x.shape and y.dtype == x.dtype

@@ -1,11 +1,24 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyops import functional as F
 from pyops import nn, testing
 from pyops.core import backend as backends
+from pyops.core.explain import explain
 
-from .harness import modules_agree, passes, refuses, same_refusal
+from .harness import (
+    accurate,
+    floating,
+    laid_out,
+    layouts,
+    modules_agree,
+    passes,
+    properties,
+    refuses,
+    same_refusal,
+)
 
 X = torch.ones(2, 4, 3)
 ONES = torch.ones(4)
@@ -80,3 +93,56 @@ def test_group_norm_refuses_as_torch(args):
 )
 def test_instance_norm_refuses_as_torch(args):
     same_refusal(F.instance_norm, torch.nn.functional.instance_norm, *args)
+
+
+@properties
+@given(
+    batch=st.integers(1, 4),
+    groups=st.integers(1, 7),
+    per_group=st.integers(1, 9),
+    space=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    dtype=floating,
+    layout=layouts,
+    shift=st.sampled_from([0.0, 40.0]),
+    affine=st.sampled_from(["none", "weight", "both"]),
+)
+def test_any_shape_and_layout(batch, groups, per_group, space, dtype, layout, shift, affine):
+    channels = groups * per_group
+    if per_group * torch.Size(space).numel() < 3:
+        space = [*space, 3]
+
+    def make(t):
+        x = laid_out(t, (batch, channels, *space), layout, shift)
+        weight = t.input((channels,)) if affine != "none" else None
+        bias = t.input((channels,)) if affine == "both" else None
+        return (x, groups, weight, bias), {"eps": 0.1}
+
+    accurate(F.group_norm, torch.nn.functional.group_norm, make, dtype)
+
+
+@properties
+@given(
+    batch=st.integers(1, 4),
+    channels=st.integers(1, 40),
+    space=st.lists(st.integers(2, 9), min_size=1, max_size=3),
+    dtype=floating,
+    layout=layouts,
+)
+def test_any_shape_and_layout_of_instance_norm(batch, channels, space, dtype, layout):
+    def make(t):
+        x = laid_out(t, (batch, channels, *space), layout)
+        return (x,), {"weight": t.input((channels,)), "bias": t.input((channels,)), "eps": 0.1}
+
+    accurate(F.instance_norm, torch.nn.functional.instance_norm, make, dtype)
+
+
+def test_explains_its_blocking():
+    notes = lambda op, *shape: " | ".join(explain(op, [shape], wanted="cpu").notes)
+    assert "whole groups, in blocks of 4096" in notes("group_norm", 16, 256, 14, 14)
+    assert "whole planes" in notes("instance_norm", 8, 64, 128, 128)
+
+
+def test_more_elements_than_32_bits_count():
+    x = torch.empty(2**11, 2**6, 2**7, 2**7, device="meta", requires_grad=True)
+    for y in (F.group_norm(x, 4), F.instance_norm(x)):
+        assert y.shape == x.shape and y.dtype == x.dtype

@@ -1,11 +1,25 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyops import functional as F
 from pyops import nn, testing
 from pyops.core import backend as backends
+from pyops.core.explain import explain
 
-from .harness import modules_agree, passes, refuses, same_refusal
+from .harness import (
+    accurate,
+    agrees_on_every_cpu_capability,
+    floating,
+    laid_out,
+    layouts,
+    modules_agree,
+    passes,
+    properties,
+    refuses,
+    same_refusal,
+)
 
 X = torch.ones(2, 4, 3)
 
@@ -81,3 +95,68 @@ def test_more_elements_than_32_bits_count():
     x = torch.empty(2**20, 2**12, device="meta", requires_grad=True)
     y = F.layer_norm(x, (2**12,))
     assert y.shape == x.shape and y.dtype == x.dtype
+
+
+@properties
+@given(
+    rows=st.lists(st.integers(1, 5), min_size=1, max_size=2),
+    columns=st.one_of(st.integers(3, 70), st.sampled_from([129, 511, 513, 4095, 4099])),
+    dtype=floating,
+    layout=layouts,
+    shift=st.sampled_from([0.0, 40.0]),
+    affine=st.sampled_from(["none", "weight", "bias", "both"]),
+)
+def test_any_shape_and_layout(rows, columns, dtype, layout, shift, affine):
+    def make(t):
+        x = laid_out(t, (*rows, columns), layout, shift)
+        weight = t.input((columns,)) if affine in ("weight", "both") else None
+        bias = t.input((columns,)) if affine in ("bias", "both") else None
+        return (x, (columns,), weight, bias), {"eps": 1e-2}
+
+    accurate(F.layer_norm, torch.nn.functional.layer_norm, make, dtype)
+
+
+def test_instruction_sets_agree(tmp_path):
+    agrees_on_every_cpu_capability(tmp_path, "layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm")
+
+
+@pytest.mark.parametrize("columns", [5, 64, 500, 600, 4096])
+@pytest.mark.parametrize("needs", ["x", "weight", "both"])
+def test_a_row_does_not_depend_on_its_neighbours(columns, needs):
+    x, w, b, dy = torch.randn(11, columns), torch.randn(columns), torch.randn(columns), torch.randn(11, columns)
+    w.requires_grad_(needs != "x")
+
+    def run(first, last):
+        part = x[first:last].clone().requires_grad_(needs != "weight")
+        y = F.layer_norm(part, (columns,), w, b)
+        y.backward(dy[first:last])
+        return y.detach(), part.grad
+
+    with backends.backend("cpu"):
+        for whole, alone in zip(run(0, 11), zip(*(run(m, m + 1) for m in range(11)))):
+            assert whole is None or torch.equal(whole, torch.cat(alone))
+
+
+def notes(op, shape, dtype=torch.float32):
+    return " | ".join(explain(op, [shape], dtype, wanted="cpu").notes)
+
+
+def test_explains_its_blocking():
+    short, long, wide = (notes("layer_norm", s) for s in [(65536, 64), (1024, 4096), (2, 1 << 20)])
+    assert "four rows at a time" in short and "past the caches" in short
+    assert "forward: one row at a time; backward: two rows" in long
+    assert "share each row in blocks of 4096" in wide and "through the caches" in wide
+    assert "through the caches" in notes("layer_norm", (70000, 63))  # rows that start off a vector
+    assert explain("layer_norm", [(4, 8)], wanted="triton").notes == ()
+
+
+@pytest.mark.slow
+def test_offsets_past_32_bits(backend):
+    if backend != "cpu":
+        pytest.skip("the kernels of csrc/cpu only: minutes elsewhere")
+    x = torch.zeros(2**19 + 1, 2**12, dtype=torch.bfloat16)  # pages that nobody writes take no memory
+    x[-1] = torch.randn(2**12)
+    with backends.backend(backend):
+        y = F.layer_norm(x, (2**12,))
+    torch.testing.assert_close(y[-1], torch.nn.functional.layer_norm(x[-1], (2**12,)))
+    assert not y[0].any() and not y[-2].any()

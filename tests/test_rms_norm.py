@@ -1,10 +1,23 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyops import functional as F
 from pyops import nn, testing
+from pyops.core.explain import explain
 
-from .harness import modules_agree, passes, refuses, same_refusal
+from .harness import (
+    accurate,
+    floating,
+    laid_out,
+    layouts,
+    modules_agree,
+    passes,
+    properties,
+    refuses,
+    same_refusal,
+)
 
 X = torch.ones(2, 4, 3)
 
@@ -42,3 +55,25 @@ def test_bad_input():
 @pytest.mark.parametrize("args", [(X, (4,)), (X, ()), (X, (3,), torch.ones(4)), (X.int(), (3,))])
 def test_refuses_as_torch(args):
     same_refusal(F.rms_norm, torch.nn.functional.rms_norm, *args)
+
+
+@properties
+@given(
+    rows=st.lists(st.integers(1, 5), min_size=1, max_size=2),
+    columns=st.one_of(st.integers(1, 70), st.sampled_from([129, 4099])),
+    dtype=floating,
+    layout=layouts,
+    affine=st.booleans(),
+)
+def test_any_shape_and_layout(rows, columns, dtype, layout, affine):
+    def make(t):
+        x = laid_out(t, (*rows, columns), layout)
+        return (x, (columns,), t.input((columns,)) if affine else None), {"eps": 1e-2}
+
+    accurate(F.rms_norm, torch.nn.functional.rms_norm, make, dtype)
+
+
+def test_explains_its_blocking():
+    notes = explain("rms_norm", [(4096, 1024)], wanted="cpu").notes
+    assert "4096 rows of 1024: a thread takes whole rows" in notes
+    assert "forward: one row at a time; backward: one row at a time" in notes

@@ -62,6 +62,10 @@ inline std::string shape_text(const int64_t* sizes, size_t rank) {
 // link against; csrc/common/stream.cpp finds it at run time.
 void* current_cuda_stream(int32_t device);
 
+// csrc/common/large_pages.cpp
+inline constexpr int64_t large_page_bytes = 4 << 20;
+void prefer_large_pages(void* p, size_t bytes);
+
 #if defined(PYOPS_CUDA)
 using Guard = torch::stable::accelerator::DeviceGuard;
 #endif
@@ -138,7 +142,11 @@ class OpScope {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(), strides.data(),
                                                            to<int32_t>(from(dtype)), to<int32_t>(from(device_.type())),
                                                            device_.index(), &tensor));
-    return Tensor(tensor);
+    Tensor result(tensor);
+    const int64_t bytes = result.numel() * int64_t(result.element_size());
+    if (bytes >= detail::large_page_bytes && device_.is_cpu())
+      detail::prefer_large_pages(result.mutable_data_ptr(), size_t(bytes));
+    return result;
   }
   template <class T>
   Tensor empty(std::initializer_list<int64_t> shape) const {

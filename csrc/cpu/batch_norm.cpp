@@ -4,8 +4,9 @@
 //   dw[c] = sum dy * xhat,  db[c] = sum dy
 // layout   x, y, dy, dx: [N, C, S] or, channels_last, [N, S, C] · w, b, mean, rstd, var: [C]
 // mapping  planes: a thread takes whole channels, or threads share one where channels are few; rows: lanes over
-// channels memory   planes: a channel of all samples is read twice, the second time from cache; rows: read twice,
-// written once numerics mean and variance as in moments.h
+//          channels
+// memory   planes: a channel of all samples is read twice, the second time from cache; rows: read twice; written once
+// numerics mean and variance as in moments.h
 #include "common/registry.h"
 #include "cpu/norm_channels.h"
 
@@ -55,8 +56,9 @@ void batch_norm_fwd_kernel(const scalar_t* x, const acc_t* w, const acc_t* b, sc
     const Affine<acc_t> a = finish(c, blocks.sum<Moments>([&](int64_t offset, int64_t runs, int64_t n) {
       return block_moments(x_channel + offset, runs, blocks.stride, n);
     }));
-    blocks.each_backwards(
-        [&](int64_t offset, int64_t n) { affine_plane(x_channel + offset, a, y + c * S + offset, n, streamed); });
+    blocks.each_again(streamed, 1, [&](int64_t offset, int64_t n) {
+      affine_plane(x_channel + offset, a, y + c * S + offset, n, streamed);
+    });
   });
 }
 
@@ -120,11 +122,11 @@ void batch_norm_bwd_kernel(const scalar_t* dy, const scalar_t* x, const acc_t* w
       });
     const Gradient<acc_t> a = finish(c, sums);
     if (need_dx && training)
-      blocks.each_backwards([&](int64_t offset, int64_t n) {
+      blocks.each_again(streamed, 2, [&](int64_t offset, int64_t n) {
         gradient_plane(dy + c * S + offset, x + c * S + offset, a, dx + c * S + offset, n, streamed);
       });
     else if (need_dx)
-      blocks.each_backwards([&](int64_t offset, int64_t n) {
+      blocks.each_again(streamed, 2, [&](int64_t offset, int64_t n) {
         const Affine<acc_t> scaled(0, double(a.along_dy), 0);
         affine_plane(dy + c * S + offset, scaled, dx + c * S + offset, n, streamed);
       });

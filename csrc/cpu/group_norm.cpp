@@ -23,10 +23,11 @@ struct GroupShape {
 
   // f(item) for every group of every sample (planes) or every sample (rows).
   template <class F>
-  void each_item(F&& f) const {
+  void each_item(bool streamed, F&& f) const {
     const int64_t items = rows ? N : N * G, elements = rows ? S * C : D() * S;
     parallel_for(items, item_grain(items, elements), [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) f(item);
+      if (streamed) stream_fence();
     });
   }
 };
@@ -43,7 +44,7 @@ void group_norm_fwd_kernel(const scalar_t* x, const acc_t* w, const acc_t* b, sc
     return reciprocal_std(all.variance(), eps);
   };
   if (shape.rows)
-    return shape.each_item([&](int64_t n) {
+    return shape.each_item(streamed, [&](int64_t n) {
       Buffer<double> sum(C), m2(C);
       column_moments(x + n * S * C, S, C, sum.get(), m2.get());
       ChannelTable<acc_t, 3> table(C);
@@ -63,15 +64,18 @@ void group_norm_fwd_kernel(const scalar_t* x, const acc_t* w, const acc_t* b, sc
       affine_rows(x + n * S * C, table, y + n * S * C, S, C, streamed);
     });
   const RunBlocks group{.runs = 1, .stride = 0, .n = D * S}, planes{.runs = 1, .stride = 0, .n = S};
-  shape.each_item([&](int64_t item) {
+  shape.each_item(streamed, [&](int64_t item) {
     const scalar_t* x_group = x + item * D * S;
-    const Moments all = group.sum<Moments>(
-        [&](int64_t offset, int64_t, int64_t n) { return block_moments(x_group + offset, 1, 0, n); });
+    const Moments all = group.sum<Moments>([&](int64_t offset, int64_t, int64_t n) {
+      touch_ahead(x_group + offset, n);
+      return block_moments(x_group + offset, 1, 0, n);
+    });
     const double r = finish(item, all);
-    for (int64_t d = D - 1; d >= 0; --d) {
-      const int64_t c = item % G * D + d;
+    const bool cached = D * S <= cached_elements;
+    for (int64_t k = 0; k < D; ++k) {
+      const int64_t d = cached ? k : D - 1 - k, c = item % G * D + d;
       const Affine<acc_t> a(all.mean(), r * double(w[c]), double(b[c]));
-      planes.each_backwards([&](int64_t offset, int64_t n) {
+      planes.each_again(streamed, 1, [&](int64_t offset, int64_t n) {
         affine_plane(x_group + d * S + offset, a, y + (item * D + d) * S + offset, n, streamed);
       });
     }
@@ -99,7 +103,7 @@ void group_norm_bwd_kernel(const scalar_t* dy, const scalar_t* x, const acc_t* w
                              acc_t(-r * all.g / count)});
   };
   if (shape.rows) {
-    shape.each_item([&](int64_t n) {
+    shape.each_item(streamed, [&](int64_t n) {
       ChannelTable<acc_t, 4> table(C);
       for (int64_t c = 0; c < C; ++c) table[0][c] = mean[n * G + c / D];
       const int64_t sample = n * S * C;
@@ -111,15 +115,16 @@ void group_norm_bwd_kernel(const scalar_t* dy, const scalar_t* x, const acc_t* w
     });
   } else {
     const RunBlocks planes{.runs = 1, .stride = 0, .n = S};
-    shape.each_item([&](int64_t item) {
+    shape.each_item(streamed, [&](int64_t item) {
       for (int64_t plane = item * D; plane < (item + 1) * D; ++plane)
         sums[plane] = planes.sum<RowSums>([&](int64_t offset, int64_t, int64_t n) {
+          touch_ahead(dy + plane * S + offset, n), touch_ahead(x + plane * S + offset, n);
           return gradient_sums(dy + plane * S + offset, x + plane * S + offset, mean[item], 1, 0, n);
         });
       if (!need_dx) return;
       coefficients(item, [&](int64_t d, const Gradient<acc_t>& a) {
         const int64_t at = (item * D + d) * S;
-        planes.each_backwards([&](int64_t offset, int64_t n) {
+        planes.each_again(streamed, 2, [&](int64_t offset, int64_t n) {
           gradient_plane(dy + at + offset, x + at + offset, a, dx + at + offset, n, streamed);
         });
       });

@@ -28,12 +28,56 @@ void layer_norm_run(const scalar_t* __restrict__ x, const acc_t* __restrict__ w,
   });
 }
 
+// R short rows side by side: where one row would wait for its own sums, R rows wait together. Each row is computed as
+// it would be alone.
+template <bool affine, int R, class scalar_t, class acc_t>
+void layer_norm_fwd_group(const scalar_t* __restrict__ x, const acc_t* __restrict__ w, const acc_t* __restrict__ b,
+                          scalar_t* __restrict__ y, acc_t* mean, acc_t* rstd, int64_t N, double eps, bool streamed) {
+  using V = Vec<acc_t>;
+  touch_ahead(x, R * N);
+  V total[R], first[R], second[R], high[R], scale[R], shift[R];
+  each_vector<acc_t>(N, [&](int64_t i, auto lanes) {
+    for (int r = 0; r < R; ++r) total[r] += V::load(x + r * N + i, lanes);
+  });
+  for (int r = 0; r < R; ++r) high[r] = V(sum(total[r]) / acc_t(N));
+  each_vector<acc_t>(N, [&](int64_t i, auto lanes) {
+    for (int r = 0; r < R; ++r) {
+      V d = keep(V::load(x + r * N + i, lanes) - high[r], lanes);
+      first[r] += d;
+      second[r] = fma(d, d, second[r]);
+    }
+  });
+  for (int r = 0; r < R; ++r) {
+    const double low = double(sum(first[r])) / double(N), variance = double(sum(second[r])) / double(N) - low * low;
+    const double row_rstd = reciprocal_std(variance < 0 ? 0 : variance, eps);
+    mean[r] = acc_t(double(high[r].v[0]) + low);
+    rstd[r] = acc_t(row_rstd);
+    scale[r] = V(acc_t(row_rstd));
+    shift[r] = V(acc_t(-low * row_rstd));
+  }
+  write_row_group<acc_t, R>(y, N, N, streamed, [&](int64_t i, auto lanes, auto& v) {
+    V weight, bias;
+    if constexpr (affine) weight = V::load(w + i, lanes), bias = V::load(b + i, lanes);
+    for (int r = 0; r < R; ++r) {
+      v[r] = fma(V::load(x + r * N + i, lanes) - high[r], scale[r], shift[r]);
+      if constexpr (affine) v[r] = fma(v[r], weight, bias);
+    }
+  });
+}
+
 template <bool affine, class scalar_t, class acc_t>
 void layer_norm_fwd_rows(const scalar_t* x, const acc_t* w, const acc_t* b, scalar_t* y, acc_t* mean, acc_t* rstd,
                          int64_t M, int64_t N, double eps) {
-  const bool streamed = is_streamed(M * N, sizeof(scalar_t));
+  const bool grouped = forward_grouped(N);
+  const bool streamed = is_streamed(M * N, sizeof(scalar_t)) && (!grouped || rows_aligned(y, N));
   parallel_for(M, row_grain(N), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) {
+    int64_t m = begin;
+    for (; grouped && m + 4 <= end; m += 4)
+      layer_norm_fwd_group<affine, 4>(x + m * N, w, b, y + m * N, mean + m, rstd + m, N, eps, streamed);
+    for (; grouped && m < end; ++m)
+      layer_norm_fwd_group<affine, 1>(x + m * N, w, b, y + m * N, mean + m, rstd + m, N, eps, streamed);
+    for (; m < end; ++m) {
+      touch_ahead(x + m * N, N);
       const Moments all = row_moments(x + m * N, N);
       const double row_mean = all.mean(), row_rstd = reciprocal_std(all.variance(), eps);
       mean[m] = acc_t(row_mean);
@@ -84,33 +128,92 @@ void layer_norm_bwd_run(const scalar_t* __restrict__ dy, const scalar_t* __restr
     each_vector<acc_t>(n, step);
 }
 
+// R rows side by side: w, dw and db are loaded and stored once for all of them. Each row is computed, and added to dw
+// and db, as it would be alone.
+template <bool affine, bool need_dx, bool need_dw, int R, class scalar_t, class acc_t>
+void layer_norm_bwd_group(const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ w,
+                          const acc_t* __restrict__ mean, const acc_t* __restrict__ rstd, scalar_t* __restrict__ dx,
+                          acc_t* __restrict__ dw, acc_t* __restrict__ db, int64_t N, bool streamed) {
+  using V = Vec<acc_t>;
+  touch_ahead(dy, R * N), touch_ahead(x, R * N);
+  V center[R], along_g[R], along_x[R], shift[R];
+  for (int r = 0; r < R; ++r) center[r] = V(mean[r]), along_g[r] = V(rstd[r]);
+  if constexpr (need_dx) {
+    V sum_g[R], sum_gx[R];
+    each_vector<acc_t>(N, [&](int64_t i, auto lanes) {
+      V weight;
+      if constexpr (affine) weight = V::load(w + i, lanes);
+      for (int r = 0; r < R; ++r) {
+        V g = V::load(dy + r * N + i, lanes);
+        if constexpr (affine) g = g * weight;
+        sum_g[r] += g;
+        sum_gx[r] = fma(g, V::load(x + r * N + i, lanes) - center[r], sum_gx[r]);
+      }
+    });
+    for (int r = 0; r < R; ++r) {
+      const double s = rstd[r];
+      along_x[r] = V(acc_t(-s * s * s * double(sum(sum_gx[r])) / double(N)));
+      shift[r] = V(acc_t(-s * double(sum(sum_g[r])) / double(N)));
+    }
+  }
+  auto step = [&](int64_t i, auto lanes, V(&v)[R]) {
+    V weight, to_dw, to_db;
+    if constexpr (affine) weight = V::load(w + i, lanes);
+    if constexpr (need_dw) to_dw = V::load(dw + i, lanes), to_db = V::load(db + i, lanes);
+    for (int r = 0; r < R; ++r) {
+      V g = V::load(dy + r * N + i, lanes), centered = V::load(x + r * N + i, lanes) - center[r];
+      if constexpr (need_dw) to_dw = fma(g, centered * along_g[r], to_dw), to_db += g;
+      if constexpr (affine) g = g * weight;
+      v[r] = fma(g, along_g[r], fma(centered, along_x[r], shift[r]));
+    }
+    if constexpr (need_dw) to_dw.store(dw + i, lanes), to_db.store(db + i, lanes);
+  };
+  if constexpr (need_dx)
+    write_row_group<acc_t, R>(dx, N, N, streamed, step);
+  else
+    each_vector<acc_t>(N, [&](int64_t i, auto lanes) {
+      V unused[R];
+      step(i, lanes, unused);
+    });
+}
+
 template <bool affine, bool need_dx, bool need_dw, class scalar_t, class acc_t>
 void layer_norm_bwd_rows(const scalar_t* dy, const scalar_t* x, const acc_t* w, const acc_t* mean, const acc_t* rstd,
                          scalar_t* dx, acc_t* dw, acc_t* db, int64_t M, int64_t N) {
-  const bool streamed = need_dx && is_streamed(M * N, sizeof(scalar_t));
-  const int64_t chunks = need_dw ? row_chunks(M) : M;
-  Buffer<acc_t> partial(need_dw ? chunks * 2 * N : 0);
-  parallel_for(chunks, need_dw ? 1 : row_grain(N), [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      acc_t *part_w = partial.get() + (need_dw ? chunk * 2 * N : 0), *part_b = part_w + (need_dw ? N : 0);
-      if (need_dw) std::memset(part_w, 0, size_t(2 * N) * sizeof(acc_t));
-      for (int64_t m = chunk_begin(chunk, chunks, M); m < chunk_begin(chunk + 1, chunks, M); ++m) {
-        const scalar_t *dy_row = dy + m * N, *x_row = x + m * N;
-        RowSums sums;
-        if constexpr (need_dx)
-          each_block(N, [&](int64_t i, int64_t n) {
-            sums += layer_norm_bwd_sums<affine>(dy_row + i, x_row + i, w + i, mean[m], n);
-          });
-        layer_norm_bwd_run<affine, need_dx, need_dw>(dy_row, x_row, w, mean[m], rstd[m], sums, N, dx + m * N, part_w,
-                                                     part_b, N, streamed);
-      }
+  const bool grouped = backward_grouped(N);
+  const bool streamed = need_dx && is_streamed(M * N, sizeof(scalar_t)) && (!grouped || rows_aligned(dx, N));
+  auto rows = [&](int64_t m, int64_t end, acc_t* part_w, acc_t* part_b) {
+    for (; grouped && m + 2 <= end; m += 2)
+      layer_norm_bwd_group<affine, need_dx, need_dw, 2>(dy + m * N, x + m * N, w, mean + m, rstd + m, dx + m * N,
+                                                        part_w, part_b, N, streamed);
+    for (; grouped && m < end; ++m)
+      layer_norm_bwd_group<affine, need_dx, need_dw, 1>(dy + m * N, x + m * N, w, mean + m, rstd + m, dx + m * N,
+                                                        part_w, part_b, N, streamed);
+    for (; m < end; ++m) {
+      const scalar_t *dy_row = dy + m * N, *x_row = x + m * N;
+      touch_ahead(dy_row, N), touch_ahead(x_row, N);
+      RowSums sums;
+      if constexpr (need_dx)
+        each_block(N, [&](int64_t i, int64_t n) {
+          sums += layer_norm_bwd_sums<affine>(dy_row + i, x_row + i, w + i, mean[m], n);
+        });
+      layer_norm_bwd_run<affine, need_dx, need_dw>(dy_row, x_row, w, mean[m], rstd[m], sums, N, dx + m * N, part_w,
+                                                   part_b, N, streamed);
     }
     if (streamed) stream_fence();
+  };
+  if constexpr (!need_dw)
+    return parallel_for(M, row_grain(N), [&](int64_t begin, int64_t end) { rows(begin, end, nullptr, nullptr); });
+  const int64_t chunks = row_chunks(M);
+  Buffer<acc_t> partial(chunks * 2 * N, acc_t(0));
+  parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      acc_t *part_w = partial.get() + chunk * 2 * N, *part_b = part_w + N;
+      rows(chunk_begin(chunk, chunks, M), chunk_begin(chunk + 1, chunks, M), part_w, part_b);
+    }
   });
-  if (need_dw) {
-    add_chunks(partial.get(), chunks, 2 * N, dw, N);
-    add_chunks(partial.get() + N, chunks, 2 * N, db, N);
-  }
+  add_chunks(partial.get(), chunks, 2 * N, dw, N);
+  add_chunks(partial.get() + N, chunks, 2 * N, db, N);
 }
 
 // Rows too wide for a cache: sums of every row first, then blocks of columns, each through all rows.

@@ -7,7 +7,7 @@
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
 
-inline constexpr int64_t block_elements = 4096;
+using blocking::block_elements;
 
 struct Moments {
   double count = 0, sum = 0, m2 = 0;  // m2 = sum of (x - mean)^2
@@ -45,22 +45,22 @@ Moments block_moments(const scalar_t* __restrict__ x, int64_t runs, int64_t stri
   // eighth is, at most three bits of the variance.
   const int64_t sampled_runs = runs > 8 ? ceil_div(runs, 8) : 1, sampled = sampled_runs > 1 ? n : ceil_div(runs * n, 8);
   const int64_t sampled_n = sampled < n ? sampled : n;
-  Totals<acc_t, 1> total;
+  RunningTotals<acc_t, 1> total;
   for (int64_t r = 0; r < sampled_runs; ++r)
-    accumulate(total, sampled_n, [&](int64_t i, auto lanes, auto& t) { t[0] += V::load(x + r * stride + i, lanes); });
+    total.add(sampled_n, [&](int64_t i, auto lanes, auto& t) { t[0] += V::load(x + r * stride + i, lanes); });
   const double count = double(runs * n);
-  const acc_t pivot = sum(total[0]) / acc_t(sampled_runs * sampled_n);
+  const acc_t pivot = acc_t(total.sum(0) / double(sampled_runs * sampled_n));
   if (!std::isfinite(pivot)) return {count, double(pivot) * count, NAN};
 
-  Totals<acc_t, 2> about;
+  RunningTotals<acc_t, 2> about;
   const V p(pivot);
   for (int64_t r = 0; r < runs; ++r)
-    accumulate(about, n, [&](int64_t i, auto lanes, auto& t) {
+    about.add(n, [&](int64_t i, auto lanes, auto& t) {
       V d = keep(V::load(x + r * stride + i, lanes) - p, lanes);
       t[0] += d;
       t[1] = fma(d, d, t[1]);
     });
-  const double first = sum(about[0]), second = sum(about[1]);
+  const double first = about.sum(0), second = about.sum(1);
   const double m2 = second - first * first / count;
   return {count, double(pivot) * count + first, m2 < 0 ? 0 : m2};
 }

@@ -12,6 +12,8 @@
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
 
+using blocking::cached_elements;
+
 // y = (x - mean) * scale + shift, with the mean to twice the digits: low ends up in shift.
 template <class acc_t>
 struct Affine {
@@ -56,15 +58,15 @@ template <class scalar_t, class acc_t>
 RowSums gradient_sums(const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, acc_t mean, int64_t runs,
                       int64_t stride, int64_t n) {
   using V = Vec<acc_t>;
-  Totals<acc_t, 2> total;
+  RunningTotals<acc_t, 2> total;
   for (int64_t r = 0; r < runs; ++r)
-    accumulate(total, n, [&](int64_t i, auto lanes, auto& t) {
+    total.add(n, [&](int64_t i, auto lanes, auto& t) {
       const int64_t at = r * stride + i;
       V d = V::load(dy + at, lanes);
       t[0] += d;
       t[1] = fma(d, V::load(x + at, lanes) - V(mean), t[1]);
     });
-  return {double(sum(total[0])), double(sum(total[1]))};
+  return {total.sum(0), total.sum(1)};
 }
 
 // How `runs` runs of n elements, `stride` apart, are cut into blocks: part of one run, or several short ones.
@@ -100,15 +102,22 @@ struct RunBlocks {
     return total;
   }
 
-  // f(offset, n) for every run, last block first: what was read last is still in cache.
+  // f(offset, n) for every run. One run that the second-level cache holds is read in the order of memory, which suits
+  // the prefetchers; of more, the blocks that were read last come first. The caller fences what it streams; other
+  // threads do so here.
   template <class F>
-  void each_backwards(F&& f) const {
-    parallel_for(count, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t block = end - 1; block >= begin; --block)
-        visit(block, [&](int64_t offset, int64_t r, int64_t length) {
+  void each_again(bool streamed, int64_t arrays, F&& f) const {
+    const bool cached = runs == 1 && n * arrays <= cached_elements;
+    auto blocks = [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k)
+        visit(cached ? k : begin + end - 1 - k, [&](int64_t offset, int64_t r, int64_t length) {
           for (int64_t i = r - 1; i >= 0; --i) f(offset + i * stride, length);
         });
-      stream_fence();
+    };
+    if (count <= 8 || thread_count() == 1) return blocks(0, count);
+    parallel_for(count, 8, [&](int64_t begin, int64_t end) {
+      blocks(begin, end);
+      if (streamed) stream_fence();
     });
   }
 };
@@ -261,7 +270,7 @@ void write_rows(scalar_t* __restrict__ y, int64_t R, int64_t C, bool streamed, F
       for (; r < last; ++r)
         write_run<acc_t>(y + r * C, C, streamed, [&](int64_t c, auto lanes) { return value(r * C, c, lanes); });
     }
-    stream_fence();
+    if (streamed) stream_fence();
   });
 }
 

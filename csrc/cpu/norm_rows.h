@@ -7,8 +7,7 @@
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
 
-// A row up to this size stays in the second-level cache of its thread; a wider one is shared by the threads.
-inline constexpr int64_t wide_elements = 65536;
+using blocking::backward_grouped, blocking::forward_grouped, blocking::wide_elements;
 
 inline int64_t row_grain(int64_t N) { return ceil_div(32768, N > 0 ? N : 1); }
 
@@ -63,11 +62,9 @@ Moments row_moments(const scalar_t* x, int64_t N) {
   return sum_of_blocks<Moments>(N, [&](int64_t i, int64_t n) { return block_moments(x + i, 1, 0, n); });
 }
 
-// Sums over M rows are taken in chunks, so that threads can share them and the order of additions stays the same.
-inline int64_t row_chunks(int64_t M) {
-  const int64_t chunks = ceil_div(M, 16);
-  return chunks < 64 ? chunks : 64;
-}
+// Sums over M rows are taken in chunks, so that threads can share them and the order of additions stays the same: at
+// most 64, and none so short that its own zeros and its merging cost as much as its rows.
+inline int64_t row_chunks(int64_t M) { return std::clamp<int64_t>(M / 64, 1, 64); }
 inline int64_t chunk_begin(int64_t chunk, int64_t chunks, int64_t M) { return M * chunk / chunks; }
 
 // total[n] = sum over chunks of partial[chunk * stride + n], in order.

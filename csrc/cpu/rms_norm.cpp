@@ -42,6 +42,7 @@ void rms_norm_fwd_rows(const scalar_t* x, const acc_t* w, scalar_t* y, acc_t* rs
   const bool streamed = is_streamed(M * N, sizeof(scalar_t));
   parallel_for(M, row_grain(N), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
+      touch_ahead(x + m * N, N);
       const double squares =
           sum_of_blocks<double>(N, [&](int64_t i, int64_t n) { return sum_of_squares(x + m * N + i, n); });
       rstd[m] = acc_t(reciprocal_std(N > 0 ? squares / double(N) : 0, eps));
@@ -99,6 +100,7 @@ void rms_norm_bwd_rows(const scalar_t* dy, const scalar_t* x, const acc_t* w, co
       if (need_dw) std::memset(part, 0, size_t(N) * sizeof(acc_t));
       for (int64_t m = chunk_begin(chunk, chunks, M); m < chunk_begin(chunk + 1, chunks, M); ++m) {
         const scalar_t *dy_row = dy + m * N, *x_row = x + m * N;
+        touch_ahead(dy_row, N), touch_ahead(x_row, N);
         double sum_gx = 0;
         if constexpr (need_dx)
           each_block(

@@ -20,6 +20,7 @@
 #endif
 
 #include "common/host_device.h"
+#include "cpu/blocking.h"
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
 
@@ -161,6 +162,24 @@ PYOPS_INLINE Bits16 to_half(const Native<float>& v) {
 #endif
 }
 
+// Two halves of a register in one; through memory the halves would be stored and the whole loaded before they arrive.
+template <class V>
+PYOPS_INLINE Bits joined(const V& a, const V& b) {
+#if defined(__AVX512F__)
+  return bits_as<Bits>(
+      _mm512_maskz_inserti64x4(0xff, _mm512_castsi256_si512(bits_as<__m256i>(a)), bits_as<__m256i>(b), 1));
+#elif defined(__AVX2__)
+  return bits_as<Bits>(_mm256_inserti128_si256(_mm256_castsi128_si256(bits_as<__m128i>(a)), bits_as<__m128i>(b), 1));
+#elif defined(__x86_64__)
+  uint64_t low, high;
+  std::memcpy(&low, &a, sizeof low), std::memcpy(&high, &b, sizeof high);
+  return bits_as<Bits>(_mm_set_epi64x(int64_t(high), int64_t(low)));
+#else
+  const V pair[2] = {a, b};
+  return bits_as<Bits>(pair);
+#endif
+}
+
 template <class T>
 struct Memory;  // how scalar_t in memory becomes acc_t in a register
 template <>
@@ -224,11 +243,7 @@ struct Vec {
 
   template <class T>
   static PYOPS_INLINE void stream(T* p, const Vec& a, const Vec& b) {
-    using Packed = typename simd::Memory<T>::Packed;
-    struct {
-      Packed first, second;
-    } pair{simd::Memory<T>::pack(a.v), simd::Memory<T>::pack(b.v)};
-    simd::write_streamed(p, simd::bits_as<Native>(pair));
+    simd::write_streamed(p, simd::joined(simd::Memory<T>::pack(a.v), simd::Memory<T>::pack(b.v)));
   }
 
   friend PYOPS_INLINE Vec operator+(const Vec& a, const Vec& b) { return a.v + b.v; }
@@ -320,6 +335,34 @@ PYOPS_INLINE void accumulate(Totals<acc_t, K>& total, int64_t n, F&& term) {
   for (int k = 0; k < K; ++k) total[k] += (b[k] + c[k]) + d[k];
 }
 
+// The same over several runs: four sets of totals live from run to run, so that a short run costs no merging.
+template <class acc_t, int K>
+class RunningTotals {
+ public:
+  template <class F>
+  PYOPS_INLINE void add(int64_t n, F&& term) {
+    constexpr int64_t W = Vec<acc_t>::width;
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) {
+      term(i, AllLanes{}, set_[0]);
+      term(i + W, AllLanes{}, set_[1]);
+      term(i + 2 * W, AllLanes{}, set_[2]);
+      term(i + 3 * W, AllLanes{}, set_[3]);
+    }
+    if (i + W <= n) term(i, AllLanes{}, set_[0]), i += W;
+    if (i + W <= n) term(i, AllLanes{}, set_[1]), i += W;
+    if (i + W <= n) term(i, AllLanes{}, set_[2]), i += W;
+    if (i < n) term(i, FirstLanes{n - i}, set_[3]);
+  }
+  PYOPS_INLINE double sum(int k) const {
+    return double(
+        PYOPS_CPU_CAPABILITY::sum((set_[0].value[k] + set_[1].value[k]) + (set_[2].value[k] + set_[3].value[k])));
+  }
+
+ private:
+  Totals<acc_t, K> set_[4];
+};
+
 // y[i] = value(i, lanes) over n elements; past the caches when `streamed`, which needs stream_fence() afterwards.
 // Streamed stores are as wide as the registers, so half types go out in pairs.
 template <class acc_t, class T, class F>
@@ -342,14 +385,47 @@ PYOPS_INLINE void write_run(T* y, int64_t n, bool streamed, F&& value) {
   if (i < n) plain(i, n - i);
 }
 
-// An output from this size on does not stay in the caches: writing past them saves reading each line first. From 32 MiB
-// on malloc maps fresh pages, which the kernel has just zeroed through the caches: there a plain store is the faster
-// one.
-inline constexpr int64_t streamed_bytes = 12 << 20, mapped_bytes = 32 << 20;
-PYOPS_INLINE bool is_streamed(int64_t elements, int64_t element_size) {
-  const int64_t bytes = elements * element_size;
-  return bytes >= streamed_bytes && bytes < mapped_bytes;
+// R rows of n elements, `stride` apart, written side by side: value(i, lanes, v) fills v[0..R), so that what the rows
+// share is loaded once. Streamed rows must start on a vector: see rows_aligned.
+template <class acc_t, int R, class T, class F>
+PYOPS_INLINE void write_row_group(T* y, int64_t stride, int64_t n, bool streamed, F&& value) {
+  using V = Vec<acc_t>;
+  constexpr int64_t W = V::width, step = vector_bytes / int64_t(sizeof(T));
+  int64_t i = 0;
+  for (; streamed && i + step <= n; i += step) {
+    V first[R], second[R];
+    value(i, AllLanes{}, first);
+    if constexpr (step != W) value(i + W, AllLanes{}, second);
+    for (int r = 0; r < R; ++r) {
+      if constexpr (step == W)
+        first[r].stream(y + r * stride + i);
+      else
+        V::stream(y + r * stride + i, first[r], second[r]);
+    }
+  }
+  each_vector<acc_t>(n - i, [&](int64_t j, auto lanes) {
+    V v[R];
+    value(i + j, lanes, v);
+    for (int r = 0; r < R; ++r) v[r].store(y + r * stride + i + j, lanes);
+  });
 }
+template <class T>
+PYOPS_INLINE bool rows_aligned(const T* y, int64_t stride) {
+  return ((reinterpret_cast<uintptr_t>(y) | uintptr_t(stride) * sizeof(T)) & (vector_bytes - 1)) == 0;
+}
+
+// The first read of a page waits for its translation, which hardware prefetchers leave to the program: they stop where
+// a page ends. So a run of at least a page touches the pages `ahead_bytes` further on. Whatever the address, a touch
+// does not fault.
+inline constexpr int64_t page_bytes = 4096, ahead_bytes = 32768;
+template <class T>
+PYOPS_INLINE void touch_ahead(const T* p, int64_t elements) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(p) + ahead_bytes;
+  for (int64_t i = page_bytes; i <= elements * int64_t(sizeof(T)); i += page_bytes)
+    __builtin_prefetch(reinterpret_cast<const void*>(first + uintptr_t(i - page_bytes)));
+}
+
+using blocking::is_streamed;
 
 // Streamed stores are weakly ordered; nobody may be told of them before this.
 PYOPS_INLINE void stream_fence() {

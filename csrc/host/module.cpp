@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "common/philox.h"
+#include "cpu/blocking.h"
 #include "host/host.h"
 
 namespace py = pybind11;
@@ -34,6 +35,26 @@ py::dict build_info() {
   info["cuda_architectures"] = PYOPS_CUDA_ARCHITECTURES;
   info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR);
   return info;
+}
+
+// What the CPU kernels will do with rows [M, N] and with planes [N, C, S], from the sizes they are compiled with.
+py::dict row_blocking(int64_t M, int64_t N, int64_t element_size) {
+  using namespace pyops::blocking;
+  py::dict plan;
+  plan["block"] = block_elements;
+  plan["shared"] = N > wide_elements;
+  plan["forward_group"] = forward_grouped(N) ? 4 : 1;
+  plan["backward_group"] = backward_grouped(N) ? 2 : 1;
+  plan["streamed"] = is_streamed(M * N, element_size);
+  return plan;
+}
+
+py::dict plane_blocking(int64_t N, int64_t C, int64_t S, int64_t element_size) {
+  using namespace pyops::blocking;
+  py::dict plan;
+  plan["block"] = block_elements;
+  plan["streamed"] = is_streamed(N * C * S, element_size);
+  return plan;
 }
 
 py::dict cpu_features() {
@@ -95,6 +116,10 @@ PYBIND11_MODULE(_host, module) {
       "ceilings", &ceilings, "threads"_a = 1, "seconds"_a = 0.3,
       "Measures for about `seconds`: copy_bandwidth in bytes/s (read + written; the better of non-temporal stores "
       "and memcpy) and fma_rate in fp32 flop/s, of all threads together.");
+  module.def("row_blocking", &row_blocking, "M"_a, "N"_a, "element_size"_a,
+             "How the CPU kernels cut rows [M, N]: block, shared, forward_group, backward_group, streamed.");
+  module.def("plane_blocking", &plane_blocking, "N"_a, "C"_a, "S"_a, "element_size"_a,
+             "How the CPU kernels cut planes [N, C, S]: block, streamed.");
   module.def(
       "philox4x32",
       [](uint64_t seed, uint64_t subsequence, uint64_t offset) {

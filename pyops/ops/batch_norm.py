@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import torch
 
-from ..core import autocast, backend, check, layout, library
+from ..core import autocast, backend, blocking, check, layout, library
 from ..core.autograd import Formula, Tensors, differentiable
+from ..core.explain import explains
 from ..core.intercept import route
 from ..core.samples import Maker, Sample, checked
 
@@ -231,6 +232,12 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
     """torch.nn.BatchNorm3d whose forward is pyops.functional.batch_norm."""
 
+
+def _notes(shapes, dtype, name):
+    return blocking.planes(shapes[0], dtype, "channel") if name == "cpu" else []
+
+
+explains("batch_norm", _notes)
 
 route((torch.nn.functional.batch_norm, torch.batch_norm), "batch_norm", batch_norm)
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import torch
 
-from ..core import autocast, backend, check, layout, library
+from ..core import autocast, backend, blocking, check, layout, library
 from ..core.autograd import Formula, Tensors, differentiable
+from ..core.explain import explains
 from ..core.intercept import route
 from ..core.samples import Maker, Sample, checked
 
@@ -242,6 +243,13 @@ class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
 class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
     """torch.nn.InstanceNorm3d whose forward is pyops.functional.instance_norm."""
 
+
+def _notes(statistic):
+    return lambda shapes, dtype, name: blocking.planes(shapes[0], dtype, statistic) if name == "cpu" else []
+
+
+explains("group_norm", _notes("group"))
+explains("instance_norm", _notes("plane"))
 
 route((torch.nn.functional.group_norm, torch.group_norm), "group_norm", group_norm)
 route((torch.nn.functional.instance_norm, torch.instance_norm), "instance_norm", instance_norm)

@@ -10,12 +10,14 @@ The gradient is derived in docs/math/norms.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from ..core import autocast, backend, check, layout, library
+from ..core import autocast, backend, blocking, check, layout, library
 from ..core.autograd import Formula, Tensors, differentiable
+from ..core.explain import explains
 from ..core.intercept import route
 from ..core.samples import Maker, Sample, checked
 
@@ -128,6 +130,13 @@ class LayerNorm(torch.nn.LayerNorm):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
+
+def _notes(shapes, dtype, name):
+    columns = math.prod(shapes[1]) if len(shapes) > 1 else shapes[0][-1]
+    return blocking.rows(shapes[0], columns, dtype, grouped=True) if name == "cpu" else []
+
+
+explains("layer_norm", _notes)
 
 route((torch.nn.functional.layer_norm, torch.layer_norm), "layer_norm", layer_norm)
 

@@ -10,12 +10,14 @@ The gradient is derived in docs/math/norms.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from ..core import autocast, backend, check, layout, library
+from ..core import autocast, backend, blocking, check, layout, library
 from ..core.autograd import Formula, Tensors, differentiable
+from ..core.explain import explains
 from ..core.intercept import route
 from ..core.samples import Maker, Sample, checked
 
@@ -121,6 +123,13 @@ class RMSNorm(torch.nn.RMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
+
+def _notes(shapes, dtype, name):
+    columns = math.prod(shapes[1]) if len(shapes) > 1 else shapes[0][-1]
+    return blocking.rows(shapes[0], columns, dtype, grouped=False) if name == "cpu" else []
+
+
+explains("rms_norm", _notes)
 
 route((torch.nn.functional.rms_norm, torch.rms_norm), "rms_norm", rms_norm)
 
