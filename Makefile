@@ -10,7 +10,7 @@ RUN := PYTHONUNBUFFERED=1 $(BIN)/python
 PYTEST := $(RUN) -m pytest -n $(or $(MAX_JOBS),$(shell n=$$(nproc); echo $$((n < 16 ? n : 16)))) --dist worksteal
 RACE := PYOPS_EMULATOR=race $(PYTEST) tests -m race --backend emulator
 
-.PHONY: demo test bench build gpu emulator room fmt lint check sanitize profile sass clean
+.PHONY: demo test bench build gpu gpu-wheels emulator asan room fmt lint check sanitize profile sass clean
 
 $(VENV)/.installed: requirements/dev.txt requirements/emulator.txt
 	@$(PYTHON) -c "import sys; sys.exit('pyops needs Python 3.10 or newer, this is ' + sys.version) if sys.version_info < (3, 10) else None"
@@ -30,6 +30,14 @@ build: $(VENV)/.installed ## libpyops.so and _host into the editable install
 emulator: $(VENV)/.installed ## the same, with the CUDA kernels compiled for the CPU
 	PYOPS_BUILD_EMULATOR=1 $(PIP) install -q -e . --no-build-isolation --no-deps
 
+# AddressSanitizer has to be in the process before everything else; Python and torch never free all they allocate.
+ASAN := LD_PRELOAD="$(shell $(or $(CXX),c++) -print-file-name=libasan.so) $(shell $(or $(CXX),c++) -print-file-name=libstdc++.so)" \
+        ASAN_OPTIONS=detect_leaks=0 PYOPS_EMULATOR=asan
+
+asan: $(VENV)/.installed ## the CUDA kernels on the CPU under AddressSanitizer, on the smallest cases
+	PYOPS_BUILD_EMULATOR=asan $(PIP) install -q -e . --no-build-isolation --no-deps
+	$(ASAN) $(RUN) -m pytest tests -m race --backend emulator
+
 demo: $(VENV)/.demo build ## the main job: a real network on real photos, then a quick benchmark
 	$(RUN) -m pyops demo --out out
 
@@ -47,6 +55,14 @@ bench: $(VENV)/.demo build ## all benchmark rooms on this machine; table, JSON a
 
 gpu: ## on a machine with an NVIDIA GPU, nvcc, torch and ninja, offline: build, test, sanitize, bench
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) bench/gpu.py --part "$(PART)" --op "$(OP)"
+
+GPU_PYTHON ?= 3.12
+FOR_GPU := --only-binary=:all: --python-version $(GPU_PYTHON) --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+           --platform manylinux_2_17_x86_64 --platform manylinux_2_27_x86_64
+gpu-wheels: $(VENV)/.installed ## what `make gpu` needs on a machine without a package index, for its Python, into wheels/
+	$(PIP) download -q -d wheels $(FOR_GPU) -r requirements/gpu.txt
+	$(PIP) download -q -d wheels $(FOR_GPU) --no-deps -r requirements/gpu-peers.txt
+	@du -sh wheels
 
 room: ## every file of one op: make room OP=layer_norm
 	@git ls-files "*$(OP)*"

@@ -122,7 +122,9 @@ class CMakeBuild(build_ext):
         package = ROOT / "pyops" if self.inplace else Path(self.build_lib).resolve() / "pyops"
         package.mkdir(parents=True, exist_ok=True)
         build = ROOT / "build" / ("cmake-inplace" if self.inplace else f"cmake-{sys.implementation.cache_tag}")
-        emulator = os.environ.get("PYOPS_BUILD_EMULATOR", "0") == "1"
+        emulator = os.environ.get("PYOPS_BUILD_EMULATOR", "0")
+        if emulator not in ("0", "1", "asan"):
+            fail(f"PYOPS_BUILD_EMULATOR must be 0, 1 or asan, got {emulator!r}")
         cuda = build_cuda(torch)
         arguments = {
             "CMAKE_BUILD_TYPE": "Release",
@@ -130,11 +132,12 @@ class CMakeBuild(build_ext):
             "PYOPS_TORCH_DIR": str(torch),
             "PYOPS_OUTPUT_DIR": str(package),
             "PYOPS_BUILD_CUDA": "ON" if cuda else "OFF",
-            "PYOPS_BUILD_EMULATOR": "ON" if emulator else "OFF",
+            "PYOPS_BUILD_EMULATOR": "OFF" if emulator == "0" else "ON",
+            "PYOPS_BUILD_EMULATOR_ASAN": "ON" if emulator == "asan" else "OFF",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11_cmake_dir(),
         }
-        if emulator:
+        if emulator != "0":
             arguments["PYOPS_CUDA_INCLUDE_DIRS"] = cuda_headers()
         elif not self.inplace:
             # of an earlier build in this tree; a wheel packs whatever stands here

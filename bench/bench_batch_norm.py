@@ -63,6 +63,14 @@ def flops(case: Case) -> int:
     return case.numel * (forward + 10 * case.backward)
 
 
+def traffic(case: Case) -> tuple[int, int]:
+    """In waves each tensor is read once; channels too large for the cache, and channels last, are read twice."""
+    channel = case.numel // case.shape[1] * case.dtype.itemsize
+    if not case.channels_last and channel < 12 << 20:
+        return bytes(case), 2 + 2 * case.backward
+    return bytes(case) + (1 + 2 * case.backward) * case.numel * case.dtype.itemsize, 3 + 3 * case.backward
+
+
 def bind(functional: Any, case: Case) -> Function:
     training = case.args.get("training", True)
 

@@ -44,6 +44,8 @@ def tiny(device: str) -> list[Case]:
         group((2, 6, 5, 7), 3, device=device, backward=True, channels_last=True),
         group((1, 4, 60, 60), 2, device=device, backward=True),
         instance((2, 3, 5, 7), device=device, backward=True),
+        group((3, 6, 8, 8), 2, device=device, backward=True),
+        group((64, 4, 16, 16), 1, device=device, backward=True),
     ]
 
 
@@ -59,6 +61,18 @@ def bytes(case: Case) -> int:
 def flops(case: Case) -> int:
     """Forward: sum 1, centred square sum 3, scale and shift 2; backward: dy·w 1, two sums 5, dx 5, dw and db 3."""
     return case.numel * (6 + 14 * case.backward)
+
+
+def traffic(case: Case) -> tuple[int, int]:
+    """Groups of up to 128 KB, backward 56 KB, stay in registers; larger ones, and channels last, are read twice."""
+    groups = case.args.get("groups", case.shape[1])
+    size = case.dtype.itemsize
+    group = case.numel // (case.shape[0] * groups) * size
+    few = case.shape[0] * groups < 64
+    forward = int(case.channels_last or few or group > 128 << 10)
+    backward = 2 * int(case.channels_last or few or group > 56 << 10) * case.backward
+    launches = 1 + 2 * forward + case.backward * (3 + backward)
+    return bytes(case) + (forward + backward) * case.numel * size, launches
 
 
 def bind(functional: Any, case: Case) -> Function:

@@ -22,7 +22,7 @@ def cases(device: str) -> list[Case]:
 
 
 def tiny(device: str) -> list[Case]:
-    shapes = [(3, 17), (5, 1024), (2, 9000)]
+    shapes = [(3, 17), (5, 1024), (2, 9000), (2, 16384), (1, 600000)]
     return [Case("layer_norm", shape, device=device, backward=True) for shape in shapes]
 
 
@@ -41,6 +41,17 @@ def bytes(case: Case) -> int:
 def flops(case: Case) -> int:
     """Forward: sum 1, centred square sum 3, normalise 2, affine 2; backward: dy·w 1, xhat 2, sums 3, dx 5, dw, db 3."""
     return case.numel * (8 + 14 * case.backward)
+
+
+def traffic(case: Case) -> tuple[int, int]:
+    """Rows beyond a cluster (512 KB forward, 65536 values backward) are read twice, in three launches a direction."""
+    row, again = case.shape[-1], 0
+    launches = 1 + 2 * case.backward
+    if row * case.dtype.itemsize > 512 << 10:
+        again, launches = case.numel, launches + 2
+    if case.backward and row > 65536:
+        again, launches = again + 2 * case.numel, launches + 2
+    return bytes(case) + again * case.dtype.itemsize, launches
 
 
 def bind(functional: Any, case: Case) -> Function:

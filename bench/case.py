@@ -96,6 +96,9 @@ class Room(Protocol):
     def flops(self, case: Case) -> int:
         """Floating-point operations of the plain formula."""
 
+    # A room may also state `traffic(case) -> (bytes, launches)`, what its CUDA kernels move and in how many launches,
+    # where that is more than the least; and `MATRIX = True` where its flops run on tensor cores.
+
     def bind(self, functional: Any, case: Case) -> Function:
         """The call of the case on a namespace with the signatures of ``torch.nn.functional``."""
 

@@ -1,6 +1,6 @@
 """The engine of `make gpu`: build for the GPU of this machine, test, sanitize, measure, all offline.
 
-    python bench/gpu.py --part build,test,sanitize,bench --op layer_norm
+    python bench/gpu.py --part build,test,conformance,sanitize,bench --op layer_norm
 
 It starts with nothing but the standard library and torch. Every step runs in a process of its own with a share of the
 time that is left, so that one failure, one hang or one poisoned CUDA context ends that step only; each reports what it
@@ -23,7 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 STEMS = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py"))
 TOTAL_S = 530.0
 # The most valuable part first. A part's number is its claim on the time that is left when its turn comes.
-PARTS = {"build": 3.0, "test": 3.0, "sanitize": 1.2, "bench": 3.0}
+PARTS = {"build": 3.0, "test": 3.0, "conformance": 0.6, "sanitize": 1.2, "bench": 3.0}
+# Wheels carried along for a machine without a package index: `make gpu-wheels` fills it.
+WHEELS = ROOT / "wheels"
+# What a run leaves in the tree to be committed; copied into ``--out`` as well, which may be all that comes back.
+KEPT = ("bench/results", "tests/emulator/golden")
 # A bench with less time than this measures the quick subset, and says so in its results.
 QUICK_BELOW_S = 90.0
 OK, FAILED, TIMEOUT, SKIPPED = "ok", "FAILED", "TIMEOUT", "skipped"
@@ -85,7 +89,13 @@ def architecture() -> str:
 
 def plan(parts: Sequence[str], ops: Sequence[str], arch: str, out: Path) -> list[Step]:
     """Every step of the chosen parts for the chosen ops, in the order they run."""
-    makers = {"build": build_steps, "test": test_steps, "sanitize": sanitize_steps, "bench": bench_steps}
+    makers = {
+        "build": build_steps,
+        "test": test_steps,
+        "conformance": conformance_steps,
+        "sanitize": sanitize_steps,
+        "bench": bench_steps,
+    }
     return [step for part in PARTS if part in parts for step in makers[part](ops or STEMS, bool(ops), arch, out)]
 
 
@@ -93,7 +103,13 @@ def build_steps(ops: Sequence[str], chosen: bool, arch: str, out: Path) -> list[
     install = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
     environment = {"PYOPS_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": arch}
     missing = "" if shutil.which("nvcc") else "nvcc is not on PATH"
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--find-links", str(WHEELS)]
+    carried = [
+        Step("build", "wheels", [*pip, "-r", "requirements/gpu.txt"], 0.5),
+        Step("build", "wheels of peers", [*pip, "--no-deps", "-r", "requirements/gpu-peers.txt"], 0.5),
+    ]
     return [
+        *(carried if any(WHEELS.glob("*.whl")) else []),
         Step("build", f"build for sm_{arch.replace('.', '')}", install, 6.0, environment, missing),
         Step("build", "import", [sys.executable, "-c", IMPORT]),
     ]
@@ -105,6 +121,13 @@ def test_steps(ops: Sequence[str], chosen: bool, arch: str, out: Path) -> list[S
     command = [sys.executable, "-m", "pytest", *files, *options, "--backend", "cuda", "--backend", "triton"]
     missing = "" if importlib.util.find_spec("pytest") else "pytest is not installed"
     return [Step("test", "pytest on cuda and triton", command, why_not=missing)]
+
+
+def conformance_steps(ops: Sequence[str], chosen: bool, arch: str, out: Path) -> list[Step]:
+    """What this GPU makes of the emulator's primitives: the golden outputs that CI holds the emulator against."""
+    missing = "" if shutil.which("nvcc") else "nvcc is not on PATH"
+    command = [sys.executable, "-m", "tests.emulator_library", f"sm_{arch.replace('.', '')}"]
+    return [Step("conformance", "golden outputs for the emulator", command, why_not=missing)]
 
 
 def sanitize_steps(ops: Sequence[str], chosen: bool, arch: str, out: Path) -> list[Step]:
@@ -219,10 +242,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     no_gpu = why_no_gpu()
     steps = plan(parts, options.op, "0.0" if no_gpu else architecture(), options.out.resolve())
     if no_gpu:
-        print("would run:\n" + "\n".join(f"  {step.part:9}{step.name}" for step in steps))
+        print("would run:\n" + "\n".join(f"  {step.part:13}{step.name}" for step in steps))
         print(f"no NVIDIA GPU is visible: {no_gpu}")
         return 1
     outcomes = run_plan(steps, options.out.resolve(), options.seconds)
+    for folder in KEPT:
+        if (ROOT / folder).is_dir():
+            shutil.copytree(ROOT / folder, options.out.resolve() / folder, dirs_exist_ok=True)
     print("\n" + report(outcomes))
     return int(any(outcome.status in (FAILED, TIMEOUT) for outcome in outcomes))
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .case import Case, Function, Provider, Room, Tensors, Unavailable
-from .machine import Ceilings, cache_bytes
+from .machine import LAUNCH_S, Ceilings, Limits, cache_bytes, device_name, gpu_limits
 
 OK, WRONG, ERROR, UNAVAILABLE, SKIPPED = "ok", "WRONG", "ERROR", "unavailable", "skipped"
 STATE = ("running_mean", "running_var")
@@ -66,6 +66,9 @@ class Row:
     flops: int = 0
     gb_per_s: float | None = None
     gflop_per_s: float | None = None
+    floor_s: float | None = None
+    predicted_s: float | None = None
+    limits_of: str = ""
     ceiling_s: float | None = None
     bound: str = ""
     percent_of_ceiling: float | None = None
@@ -226,7 +229,7 @@ def measure_case(
 
 
 def empty_row(room: Room, case: Case, threads: int, name: str, provider: Provider) -> Row:
-    return Row(
+    row = Row(
         stem=room.STEM,
         op=case.op,
         case=case.name,
@@ -242,6 +245,20 @@ def empty_row(room: Room, case: Case, threads: int, name: str, provider: Provide
         flops=room.flops(case),
         date=time.strftime("%Y-%m-%d"),
     )
+    if case.device == "cuda":
+        limits = gpu_limits(device_name("cuda") if torch.cuda.is_available() else "")
+        row.limits_of = limits.name
+        row.floor_s, row.predicted_s = floor_and_prediction(room, case, limits)
+    return row
+
+
+def floor_and_prediction(room: Room, case: Case, limits: Limits) -> tuple[float, float]:
+    """Seconds that no kernel goes below, and seconds that ours should take: its own traffic, and its launches."""
+    matrix = getattr(room, "MATRIX", False) and case.dtype.itemsize == 2
+    traffic = getattr(room, "traffic", lambda case: (room.bytes(case), 1 + 2 * case.backward))
+    moved, launches = traffic(case)
+    predicted = limits.floor_s(moved, room.flops(case), matrix) + launches * LAUNCH_S
+    return limits.floor_s(room.bytes(case), room.flops(case), matrix), predicted
 
 
 def checked(row: Row, case: Case, provider: Provider, oracle: Oracle) -> Function | None:

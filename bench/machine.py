@@ -34,6 +34,34 @@ class Ceilings:
         return max(memory, arithmetic), "memory" if memory >= arithmetic else "arithmetic"
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What no kernel on a GPU passes: bytes/s, and flop/s on the CUDA cores and, in half types, the tensor cores."""
+
+    name: str
+    bandwidth: float
+    fma_rate: float
+    matrix_rate: float
+    source: str
+
+    def floor_s(self, bytes: int, flops: int, matrix: bool) -> float:
+        """Least possible seconds."""
+        return max(bytes / self.bandwidth, flops / (self.matrix_rate if matrix else self.fma_rate))
+
+
+GPU_LIMITS = (
+    Limits("H200", 4.3e12, 67e12, 790e12, "copy and bf16 product measured on the card, fp32 of the data sheet"),
+    Limits("H100", 3.35e12, 67e12, 790e12, "bandwidth and fp32 of the data sheet, bf16 product as on the H200"),
+)
+# Between the launch of a kernel and its first byte, and between kernels of one op.
+LAUNCH_S = 2e-6
+
+
+def gpu_limits(name: str) -> Limits:
+    """Limits of the GPU of that name; of the first in the table where it is not in it."""
+    return next((limits for limits in GPU_LIMITS if limits.name in name), GPU_LIMITS[0])
+
+
 def ceilings_of(device: str, threads: Sequence[int], known: dict[int, Ceilings] | None = None) -> dict[int, Ceilings]:
     """Ceilings by number of threads; the better of these and those `known` from an earlier, perhaps slower moment.
 

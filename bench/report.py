@@ -18,7 +18,18 @@ from .machine import Ceilings
 
 Document = dict[str, Any]
 SCHEMA = 1
-COLUMNS = ("case", "threads", "provider", "median", "min", "rate", "% of ceiling", "pyops is", "by min")
+COLUMNS = (
+    "case",
+    "threads",
+    "floor, predicted",
+    "provider",
+    "median",
+    "min",
+    "rate",
+    "% of ceiling",
+    "pyops is",
+    "by min",
+)
 
 
 def document(rows: Sequence[Row], device: str, quick: bool, ceilings: Sequence[Ceilings]) -> Document:
@@ -104,7 +115,8 @@ def seconds(value: float | None) -> str:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """One row of the table as text, in the order of `COLUMNS`."""
-    start = [row["case"], str(row["threads"] or ""), row["provider"]]
+    limits = f"{seconds(row['floor_s'])}, {seconds(row['predicted_s'])}" if row.get("floor_s") else ""
+    start = [row["case"], str(row["threads"] or ""), limits, row["provider"]]
     if row["status"] != OK:
         return [*start, row["status"], "", row["note"], "", "", ""]
     rate = f"{row['gb_per_s']:.1f} GB/s" if row["bound"] == "memory" else f"{row['gflop_per_s']:.1f} GFLOP/s"
@@ -146,10 +158,10 @@ def table(doc: Document) -> str:
     body: list[list[str]] = []
     for group in by_case(doc["rows"]).values():
         texts = [cells(row) for row in group]
-        body += [texts[0], *(["", "", *text[2:]] for text in texts[1:]), []]
+        body += [texts[0], *(["", "", "", *text[3:]] for text in texts[1:]), []]
     widths = [max([len(title), *(len(line[i]) for line in body if line)]) for i, title in enumerate(COLUMNS)]
     # A long reason in the rate column must not widen the table of numbers.
-    widths[5] = min(widths[5], 16)
+    widths[6] = min(widths[6], 16)
     lines = ["  ".join(title.ljust(w) for title, w in zip(COLUMNS, widths))]
     lines.append("  ".join("-" * w for w in widths))
     lines += ["  ".join(text.ljust(w) for text, w in zip(line, widths)).rstrip() for line in body]
@@ -243,7 +255,7 @@ def html_page(doc: Document, plots: Sequence[Path]) -> str:
 def html_row(row: dict[str, Any]) -> str:
     numbers = [row["median_s"], row["min_s"], row["gb_per_s"], row["percent_of_ceiling"]]
     numbers += [row["pyops_speedup"], row["pyops_speedup_of_min"]]
-    keys: list[Any] = [None, None, None, *numbers] if row["status"] == OK else [None] * len(COLUMNS)
+    keys: list[Any] = [None, None, None, None, *numbers] if row["status"] == OK else [None] * len(COLUMNS)
     parts = []
     for text, key in zip(cells(row), keys):
         value = f' class="n" data-v="{key:.6g}"' if key is not None else ""

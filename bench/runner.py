@@ -26,6 +26,7 @@ from .harness import (
     checked,
     empty_row,
     fill_in_ceilings,
+    floor_and_prediction,
     fresh_inputs,
     measure_case,
     select,
@@ -156,6 +157,25 @@ def with_bar(work: list[tuple[Room, Case, int]], progress: bool) -> Iterable[tup
             yield item
 
 
+def print_floors(stems: Sequence[str] = ()) -> int:
+    """For every GPU case, without a GPU: bytes, flops, and floor and prediction on each GPU of the table."""
+    for limits in machine.GPU_LIMITS:
+        print(f"{limits.name}: {limits.bandwidth / 1e12:.3g} TB/s, {limits.fma_rate / 1e12:.3g} TFLOP/s fp32, ", end="")
+        print(f"{limits.matrix_rate / 1e12:.3g} TFLOP/s bf16 products ({limits.source})")
+    print(
+        f"{'case':56}{'MB':>9}{'GFLOP':>9}"
+        + "".join(f"{g.name + ' floor':>14}{'predicted':>11}" for g in machine.GPU_LIMITS)
+    )
+    for room, ops in chosen(stems):
+        for case in select(room, "cuda", False, ops):
+            line = f"{case.name:56}{room.bytes(case) / 1e6:9.1f}{room.flops(case) / 1e9:9.2f}"
+            for limits in machine.GPU_LIMITS:
+                floor, predicted = floor_and_prediction(room, case, limits)
+                line += f"{report.seconds(floor):>14}{report.seconds(predicted):>11}"
+            print(line)
+    return 0
+
+
 def check_smallest(stems: Sequence[str] = (), device: str = "cpu", provider: str | None = None) -> int:
     """Runs pyops once, forward and backward, on the smallest case of each kernel and checks it; times nothing.
 
@@ -187,8 +207,13 @@ def main(arguments: Sequence[str]) -> int:
     add_arguments(parser)
     parser.add_argument("--smallest", action="store_true", help="run and check the smallest cases only, time nothing")
     parser.add_argument("--provider", help="with --smallest: this pyops provider only, such as 'pyops cuda'")
+    parser.add_argument(
+        "--floors", action="store_true", help="print floors and predictions of the GPU cases, time nothing"
+    )
     options: Any = parser.parse_args(arguments)
     try:
+        if options.floors:
+            return print_floors(options.op)
         if options.smallest:
             return check_smallest(options.op, options.device, options.provider)
         return run(

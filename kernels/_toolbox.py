@@ -13,6 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+# Types of x and of its sums with which specimens are compiled.
+SPECIMEN_TYPES = (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("fp64", "fp64"))
+
 
 class Specimen(NamedTuple):
     """One kernel with the arguments it is compiled with offline: types, pointers' alignment and constants."""

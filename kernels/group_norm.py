@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import _channels
-from ._toolbox import Specimen, accumulate_dtype, cdiv, multiprocessors, power_of_two, rsqrt, warps
+from ._toolbox import SPECIMEN_TYPES, Specimen, accumulate_dtype, cdiv, multiprocessors, power_of_two, rsqrt, warps
 
 ROW_LIMIT = 16384
 
@@ -107,7 +107,7 @@ def group_norm_bwd(
 def specimens() -> list[Specimen]:
     """What tests/triton_compile.py compiles, beside the kernels of _channels.py."""
     found = []
-    for t, a in (("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")):
+    for t, a in SPECIMEN_TYPES:
         types = dict.fromkeys(("x", "weight", "bias", "y"), f"*{t}") | dict.fromkeys(("mean", "rstd", "var"), f"*{a}")
         sizes = dict.fromkeys(("SETS", "G", "D", "S"), "i32")
         for one, block_m, block_l in ((False, 16, 128), (False, 1, 8192 if t == "fp64" else 16384), (True, 1, 4096)):

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import _channels, _toolbox
-from ._toolbox import Specimen, accumulate_dtype, cdiv, multiprocessors, power_of_two, rsqrt, warps
+from ._toolbox import SPECIMEN_TYPES, Specimen, accumulate_dtype, cdiv, multiprocessors, power_of_two, rsqrt, warps
 
 # Elements of a row that one program holds in registers without spilling, by number of arrays it keeps.
 ROW_LIMIT_FORWARD = 16384
@@ -271,7 +271,7 @@ def _backward_wide(
 def specimens() -> list[Specimen]:
     """What tests/triton_compile.py compiles: every kernel, by type of x."""
     found = []
-    for t, a in (("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")):
+    for t, a in SPECIMEN_TYPES:
         p = {"x": f"*{t}", "weight": f"*{t}", "bias": f"*{t}", "y": f"*{t}", "mean": f"*{a}", "rstd": f"*{a}"}
         q = {"dy": f"*{t}", "x": f"*{t}", "weight": f"*{t}", "mean": f"*{a}", "rstd": f"*{a}"}
         size = {"M": "i32", "N": "i32"}

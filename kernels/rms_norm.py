@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import _channels, _toolbox
-from ._toolbox import Specimen, accumulate_dtype, cdiv, multiprocessors, power_of_two, rsqrt, warps
+from ._toolbox import SPECIMEN_TYPES, Specimen, accumulate_dtype, cdiv, multiprocessors, power_of_two, rsqrt, warps
 
 # Elements of a row that one program holds in registers without spilling, by number of arrays it keeps.
 ROW_LIMIT_FORWARD = 16384
@@ -193,7 +193,7 @@ def rms_norm_bwd(
 def specimens() -> list[Specimen]:
     """What tests/triton_compile.py compiles: every kernel, by type of x."""
     found = []
-    for t, a in (("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")):
+    for t, a in SPECIMEN_TYPES:
         wide = 1 if t == "fp64" else 2
         p = {"x": f"*{t}", "weight": f"*{t}", "y": f"*{t}"}
         q = {"dy": f"*{t}", "x": f"*{t}", "weight": f"*{t}"}

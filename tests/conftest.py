@@ -24,7 +24,7 @@ def pytest_generate_tests(metafunc):
         return
     wanted = metafunc.config.getoption("--backend")
     names = wanted or [name for name in backend.NAMES if name == "cpu" or library.why_not(name) is None]
-    if metafunc.definition.get_closest_marker("race") is not None and library.emulator_flavour() == "race":
+    if metafunc.definition.get_closest_marker("race") is not None and library.emulator_flavour() != "plain":
         names = [name for name in names if name == "emulator"]
     metafunc.parametrize("backend", names)
 

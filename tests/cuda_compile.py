@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_90a")
 HOPPER_ONLY = ("hopper", "wgmma")  # sources whose name ends so need sm_90a
-# Registers saved around an out-of-line division count as spills; more than this many bytes are a real one.
-CALL_SAVED_BYTES = 32
+# One register that finds no place is stored and loaded a few times; more bytes than this are a real spill.
+TOLERATED_BYTES = 16
 MATRIX_INSTRUCTIONS = ("HGMMA", "HMMA", "DMMA", "IMMA", "UTMALDG", "LDGSTS", "LDSM")
 
 
@@ -96,7 +96,7 @@ def main(stems: list[str]) -> int:
                 continue
             rows = kernels(done.stderr)
             spilling = [(template_of(row[0]), *row[1:]) for row in rows if row[2]]
-            failing = [row for row in spilling if row[2] > CALL_SAVED_BYTES and is_hot(row[0])]
+            failing = [row for row in spilling if row[2] > TOLERATED_BYTES and is_hot(row[0])]
             bad += len(failing)
             most = max((row[1] for row in rows), default=0)
             print(

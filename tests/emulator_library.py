@@ -31,7 +31,7 @@ def program(name: str) -> str | None:
 
 
 def build(flavour: str) -> Path:
-    """Path of the up-to-date library of flavour "plain" or "race"."""
+    """Path of the up-to-date library of flavour "plain", "race" or "asan"."""
     cmake, ninja = program("cmake"), program("ninja")
     if cmake is None or ninja is None:
         raise FileNotFoundError("cmake and ninja are needed to build the emulator's tests")
@@ -43,7 +43,7 @@ def build(flavour: str) -> Path:
     if (whole / "CMakeCache.txt").exists() and "EMULATOR:BOOL=ON" in (whole / "CMakeCache.txt").read_text():
         # `make emulator` has built the engine there
         directory, library, commands = whole, f"csrc/emulator/{library}", []
-    targets = [f"pyops_emulator_tests_{name}" for name in ("plain", "race")]
+    targets = [f"pyops_emulator_tests_{name}" for name in (("asan",) if flavour == "asan" else ("plain", "race"))]
     commands.append([cmake, "--build", str(directory), "--target", *targets])
     with one_at_a_time(directory):
         for command in commands:
@@ -107,16 +107,18 @@ class Library:
         return int(self._lib.pyops_emulator_statistics(key.encode()))
 
 
-def write_golden(architecture: str = "sm_90a") -> None:
-    """Runs the conformance kernels on this machine's GPU and keeps their outputs."""
-    library = Library(build_gpu(architecture))
-    GOLDEN.mkdir(exist_ok=True)
+def write_golden(library: Library, folder: Path = GOLDEN) -> int:
+    """Runs every test of the library on this machine's GPU, keeps the conformance outputs; number of failures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    failures = 0
     for name in library.names():
         result = library.run(name)
-        print(f"{name}: {result or 'ok'}")
+        failures += bool(result)
+        print(f"{name}: {result or 'ok'}", flush=True)
         if name.startswith("conformance_") and not result:
-            (GOLDEN / f"{name}.bin").write_bytes(library.recorded())
+            (folder / f"{name}.bin").write_bytes(library.recorded())
+    return failures
 
 
 if __name__ == "__main__":
-    write_golden(*sys.argv[1:])
+    sys.exit(write_golden(Library(build_gpu(*sys.argv[1:]))))

@@ -93,15 +93,28 @@ def passes(op: str, backend: str, check: str) -> None:
 
 
 @contextmanager
-def device_of(backend: str, capability: int) -> Iterator[None]:
-    """On the emulator, a device of that compute capability (80: no clusters, no TMA, no wgmma; 90: all of them)."""
+def emulated_device(backend: str, capability: int = 90, l2_bytes: int = 50 << 20) -> Iterator[None]:
+    """Another device for the emulator: capability 80 lacks clusters, TMA, wgmma; a small cache makes little a lot."""
     if backend == "emulator":
-        library.configure_emulator(capability=capability)
+        library.configure_emulator(capability=capability, l2_bytes=l2_bytes)
     try:
         yield
     finally:
         if backend == "emulator":
-            library.configure_emulator(capability=90)
+            library.configure_emulator(capability=90, l2_bytes=50 << 20)
+
+
+def agrees(function, reference, *inputs: torch.Tensor) -> None:
+    """Output and gradients within 8 roundings of the largest value, of a reference in float64."""
+    inputs = tuple(t.detach().requires_grad_() for t in inputs)
+    exact = tuple(t.detach().double().requires_grad_() for t in inputs)
+    y, truth = function(*inputs), reference(*exact)
+    direction = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    ours = (y, *torch.autograd.grad(y, inputs, direction))
+    theirs = (truth, *torch.autograd.grad(truth, exact, direction.double()))
+    for a, b in zip(ours, theirs):
+        allowed = 8 * torch.finfo(a.dtype).eps * max(1.0, b.abs().max().item())
+        torch.testing.assert_close(a.detach().double(), b.detach(), rtol=0, atol=allowed)
 
 
 def refuses(kind: type[Exception], words: tuple[str, ...], function, *args, **kwargs) -> None:

@@ -10,6 +10,8 @@ from pyops.core.explain import explain
 
 from .harness import (
     accurate,
+    agrees,
+    emulated_device,
     floating,
     laid_out,
     layouts,
@@ -32,6 +34,19 @@ def test_checks(backend, check):
 @pytest.mark.race
 def test_race(backend):
     passes("batch_norm", backend, "accuracy")
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_channels_normalised_while_the_cache_holds_them(backend, affine, dtype):
+    """An input larger than half of L2 takes one launch, whose blocks wait for each other's channels."""
+    x = (torch.randn(2, 5, 2056) + torch.arange(5)[:, None]).to(dtype)
+    parameters = (torch.randn(5).to(dtype), torch.randn(5).to(dtype)) if affine else ()
+    ours = lambda x, *p: F.batch_norm(x, None, None, *p, training=True)
+    theirs = lambda x, *p: torch.nn.functional.batch_norm(x, None, None, *p, training=True)
+    with backends.backend(backend), emulated_device(backend, l2_bytes=32 * 1024 * dtype.itemsize):
+        agrees(ours, theirs, x, *parameters)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None], ids=["moving average", "cumulative average"])

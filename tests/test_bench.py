@@ -12,7 +12,7 @@ import pyops.bench.report as report
 import pyops.bench.runner as runner
 import pytest
 import torch
-from pyops.bench import gpu
+from pyops.bench import gpu, machine
 from pyops.bench.case import Case, Provider, Unavailable
 from pyops.bench.machine import Ceilings, ceilings_of, slug
 
@@ -222,6 +222,48 @@ def test_gpu_engine_ends_with_one_clear_line(
     assert lines[-1] == "no NVIDIA GPU is visible: nvidia-smi is not on PATH"
     assert "memcheck" not in "".join(lines) and any("bench layer_norm" in line for line in lines)
     assert gpu.main(["--part", "paint"]) == 2
+
+
+def test_gpu_engine_installs_carried_wheels_and_keeps_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "bench" / "results").mkdir(parents=True)
+    (root / "bench" / "results" / "card.json").write_text("{}")
+    ran: list[str] = []
+    monkeypatch.setattr(gpu, "ROOT", root)
+    monkeypatch.setattr(gpu, "WHEELS", root / "wheels")
+    monkeypatch.setattr(gpu, "why_no_gpu", lambda: "")
+    monkeypatch.setattr(gpu, "architecture", lambda: "9.0a")
+    done = lambda step: ran.append(step.name) or gpu.Outcome(step, gpu.OK, 0.0)
+    monkeypatch.setattr(gpu, "run_plan", lambda steps, *rest: [done(step) for step in steps])
+    assert gpu.main(["--part", "build,conformance", "--out", str(tmp_path / "out")]) == 0
+    assert ran == ["build for sm_90a", "import", "golden outputs for the emulator"]
+    assert (tmp_path / "out" / "bench" / "results" / "card.json").exists()
+    (root / "wheels").mkdir()
+    (root / "wheels" / "cmake.whl").write_text("")
+    gpu.main(["--part", "build", "--out", str(tmp_path / "out")])
+    assert ran[3:] == ["wheels", "wheels of peers", "build for sm_90a", "import"]
+
+
+@pytest.mark.parametrize("stem", sorted(runner.rooms()))
+def test_no_prediction_is_below_its_floor(stem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    room = runner.rooms()[stem]
+    for limits in machine.GPU_LIMITS:
+        for case in room.cases("cuda"):
+            floor, predicted = harness.floor_and_prediction(room, case, limits)
+            assert 0 < floor < predicted
+            assert floor >= room.bytes(case) / limits.bandwidth
+    assert runner.print_floors([stem]) == 0
+    printed = capsys.readouterr().out
+    assert all(case.name in printed for case in room.cases("cuda"))
+
+
+def test_rows_of_gpu_cases_carry_their_floor() -> None:
+    case = dataclasses.replace(ScaledRoom().cases("cpu")[0], device="cuda")
+    row = harness.empty_row(ScaledRoom(), case, 0, "pyops cuda", Provider(unavailable, ours=True))
+    assert row.limits_of == machine.gpu_limits("").name == "H200"
+    assert row.floor_s and row.predicted_s and row.floor_s < row.predicted_s
+    on_cpu = harness.empty_row(ScaledRoom(), ScaledRoom().cases("cpu")[0], 1, "pyops", Provider(unavailable))
+    assert on_cpu.floor_s is None
 
 
 def python(code: str, name: str, part: str = "test", **fields: Any) -> gpu.Step:

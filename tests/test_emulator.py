@@ -1,7 +1,9 @@
 """The emulator: every primitive right in every schedule, and every detector proven by a planted bug."""
 
+import os
 import re
 import subprocess
+import sys
 
 import numpy
 import pytest
@@ -168,6 +170,53 @@ def test_statistics_and_configuration(plain):
     assert plain.statistic("no such counter") == 2**64 - 1
     with pytest.raises(ValueError):
         plain.configure(schedule="sideways")
+
+
+ASAN_SCRIPT = """
+import sys
+from tests import emulator_library as emulator
+library = emulator.Library(sys.argv[1])
+library.configure(schedule=sys.argv[2])
+names = sys.argv[4:] or [n for n in library.names() if not n.startswith(("bug_", "conformance_"))]
+print({n: r for n in names if (r := library.run(n, int(sys.argv[3])))})
+"""
+
+
+def under_asan(schedule: str, variant: int, *names: str) -> subprocess.CompletedProcess:
+    """Tests of the AddressSanitizer build, in a process of their own: a finding ends it."""
+    library = emulator.build("asan")
+    runtime = [
+        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    environment = os.environ | {"LD_PRELOAD": " ".join(runtime), "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-c", ASAN_SCRIPT, str(library), schedule, str(variant), *names]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=emulator.ROOT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["forward", "deep-reverse"])
+def test_primitives_under_address_sanitizer(schedule):
+    done = under_asan(schedule, 0)
+    assert (done.returncode, done.stdout.strip()) == (0, "{}"), done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bug", "words"),
+    [
+        ("read_past_end", ["heap-buffer-overflow", "READ of size 4", "bugs.cu"]),
+        ("write_past_end", ["heap-buffer-overflow", "WRITE of size 4", "bugs.cu"]),
+        ("shared_overrun", ["use-after-poison", "WRITE of size 4", "bugs.cu"]),
+    ],
+)
+def test_address_sanitizer_finds(bug, words):
+    """Past a tensor, and past the shared memory of a block."""
+    fine = under_asan("forward", 0, f"bug_{bug}")
+    assert (fine.returncode, fine.stdout.strip()) == (0, "{}"), fine.stderr[-3000:]
+    found = under_asan("forward", 1, f"bug_{bug}")
+    assert found.returncode != 0
+    assert all(word in found.stderr for word in words), found.stderr[-3000:]
 
 
 def conformance_names():

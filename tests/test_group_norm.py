@@ -10,6 +10,7 @@ from pyops.core.explain import explain
 
 from .harness import (
     accurate,
+    agrees,
     floating,
     laid_out,
     layouts,
@@ -34,6 +35,22 @@ def test_checks(backend, op, check):
 @pytest.mark.parametrize("op", ["group_norm", "instance_norm"])
 def test_race(backend, op):
     passes(op, backend, "accuracy")
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "groups", "positions"), [(6, 2, 16), (6, 2, 1032), (3, 3, 40)])
+def test_groups_held_on_chip(backend, dtype, channels, groups, positions):
+    """A group in one warp or one block, whose warps meet one or several channels."""
+    x = (torch.randn(3, channels, positions) + torch.arange(channels)[:, None]).to(dtype)
+    w, b = torch.randn(channels).to(dtype), torch.randn(channels).to(dtype)
+    with backends.backend(backend):
+        agrees(
+            lambda x, w, b: F.group_norm(x, groups, w, b),
+            lambda x, w, b: torch.nn.functional.group_norm(x, groups, w, b),
+            x, w, b,
+        )  # fmt: skip
+        agrees(lambda x: F.group_norm(x, groups), lambda x: torch.nn.functional.group_norm(x, groups), x)
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -10,7 +10,9 @@ from pyops.core.explain import explain
 
 from .harness import (
     accurate,
+    agrees,
     agrees_on_every_cpu_capability,
+    emulated_device,
     floating,
     laid_out,
     layouts,
@@ -32,6 +34,19 @@ def test_checks(backend, check):
 @pytest.mark.race
 def test_race(backend):
     passes("layer_norm", backend, "accuracy")
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_few_wide_rows(backend, capability, dtype):
+    """Several blocks share a row: in a cluster, or before sm_90 in several launches."""
+    width = 32 * 1024 // dtype.itemsize + 64
+    x, w = torch.randn(2, width).to(dtype), torch.randn(width).to(dtype)
+    ours = lambda x, w, b: F.layer_norm(x, (width,), w, b)
+    theirs = lambda x, w, b: torch.nn.functional.layer_norm(x, (width,), w, b)
+    with backends.backend(backend), emulated_device(backend, capability=capability):
+        agrees(ours, theirs, x, w, torch.randn(width).to(dtype))
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -5,10 +5,13 @@ from hypothesis import strategies as st
 
 from pyops import functional as F
 from pyops import nn, testing
+from pyops.core import backend as backends
 from pyops.core.explain import explain
 
 from .harness import (
     accurate,
+    agrees,
+    emulated_device,
     floating,
     laid_out,
     layouts,
@@ -30,6 +33,19 @@ def test_checks(backend, check):
 @pytest.mark.race
 def test_race(backend):
     passes("rms_norm", backend, "accuracy")
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_few_wide_rows(backend, capability, dtype):
+    """Several blocks share a row: in a cluster, or before sm_90 in several launches."""
+    width = 32 * 1024 // dtype.itemsize + 64
+    x, w = torch.randn(2, width).to(dtype), torch.randn(width).to(dtype)
+    ours = lambda x, w: F.rms_norm(x, (width,), w, 1e-5)
+    theirs = lambda x, w: torch.nn.functional.rms_norm(x, (width,), w, 1e-5)
+    with backends.backend(backend), emulated_device(backend, capability=capability):
+        agrees(ours, theirs, x, w)
 
 
 @pytest.mark.parametrize("eps", [None, 0.1])

@@ -83,12 +83,18 @@ def compile_specimen(specimen: Any, arch: int) -> Result:
     return Result(name, arch, registers, spill, int(built.metadata.shared), specimen.hot, "")
 
 
+def worth_compiling(specimen: Any, arch: int) -> bool:
+    """float16 differs from bfloat16 in its conversions, and float64 is for derivative checks: one architecture each."""
+    return arch == ARCHITECTURES[0] or not {"*fp16", "*fp64"} & set(specimen.signature.values())
+
+
 def compile_all(words: tuple[str, ...] = (), architectures: tuple[int, ...] = ARCHITECTURES) -> list[Result]:
     return [
         compile_specimen(s, arch)
         for s in load_specimens()
         if not words or any(w in s.kernel.__name__ for w in words)
         for arch in architectures
+        if worth_compiling(s, arch)
     ]
 
 

@@ -2,10 +2,11 @@
 //   y = (x - mean[c]) * rstd[c] * w[c] + b[c], statistics of channel c over N and S, biased variance
 //   dx = w * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)),  dw = sum dy * xhat,  db = sum dy
 // layout   x, y, dy, dx: [N, C, S], or [N, S, C] if channels_last · w, b, mean, rstd, var: [C]
-// mapping  a channel is cut into slices, one block each; lanes over channels if channels_last (norm_channels.cuh)
-// memory   x twice and y once: 3*N*C*S*sizeof(T), less what the second reading finds in L2; backward 5 times
+// mapping  a channel is cut into slices, one block each; lanes over channels if channels_last (norm_channels.cuh);
+//          [N, C, S] larger than half of L2: one launch that normalises a channel while it is in L2 (norm_waves.cuh)
+// memory   waves: 2*N*C*S*sizeof(T), backward 3 times; else x (and dy) once more, less what is found in L2
 // numerics sums shifted by a value of the run, Chan's combination in fixed order, fp32 (fp64 for fp64)
-#include "cuda/norm_channels.cuh"
+#include "cuda/norm_waves.cuh"
 
 // binding
 
@@ -33,10 +34,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor& x, const
       held.push_back(op.empty<A>({n}));
       return op.out<A>(held.back(), "workspace", {n});
     };
-    norm::channels_fwd(op.in<T>(x, "x", {d0, d1, d2}), op.in_optional<W>(weight, "weight", {C}),
-                       op.in_optional<W>(bias, "bias", {C}), op.out<T>(y, "y", {d0, d1, d2}),
-                       op.out<A>(mean, "mean", {C}), op.out<A>(rstd, "rstd", {C}), op.out<A>(var, "var", {C}), shape,
-                       eps, workspace, static_cast<cudaStream_t>(op.stream()));
+    const auto stream = static_cast<cudaStream_t>(op.stream());
+    const T* from = op.in<T>(x, "x", {d0, d1, d2});
+    const W* w = op.in_optional<W>(weight, "weight", {C});
+    const W* b = op.in_optional<W>(bias, "bias", {C});
+    T* to = op.out<T>(y, "y", {d0, d1, d2});
+    A* m = op.out<A>(mean, "mean", {C});
+    A* r = op.out<A>(rstd, "rstd", {C});
+    A* v = op.out<A>(var, "var", {C});
+    norm::WaveArguments<T, W> arguments{.w = w, .b = b, .mean_out = m, .rstd_out = r, .var_out = v};
+    arguments.eps = static_cast<A>(eps);
+    if (!norm::batch_in_waves<norm::Pass::forward>(from, static_cast<const T*>(nullptr), to, arguments, shape,
+                                                   workspace, stream))
+      norm::channels_fwd(from, w, b, to, m, r, v, shape, eps, workspace, stream);
     return std::make_tuple(y, mean, rstd, var);
   });
 }
@@ -76,11 +86,20 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& dy, const Tensor
       held.push_back(op.empty<A>({n}));
       return op.out<A>(held.back(), "workspace", {n});
     };
-    norm::channels_bwd(op.in<T>(dy, "dy", {d0, d1, d2}), op.in<T>(x, "x", {d0, d1, d2}),
-                       op.in_optional<W>(weight, "weight", {C}), op.in<A>(mean, "mean", {C}),
-                       op.in<A>(rstd, "rstd", {C}), need_dx ? op.out<T>(dx, "dx", {d0, d1, d2}) : nullptr,
-                       need_dw ? op.out<W>(dw, "dw", {C}) : nullptr, need_dw ? op.out<W>(db, "db", {C}) : nullptr,
-                       need_dw, shape, !training, workspace, static_cast<cudaStream_t>(op.stream()));
+    const auto stream = static_cast<cudaStream_t>(op.stream());
+    const T* from_dy = op.in<T>(dy, "dy", {d0, d1, d2});
+    const T* from_x = op.in<T>(x, "x", {d0, d1, d2});
+    const W* w = op.in_optional<W>(weight, "weight", {C});
+    const A* m = op.in<A>(mean, "mean", {C});
+    const A* r = op.in<A>(rstd, "rstd", {C});
+    T* to_dx = need_dx ? op.out<T>(dx, "dx", {d0, d1, d2}) : nullptr;
+    W* to_dw = need_dw ? op.out<W>(dw, "dw", {C}) : nullptr;
+    W* to_db = need_dw ? op.out<W>(db, "db", {C}) : nullptr;
+    const norm::WaveArguments<T, W> arguments{.w = w, .mean = m, .rstd = r, .dw = to_dw, .db = to_db};
+    if (!training || !need_dx ||
+        !norm::batch_in_waves<norm::Pass::backward>(from_x, from_dy, to_dx, arguments, shape, workspace, stream)) {
+      norm::channels_bwd(from_dy, from_x, w, m, r, to_dx, to_dw, to_db, need_dw, shape, !training, workspace, stream);
+    }
     return std::make_tuple(dx, dw, db);
   });
 }

@@ -9,6 +9,8 @@
 //           multiprocessor_count() max_cooperative_blocks(kernel, threads, smem)
 //           compute_capability()   of the code that runs on the current device: 80, 86, 90, 100, 120
 //           shared_memory_limit()  bytes of shared memory that one block may ask for
+//           l2_cache_bytes()       of the current device
+//           zero_memory(p, bytes, stream)
 //           hopper_built           whether the kernels of <stem>_hopper.cu are in this library (see below)
 //           make_tensor_map(base, shape, stride_bytes, box, Swizzle) -> TensorMap, arrays innermost first
 //           make_tensor_map_im2col(base, shape, stride_bytes, Im2col{...}, Swizzle) -> TensorMap

@@ -2,9 +2,9 @@
 //   y = (x - mean[n,g]) * rstd[n,g] * w[c] + b[c], statistics of group g over its C/G channels and S, biased variance
 //   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  g = dy * w,  dw = sum dy * xhat,  db = sum dy
 // layout   x, y, dy, dx: [N, C, S], or [N, S, C] if channels_last · w, b: [C] · mean, rstd, var: [N, G]
-// mapping  forward, [N, C, S]: a group of up to 128 KB in the registers of 2..32 lanes or of one block, where there are
-//          64 groups or a group is at most 8 KB; everything else in slices (norm_channels.cuh)
-// memory   registers: 2*N*C*S*sizeof(T); slices: x twice, less what the second reading finds in L2; backward 5 times
+// mapping  [N, C, S]: a group of up to 128 KB, backward 56 KB, in the registers of 2..32 lanes or of one block, where
+//          there are 64 groups or a group is at most 8 KB; everything else in slices (norm_channels.cuh)
+// memory   registers: 2*N*C*S*sizeof(T), backward 3 times; slices: x (and dy) once more, less what is found in L2
 // numerics registers: two-pass variance; slices: shifted sums and Chan's combination; fp32 (fp64 for fp64)
 #include "cuda/norm_channels.cuh"
 
@@ -12,11 +12,15 @@ namespace pyops::norm {
 
 // kernels
 
+// 1024 threads leave 64 registers each, half of which hold 32 floats but only 16 doubles.
+template <class T>
+inline constexpr int group_threads = sizeof(T) == 8 ? 512 : 1024;
+
 template <class T, class W, int V, int Items>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(group_threads<T>)
     group_norm_fwd_kernel(const T* __restrict__ x, const W* __restrict__ w, const W* __restrict__ b, T* __restrict__ y,
                           accumulate_t<T>* __restrict__ mean_out, accumulate_t<T>* __restrict__ rstd_out,
-                          accumulate_t<T>* __restrict__ var_out, int64_t units, int groups, int D, int S,
+                          accumulate_t<T>* __restrict__ var_out, int64_t units, WideDivider by_groups, int D, int S,
                           Divider plane_divider, accumulate_t<T> eps, int width) {
   using A = accumulate_t<T>;
   auto& s = shared_storage<PairShared<A>>();
@@ -24,14 +28,12 @@ __global__ void __launch_bounds__(1024)
   const int lane = threadIdx.x % width, rows = blockDim.x / width, size = D * S;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * rows + threadIdx.x / width;
   const int limit = unit < units ? size : 0;  // threads past the last group still take part in the shuffles
-  const A inverse = A(1) / static_cast<A>(size);
-  const T* from = x + unit * size;
   Vec<T, V> v[Items];
   A sum = 0;
 #pragma unroll
   for (int i = 0; i < Items; ++i) {
     const int n = (i * width + lane) * V;
-    if (n < limit) v[i] = load_vec_streaming<V>(from + n);
+    if (n < limit) v[i] = load_vec_streaming<V>(x + unit * size + n);
   }
 #pragma unroll
   for (int i = 0; i < Items; ++i) {
@@ -41,7 +43,7 @@ __global__ void __launch_bounds__(1024)
       for (int j = 0; j < V; ++j) sum += a[j];
     }
   }
-  const A mean = group_reduce(Sum<A>{sum}, width, scratch).value * inverse;
+  const A mean = group_reduce(Sum<A>{sum}, width, scratch).value / static_cast<A>(size);
   A square = 0;
 #pragma unroll
   for (int i = 0; i < Items; ++i) {
@@ -54,13 +56,15 @@ __global__ void __launch_bounds__(1024)
       }
     }
   }
-  const A var = group_reduce(Sum<A>{square}, width, scratch).value * inverse, rstd = inverse_root(var + eps);
+  const A var = group_reduce(Sum<A>{square}, width, scratch).value / static_cast<A>(size);
+  const A rstd = inverse_root(var + eps);
   if (lane == 0 && unit < units) {
     mean_out[unit] = mean;
     rstd_out[unit] = rstd;
     var_out[unit] = var;
   }
-  const int channel0 = static_cast<int>(unit % groups) * D;
+  const auto groups = static_cast<int64_t>(by_groups.divisor);
+  const int channel0 = static_cast<int>(unit - by_groups.divide(unit) * groups) * D;
 #pragma unroll
   for (int i = 0; i < Items; ++i) {
     const int n = (i * width + lane) * V;
@@ -86,6 +90,98 @@ __global__ void __launch_bounds__(1024)
   }
 }
 
+// 7 vectors of dy and of x, and what is done with them, fit the 128 registers of 512 threads.
+constexpr int group_bwd_threads = 512, group_bwd_items = 7;
+
+template <class A>
+struct GroupBwdShared {
+  PairShared<A> row;
+  Pair<A> channel[1024];  // [16 warps, channels of a group]
+};
+
+// dy and x of a group in registers. A vector lies in one channel, and a warp sums each channel it meets by itself, so
+// that dw and db need no second reading either; their sums over a group's channels are the group's.
+template <class T, class W, int V, int Items>
+__global__ void __launch_bounds__(group_bwd_threads)
+    group_norm_bwd_kernel(const T* __restrict__ dy, const T* __restrict__ x, const W* __restrict__ w,
+                          const accumulate_t<T>* __restrict__ mean_in, const accumulate_t<T>* __restrict__ rstd_in,
+                          T* __restrict__ dx, accumulate_t<T>* __restrict__ sum_dyx,
+                          accumulate_t<T>* __restrict__ sum_dy, int64_t units, WideDivider by_groups, int D, int S,
+                          Divider plane_divider, int width) {
+  using A = accumulate_t<T>;
+  auto& s = shared_storage<GroupBwdShared<A>>();
+  const int lane = threadIdx.x % width, slot = threadIdx.x / width, size = D * S;
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * (blockDim.x / width) + slot;
+  const int limit = unit < units ? size : 0;  // threads past the last group still take part in the shuffles
+  const auto groups = static_cast<int64_t>(by_groups.divisor);
+  const int channel0 = static_cast<int>(unit - by_groups.divide(unit) * groups) * D;
+  Vec<T, V> d[Items], v[Items];
+#pragma unroll
+  for (int i = 0; i < Items; ++i) {
+    const int n = (i * width + lane) * V;
+    if (n < limit) {
+      d[i] = load_vec_streaming<V>(dy + unit * size + n);
+      v[i] = load_vec_streaming<V>(x + unit * size + n);
+    }
+  }
+  const A mean = limit > 0 ? mean_in[unit] : A(0), rstd = limit > 0 ? rstd_in[unit] : A(0);
+  Pair<A>* mine = s.channel + threadIdx.x / 32 * D;
+  for (int c = threadIdx.x % 32; c < D; c += 32) mine[c] = Pair<A>{};
+  __syncwarp();
+  Pair<A> total{};
+#pragma unroll
+  for (int i = 0; i < Items; ++i) {
+    const int n = (i * width + lane) * V, start = n - threadIdx.x % 32 * V;
+    if (start >= limit) continue;  // the whole warp
+    Pair<A> sums{};
+    const int c = static_cast<int>(plane_divider.divide(n));
+    if (n < limit) {
+      const Vec<A, V> a = widen(v[i]), e = widen(d[i]);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        sums.first += e[j];
+        sums.second += e[j] * (a[j] - mean);
+      }
+      const A weight = w != nullptr ? convert<A>(w[channel0 + c]) : A(1);
+      total.first += sums.first * weight;
+      total.second += sums.second * weight;
+    }
+    if (sum_dy == nullptr) continue;
+    const int end = start + 32 * V < limit ? start + 32 * V : limit;
+    const int last = static_cast<int>(plane_divider.divide(end - 1));
+    for (int k = static_cast<int>(plane_divider.divide(start)); k <= last; ++k) {
+      const Pair<A> part = group_reduce(c == k ? sums : Pair<A>{}, 32, static_cast<Pair<A>*>(nullptr));
+      if (threadIdx.x % 32 == 0) mine[k] = Pair<A>::combine(mine[k], part);
+    }
+  }
+  total = group_reduce(total, width, s.row.reduce);
+  __syncwarp();
+  if (sum_dy != nullptr && limit > 0) {
+    const int warps = width / 32;
+    for (int c = lane; c < D; c += width) {
+      Pair<A> sums{};
+      for (int q = 0; q < warps; ++q) sums = Pair<A>::combine(sums, s.channel[(slot * warps + q) * D + c]);
+      sum_dy[unit * D + c] = sums.first;
+      sum_dyx[unit * D + c] = sums.second * rstd;
+    }
+  }
+  const A inverse = rstd / static_cast<A>(size), mean_g = total.first * inverse;
+  const A mean_gx = total.second * rstd * rstd * inverse;
+#pragma unroll
+  for (int i = 0; i < Items; ++i) {
+    const int n = (i * width + lane) * V;
+    if (n < limit) {
+      const int c = channel0 + static_cast<int>(plane_divider.divide(n));
+      const A scale = rstd * (w != nullptr ? convert<A>(w[c]) : A(1));
+      const Vec<A, V> a = widen(v[i]), e = widen(d[i]);
+      Vec<T, V> out;
+#pragma unroll
+      for (int j = 0; j < V; ++j) out[j] = from_acc<T>(e[j] * scale - (a[j] - mean) * mean_gx - mean_g);
+      store_vec_streaming(dx + unit * size + n, out);
+    }
+  }
+}
+
 // launch
 
 // False where the shape belongs to the slices path.
@@ -105,7 +201,7 @@ bool groups_in_registers(const T* x, const W* w, const W* b, T* y, accumulate_t<
               .block = dim3(block),
               .smem = sizeof(PairShared<accumulate_t<T>>),
               .stream = stream},
-             x, w, b, y, mean, rstd, var, shape.statistics(), static_cast<int>(shape.groups), static_cast<int>(D),
+             x, w, b, y, mean, rstd, var, shape.statistics(), WideDivider(shape.groups), static_cast<int>(D),
              static_cast<int>(shape.S), Divider(shape.S), static_cast<accumulate_t<T>>(eps), width);
     };
     // A scalar thread holds more elements, so that ragged groups reach half the size of the others.
@@ -114,14 +210,45 @@ bool groups_in_registers(const T* x, const W* w, const W* b, T* y, accumulate_t<
       run.template operator()<1>(power_of_two_from(vectors));
     else if (vectors <= 32 * middle)
       run.template operator()<middle>(32);
-    else if (vectors <= 1024 * middle)
+    else if (vectors <= group_threads<T> * middle)
       run.template operator()<middle>(std::max(128, round_up_to_warps(divide_up(vectors, middle))));
-    else if (vectors <= 1024 * most)
+    else if (vectors <= group_threads<T> * most)
       run.template operator()<most>(round_up_to_warps(divide_up(vectors, most)));
     else
       done = false;
   });
   return done;
+}
+
+// dy and x read once. sum_dyx and sum_dy, [N, C], are null where they are not wanted.
+template <class T, class W>
+void groups_bwd_in_registers(const T* dy, const T* x, const W* w, const accumulate_t<T>* mean,
+                             const accumulate_t<T>* rstd, T* dx, accumulate_t<T>* sum_dyx, accumulate_t<T>* sum_dy,
+                             const ChannelShape& shape, cudaStream_t stream) {
+  constexpr int V = vector_width<T>, items = group_bwd_items;
+  const int64_t D = shape.C / shape.groups, size = D * shape.S, vectors = size / V;
+  // Half of a thread's vectors are enough while the block has threads to spare.
+  const int64_t each = vectors <= group_bwd_threads * 4 ? 4 : items;
+  const int width = vectors <= 32 * items ? 32 : round_up_to_warps(divide_up(vectors, each));
+  const int block = width == 32 ? 256 : width;
+  launch(group_norm_bwd_kernel<T, W, V, items>,
+         {.grid = grid_of(divide_up(shape.statistics(), block / width)),
+          .block = dim3(block),
+          .smem = sizeof(GroupBwdShared<accumulate_t<T>>),
+          .stream = stream},
+         dy, x, w, mean, rstd, dx, sum_dyx, sum_dy, shape.statistics(), WideDivider(shape.groups), static_cast<int>(D),
+         static_cast<int>(shape.S), Divider(shape.S), width);
+}
+
+// Whether the backward of this shape fits: whole vectors in one channel, and all channel sums of a block in shared
+// memory.
+template <class T>
+bool group_bwd_fits(const ChannelShape& shape, std::initializer_list<const void*> pointers) {
+  constexpr int V = vector_width<T>;
+  if (sizeof(T) == 8 || shape.columns() || shape.S == 0 || shape.S % V != 0 || !is_aligned(pointers)) return false;
+  const int64_t D = shape.C / shape.groups, bytes = D * shape.S * static_cast<int64_t>(sizeof(T));
+  return bytes <= group_bwd_threads * group_bwd_items * 16 && D <= 64 &&
+         (shape.statistics() >= 64 || bytes <= 8 * 1024);
 }
 
 }  // namespace pyops::norm
@@ -184,11 +311,28 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_bwd(const Tensor& dy, const Tensor
       held.push_back(op.empty<A>({n}));
       return op.out<A>(held.back(), "workspace", {n});
     };
-    norm::channels_bwd(op.in<T>(dy, "dy", {N, d1, d2}), op.in<T>(x, "x", {N, d1, d2}),
-                       op.in_optional<W>(weight, "weight", {C}), op.in<A>(mean, "mean", {N, groups}),
-                       op.in<A>(rstd, "rstd", {N, groups}), need_dx ? op.out<T>(dx, "dx", {N, d1, d2}) : nullptr,
-                       need_dw ? op.out<W>(dw, "dw", {C}) : nullptr, need_dw ? op.out<W>(db, "db", {C}) : nullptr,
-                       need_dw, shape, false, workspace, static_cast<cudaStream_t>(op.stream()));
+    const auto stream = static_cast<cudaStream_t>(op.stream());
+    const T* from_dy = op.in<T>(dy, "dy", {N, d1, d2});
+    const T* from_x = op.in<T>(x, "x", {N, d1, d2});
+    const W* w = op.in_optional<W>(weight, "weight", {C});
+    const A* m = op.in<A>(mean, "mean", {N, groups});
+    const A* r = op.in<A>(rstd, "rstd", {N, groups});
+    T* to_dx = need_dx ? op.out<T>(dx, "dx", {N, d1, d2}) : nullptr;
+    W* to_dw = need_dw ? op.out<W>(dw, "dw", {C}) : nullptr;
+    W* to_db = need_dw ? op.out<W>(db, "db", {C}) : nullptr;
+    if constexpr (sizeof(T) < 8) {
+      if (need_dx && norm::group_bwd_fits<T>(shape, {from_dy, from_x, to_dx})) {
+        A* sum_dyx = need_dw ? workspace(N * C) : nullptr;
+        A* sum_dy = need_dw ? workspace(N * C) : nullptr;
+        norm::groups_bwd_in_registers(from_dy, from_x, w, m, r, to_dx, sum_dyx, sum_dy, shape, stream);
+        if (need_dw) {
+          norm::sum_columns<A, W>(sum_dyx, to_dw, N, C, stream);
+          norm::sum_columns<A, W>(sum_dy, to_db, N, C, stream);
+        }
+        return std::make_tuple(dx, dw, db);
+      }
+    }
+    norm::channels_bwd(from_dy, from_x, w, m, r, to_dx, to_dw, to_db, need_dw, shape, false, workspace, stream);
     return std::make_tuple(dx, dw, db);
   });
 }

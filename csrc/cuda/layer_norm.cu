@@ -2,7 +2,7 @@
 //   y[m,n] = (x[m,n] - mean[m]) * rstd[m] * w[n] + b[n]
 //   dx = rstd * (g - mean_n(g) - xhat * mean_n(g * xhat)),  g = dy * w,  dw = sum_m dy * xhat,  db = sum_m dy
 // layout   x, y, dy, dx: [M, N] row-major · w, b, dw, db: [N] · mean, rstd: [M]
-// mapping  a row in the registers of 2..32 lanes or of one block; long rows split over blocks (norm_rows.cuh)
+// mapping  a row in the registers of 2..32 lanes, of one block or of a cluster; else split over blocks (norm_rows.cuh)
 // memory   forward 2*M*N*sizeof(T), backward 3*M*N*sizeof(T) plus the partials of dw, db; split: x once more
 // numerics two-pass variance in fp32 on registers; split: shifted sums per thread, Chan's combination
 #include "cuda/norm_rows.cuh"

@@ -139,6 +139,24 @@ struct Divider {
   }
 };
 
+// The same for 64 bits: the multiplier has 65 bits, its leading one is the sum with n. A 64-bit division is a call,
+// around which registers are saved.
+struct WideDivider {
+  uint64_t divisor = 1, magic = 1;
+  uint32_t shift = 0;
+  WideDivider() = default;
+  explicit WideDivider(int64_t d) : divisor(static_cast<uint64_t>(std::max<int64_t>(d, 1))) {
+    while (shift < 63 && (uint64_t(1) << shift) < divisor) ++shift;
+    const auto rest = static_cast<unsigned __int128>((uint64_t(1) << shift) - divisor);
+    magic = static_cast<uint64_t>((rest << 64) / divisor + 1);
+  }
+  // n is not negative, and below 2^63
+  PYOPS_DEVICE int64_t divide(int64_t n) const {
+    const auto u = static_cast<unsigned long long>(n);
+    return static_cast<int64_t>((__umul64hi(u, magic) + u) >> shift);
+  }
+};
+
 // Elements per 16-byte access.
 template <class T>
 inline constexpr int vector_width = 16 / static_cast<int>(sizeof(T));
@@ -208,6 +226,7 @@ struct Runs {
   int64_t pieces, piece, piece_stride;
   int64_t slice = 0, count = 0, group_channels = 1;
   Divider piece_divider;
+  WideDivider by_count, by_channels, by_piece, by_group;
 
   Runs(int64_t outer, int64_t channels, int64_t outer_stride, int64_t channel_stride, int64_t pieces, int64_t piece,
        int64_t piece_stride)
@@ -224,6 +243,21 @@ struct Runs {
     slice = divide_up(divide_up(elements(), std::max<int64_t>(1, count)), 2048) * 2048;
     count = slice == 0 ? 0 : divide_up(elements(), slice);
     if (piece > 0 && piece < (int64_t(1) << 31)) piece_divider = Divider(piece);
+    by_count = WideDivider(count);
+    by_channels = WideDivider(channels);
+    by_piece = WideDivider(piece);
+  }
+  // Channels c of one statistic, where several share it.
+  Runs& grouped(int64_t members) {
+    group_channels = members;
+    by_group = WideDivider(members);
+    return *this;
+  }
+  Runs& cut(int64_t elements_of_slice) {
+    slice = elements_of_slice;
+    count = divide_up(elements(), slice);
+    by_count = WideDivider(count);
+    return *this;
   }
   PYOPS_HOST_DEVICE int64_t elements() const { return pieces * piece; }
   int64_t units() const { return outer * channels * count; }
@@ -231,16 +265,16 @@ struct Runs {
   int width() const { return elements() <= 1024 ? 32 : 256; }
 };
 
-// Where the elements of one slice lie. Slices are shorter than 2^30, so one 64-bit division per thread is enough.
+// Where the elements of one slice lie. Slices are shorter than 2^30, so one wide division per thread is enough.
 struct SliceWalk {
   int64_t base, first, size, piece0, offset0;
   PYOPS_DEVICE SliceWalk(const Runs& r, int64_t unit) {
-    const int64_t run = unit / r.count;
+    const int64_t run = r.by_count.divide(unit);
     first = (unit - run * r.count) * r.slice;
     size = r.elements() - first < r.slice ? r.elements() - first : r.slice;
-    const int64_t o = run / r.channels;
+    const int64_t o = r.by_channels.divide(run);
     base = o * r.outer_stride + (run - o * r.channels) * r.channel_stride;
-    piece0 = first / r.piece;
+    piece0 = r.by_piece.divide(first);
     offset0 = first - piece0 * r.piece;
   }
   PYOPS_DEVICE int64_t at(const Runs& r, int64_t i) const {
@@ -252,7 +286,7 @@ struct SliceWalk {
 };
 
 // Calls f(vector, address) for every vector of the slice this thread owns, four loads in flight.
-template <int V, class T, class F>
+template <int V, bool Streaming = false, class T, class F>
 PYOPS_DEVICE void for_slice(const Runs& r, const SliceWalk& walk, const T* __restrict__ x, int lane, int width, F&& f) {
   constexpr int unroll = 4;
   const int64_t step = static_cast<int64_t>(width) * V;
@@ -263,7 +297,7 @@ PYOPS_DEVICE void for_slice(const Runs& r, const SliceWalk& walk, const T* __res
     for (int u = 0; u < unroll; ++u) {
       if (i + u * step < walk.size) {
         address[u] = walk.at(r, i + u * step);
-        v[u] = load_vec<V>(x + address[u]);
+        v[u] = Streaming ? load_vec_streaming<V>(x + address[u]) : load_vec<V>(x + address[u]);
       }
     }
 #pragma unroll
@@ -298,9 +332,10 @@ __global__ void __launch_bounds__(256)
   if (unit < units) {
     const SliceWalk walk(r, unit);
     if constexpr (Centered) {
-      const int64_t run = unit / r.count, c = run % r.channels, member = c % r.group_channels;
+      const int64_t run = r.by_count.divide(unit), c = run - r.by_channels.divide(run) * r.channels;
+      const int64_t member = c - r.by_group.divide(c) * r.group_channels;
       origin = as_shift(to_acc(x[walk.base - member * r.channel_stride]));
-      if (lane == 0 && member == 0 && unit == run * r.count) origin_out[run / r.group_channels] = origin;
+      if (lane == 0 && member == 0 && unit == run * r.count) origin_out[r.by_group.divide(run)] = origin;
     }
     for_slice<V>(r, walk, x, lane, width, [&](const Vec<T, V>& v, int64_t) {
       const Vec<A, V> a = widen(v);

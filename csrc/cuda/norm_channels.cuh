@@ -23,6 +23,7 @@ struct Partials {
   int64_t outer, channels, groups;
   int64_t elements, slice, count;  // per (o, c)
   int64_t outer_stride, channel_stride, slice_stride;
+  WideDivider by_groups{groups};
   PYOPS_HOST_DEVICE int64_t group_channels() const { return groups > 0 ? channels / groups : 0; }
 };
 
@@ -42,7 +43,8 @@ __global__ void __launch_bounds__(128)
   const int lane = threadIdx.x % width;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * (128 / width) + threadIdx.x / width;
   const bool valid = unit < p.outer * p.groups;
-  const int64_t o = valid ? unit / p.groups : 0, D = p.group_channels(), first = valid ? (unit - o * p.groups) * D : 0;
+  const int64_t o = valid ? p.by_groups.divide(unit) : 0, D = p.group_channels(),
+                first = valid ? (unit - o * p.groups) * D : 0;
   // Neighbouring threads take neighbouring partials.
   const bool slices_inside = p.slice_stride == 1;
   const uint32_t inner = static_cast<uint32_t>(slices_inside ? p.count : D), size = static_cast<uint32_t>(D * p.count);
@@ -93,7 +95,8 @@ __global__ void __launch_bounds__(128)
   const int lane = threadIdx.x % width;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * (128 / width) + threadIdx.x / width;
   const bool valid = unit < p.outer * p.groups;
-  const int64_t o = valid ? unit / p.groups : 0, D = p.group_channels(), first = valid ? (unit - o * p.groups) * D : 0;
+  const int64_t o = valid ? p.by_groups.divide(unit) : 0, D = p.group_channels(),
+                first = valid ? (unit - o * p.groups) * D : 0;
   Pair<A> total{};
   for (int64_t d0 = 0; d0 < D; d0 += width / lanes) {
     const int64_t c = first + d0 + lane / lanes;
@@ -127,21 +130,19 @@ __global__ void __launch_bounds__(128)
 
 // [N, C, S], backward: sum of dy and of dy * xhat over every slice.
 template <class T, int V>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 2)
     planes_sums_kernel(const T* __restrict__ dy, const T* __restrict__ x, const accumulate_t<T>* __restrict__ mean_in,
                        const accumulate_t<T>* __restrict__ rstd_in, accumulate_t<T>* __restrict__ part_dy,
-                       accumulate_t<T>* __restrict__ part_dyx, Runs r, int64_t groups, int64_t units, int width) {
+                       accumulate_t<T>* __restrict__ part_dyx, Runs r, int64_t units, int width) {
   using A = accumulate_t<T>;
   auto& s = shared_storage<PairShared<A>>();
   const int lane = threadIdx.x % width;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * (256 / width) + threadIdx.x / width;
   Pair<A> sums{};
-  A rstd = 0;
+  // Channels of a group are neighbours, and so are groups of an o: run / group size counts both.
+  const auto statistic = [&] { return r.by_group.divide(r.by_count.divide(unit)); };
   if (unit < units) {
-    const int64_t run = unit / r.count, o = run / r.channels, c = run - o * r.channels;
-    const int64_t g = o * groups + c / (r.channels / groups);
-    const A mean = mean_in[g];
-    rstd = rstd_in[g];
+    const A mean = mean_in[statistic()];
     for_slice<V>(r, SliceWalk(r, unit), dy, lane, width, [&](const Vec<T, V>& d, int64_t address) {
       const Vec<T, V> v = load_vec<V>(x + address);
       const Vec<A, V> a = widen(v), e = widen(d);
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(256)
   sums = group_reduce(sums, width, s.reduce);
   if (unit < units && lane == 0) {
     part_dy[unit] = sums.first;
-    part_dyx[unit] = sums.second * rstd;
+    part_dyx[unit] = sums.second * rstd_in[statistic()];
   }
 }
 
@@ -425,8 +426,7 @@ struct ChannelShape {
   int64_t statistics() const { return outer() * groups; }
   Runs runs() const {
     Runs r = batch ? Runs(1, C, 0, S, N, S, C * S) : Runs(N, C, C * S, S, 1, S, S);
-    r.group_channels = batch ? 1 : C / groups;
-    return r;
+    return r.grouped(batch ? 1 : C / groups);
   }
   Partials partials(const Runs& r) const {
     return {r.outer, C, groups, r.elements(), r.slice, r.count, C * r.count, r.count, 1};
@@ -576,7 +576,7 @@ void channels_bwd(const T* dy, const T* x, const W* w, const accumulate_t<T>* me
                 .block = dim3(256),
                 .smem = sizeof(PairShared<A>),
                 .stream = stream},
-               dy, x, mean, rstd, part_dy, part_dyx, runs, shape.groups, runs.units(), width);
+               dy, x, mean, rstd, part_dy, part_dyx, runs, runs.units(), width);
         combine(part_dy, part_dyx, shape.partials(runs));
       });
     }

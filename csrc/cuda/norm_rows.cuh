@@ -1,13 +1,16 @@
 // Row normalisation on CUDA, shared by layer_norm (Centered) and rms_norm (not Centered: mean 0, no bias).
 //
 // forward   rows   a row lives in the registers of `width` threads (2..32 lanes, or one block): x is read once.
-//           split  rows too long for 512 threads (64 KB, ragged ones 8192 values), or at most 32 rows of 32 KB or more:
-//                  blocks share a row: one kernel for the moments of slices, one to combine them, one to normalise,
-//                  last slices first (still in L2).
+//           cluster rows too long for 512 threads (64 KB), or at most 32 rows of 32 KB or more: 2..8 blocks hold a row
+//                  in their registers, up to 512 KB, and their sums meet in distributed shared memory: x is read once.
+//           split  the same rows before sm_90, longer ones and ragged ones (over 8192 values): one kernel for the
+//           moments
+//                  of slices, one to combine them, one to normalise, last slices first (still in L2).
 // backward  rows   the same mapping; a block strides over rows and keeps dw, db of its columns in registers, then
 //                  writes one line of [blocks, N] partials which sum_columns adds up: x and dy are read once.
+//           cluster the same, a row over 2..8 blocks, up to 65536 values.
 //           split  sums of slices, combine, then threads own columns for dx and the partials of dw, db.
-// The path depends on M, N and the dtype alone; the vector width also on the alignment of the pointers.
+// The path depends on M, N, the dtype and the compute capability; the vector width on the alignment of the pointers.
 #pragma once
 
 #include "cuda/norm.cuh"
@@ -35,22 +38,65 @@ PYOPS_DEVICE Vec<A, V> load_or(const W* __restrict__ p, int64_t i, A otherwise) 
   return out;
 }
 
+// Adds up over the blocks of a cluster, in the order of their ranks; every thread gets the sum. `turn` counts the
+// reductions of the kernel: a block that is one ahead of another writes the other slot.
+template <class V>
+PYOPS_DEVICE V cluster_reduce(V value, V (&slots)[2], int turn) {
+  V& slot = slots[turn % 2];
+  if (threadIdx.x == 0) slot = value;
+  cluster_sync();
+  V total = *cluster_map(&slot, 0);
+  for (unsigned r = 1; r < cluster_size(); ++r) total = V::combine(total, *cluster_map(&slot, r));
+  return total;
+}
+
+// Which part of a row a thread holds: vectors `lane`, `lane + width`, ... of row `first`, `first + step`, ...
+struct RowShare {
+  int lane, width, slot, rows;
+  int64_t first, step;
+};
+template <bool Clustered>
+PYOPS_DEVICE RowShare share_of_row(int width) {
+  if constexpr (Clustered) {
+    const int blocks = cluster_size(), rank = cluster_rank();
+    return {
+        rank * width + static_cast<int>(threadIdx.x), blocks * width, 0, 1, blockIdx.x / blocks, gridDim.x / blocks};
+  } else {
+    const int rows = blockDim.x / width;
+    return {static_cast<int>(threadIdx.x % width),   width,
+            static_cast<int>(threadIdx.x / width),   rows,
+            static_cast<int64_t>(blockIdx.x) * rows, static_cast<int64_t>(gridDim.x) * rows};
+  }
+}
+
+template <class A>
+struct RowFwdShared {
+  PairShared<A> row;
+  Sum<A> meeting[2];
+};
+
 // A bound of 1024 is a limit of 64 registers: without it scalar kernels spend theirs on loading the weights early.
 template <int V, int Items>
 inline constexpr int fwd_threads = V == 1 && Items <= 8 ? 1024 : 512;
 
-template <bool Centered, class T, class W, int V, int Items>
+template <bool Centered, bool Clustered, class T, class W, int V, int Items>
 __global__ void __launch_bounds__(fwd_threads<V, Items>)
     norm_rows_fwd_kernel(const T* __restrict__ x, const W* __restrict__ w, const W* __restrict__ b, T* __restrict__ y,
                          accumulate_t<T>* __restrict__ mean_out, accumulate_t<T>* __restrict__ rstd_out, int64_t M,
-                         int N, accumulate_t<T> eps, int width) {
+                         int N, accumulate_t<T> eps, int threads) {
   using A = accumulate_t<T>;
-  auto& s = shared_storage<PairShared<A>>();
-  const int lane = threadIdx.x % width, slot = threadIdx.x / width, rows = blockDim.x / width;
+  auto& s = shared_storage<RowFwdShared<A>>();
+  const RowShare share = share_of_row<Clustered>(threads);
+  const int lane = share.lane, width = share.width;
+  int turn = 0;
+  const auto sum_of_row = [&](A value) {
+    const A sum = group_sum(value, threads, s.row);
+    if constexpr (Clustered) return cluster_reduce(Sum<A>{sum}, s.meeting, turn++).value;
+    return sum;
+  };
   const A inverse = A(1) / static_cast<A>(N > 0 ? N : 1);
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows; first < M;
-       first += static_cast<int64_t>(gridDim.x) * rows) {
-    const int64_t m = first + slot;
+  for (int64_t first = share.first; first < M; first += share.step) {
+    const int64_t m = first + share.slot;
     const int limit = m < M ? N : 0;  // threads past the last row still take part in the shuffles
     const T* row = x + m * N;
     Vec<T, V> v[Items];
@@ -70,7 +116,7 @@ __global__ void __launch_bounds__(fwd_threads<V, Items>)
           for (int j = 0; j < V; ++j) sum += a[j];
         }
       }
-      mean = group_sum(sum, width, s) * inverse;
+      mean = sum_of_row(sum) * inverse;
     }
     A square = 0;
 #pragma unroll
@@ -84,7 +130,7 @@ __global__ void __launch_bounds__(fwd_threads<V, Items>)
         }
       }
     }
-    const A rstd = inverse_root(group_sum(square, width, s) * inverse + eps);
+    const A rstd = inverse_root(sum_of_row(square) * inverse + eps);
     if (lane == 0 && m < M) {
       if constexpr (Centered) mean_out[m] = mean;
       rstd_out[m] = rstd;
@@ -102,6 +148,7 @@ __global__ void __launch_bounds__(fwd_threads<V, Items>)
       }
     }
   }
+  if constexpr (Clustered) cluster_sync();  // no block leaves while others read its sums
 }
 
 // Blocks of the split path: one vector per thread and step, from the last to the first.
@@ -157,6 +204,7 @@ __global__ void __launch_bounds__(128)
 template <class A, int V>
 struct RowBwdShared {
   PairShared<A> row;
+  Pair<A> meeting[2];
   A columns[256 * V];
 };
 
@@ -164,20 +212,21 @@ struct RowBwdShared {
 template <int V, int Items>
 inline constexpr int bwd_threads = V * Items > 16 ? 256 : 512;
 
-template <bool Centered, class T, class W, int V, int Items>
-__global__ void __launch_bounds__(bwd_threads<V, Items>)
+template <bool Centered, bool Clustered, class T, class W, int V, int Items>
+__global__ void __launch_bounds__(bwd_threads<V, Items>, 1)
     norm_rows_bwd_kernel(const T* __restrict__ dy, const T* __restrict__ x, const W* __restrict__ w,
                          const accumulate_t<T>* __restrict__ mean_in, const accumulate_t<T>* __restrict__ rstd_in,
                          T* __restrict__ dx, accumulate_t<T>* __restrict__ part_dw,
-                         accumulate_t<T>* __restrict__ part_db, int64_t M, int N, int width) {
+                         accumulate_t<T>* __restrict__ part_db, int64_t M, int N, int threads) {
   using A = accumulate_t<T>;
   auto& s = shared_storage<RowBwdShared<A, V>>();
-  const int lane = threadIdx.x % width, slot = threadIdx.x / width, rows = blockDim.x / width;
+  const RowShare share = share_of_row<Clustered>(threads);
+  const int lane = share.lane, width = share.width, rows = share.rows;
+  int turn = 0;
   const A inverse = A(1) / static_cast<A>(N > 0 ? N : 1);
   A dw[Items][V] = {}, db[Items][V] = {};
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows; first < M;
-       first += static_cast<int64_t>(gridDim.x) * rows) {
-    const int64_t m = first + slot;
+  for (int64_t first = share.first; first < M; first += share.step) {
+    const int64_t m = first + share.slot;
     const int limit = m < M ? N : 0;
     Vec<T, V> g[Items], v[Items];
 #pragma unroll
@@ -210,9 +259,10 @@ __global__ void __launch_bounds__(bwd_threads<V, Items>)
     }
     if (dx == nullptr) continue;
     if constexpr (Centered)
-      sums = group_reduce(sums, width, s.row.reduce);
+      sums = group_reduce(sums, threads, s.row.reduce);
     else
-      sums.second = group_sum(sums.second, width, s.row);
+      sums.second = group_sum(sums.second, threads, s.row);
+    if constexpr (Clustered) sums = cluster_reduce(sums, s.meeting, turn++);
     const A mean_g = sums.first * inverse, mean_gx = sums.second * inverse;
 #pragma unroll
     for (int i = 0; i < Items; ++i) {
@@ -230,9 +280,10 @@ __global__ void __launch_bounds__(bwd_threads<V, Items>)
       }
     }
   }
+  if constexpr (Clustered) cluster_sync();  // no block leaves while others read its sums
   if (part_dw == nullptr) return;
-  const int64_t line = static_cast<int64_t>(blockIdx.x) * N;
-  if (rows == 1) {
+  const int64_t line = share.first / rows * N;
+  if (Clustered || rows == 1) {
 #pragma unroll
     for (int i = 0; i < Items; ++i) {
       const int n = (i * width + lane) * V;
@@ -254,7 +305,7 @@ __global__ void __launch_bounds__(bwd_threads<V, Items>)
     for (int i = 0; i < Items; ++i) {
       __syncthreads();
 #pragma unroll
-      for (int j = 0; j < V; ++j) s.columns[(slot * V + j) * width + lane] = half == 0 ? dw[i][j] : db[i][j];
+      for (int j = 0; j < V; ++j) s.columns[(share.slot * V + j) * width + lane] = half == 0 ? dw[i][j] : db[i][j];
       __syncthreads();
       for (int k = threadIdx.x; k < width * V; k += blockDim.x) {
         const int n = (i * width + k % width) * V + k / width;
@@ -268,13 +319,13 @@ __global__ void __launch_bounds__(bwd_threads<V, Items>)
 
 // sum of g and of g * xhat over every slice of every row.
 template <bool Centered, class T, class W, int V>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 2)
     norm_rows_sums_kernel(const T* __restrict__ dy, const T* __restrict__ x, const W* __restrict__ w,
                           const accumulate_t<T>* __restrict__ mean_in, const accumulate_t<T>* __restrict__ rstd_in,
                           accumulate_t<T>* __restrict__ sum_g, accumulate_t<T>* __restrict__ sum_gx, Runs r) {
   using A = accumulate_t<T>;
   auto& s = shared_storage<PairShared<A>>();
-  const int64_t unit = blockIdx.x, m = unit / r.count;
+  const int64_t unit = blockIdx.x, m = r.by_count.divide(unit);
   const A mean = Centered ? mean_in[m] : A(0), rstd = rstd_in[m];
   Pair<A> sums{};
   for_slice<V>(r, SliceWalk(r, unit), dy, threadIdx.x, 256, [&](const Vec<T, V>& g, int64_t address) {
@@ -380,6 +431,16 @@ inline RowPlan plan_rows(int64_t vectors, const int (&counts)[3], const int (&th
 
 inline bool few_long_rows(int64_t M, int64_t row_bytes) { return M <= 32 && row_bytes >= 32 * 1024; }
 
+// Blocks of the cluster that holds a row: as few as can, and as many as useful where there are few rows. 0 where a
+// cluster of the portable size is too small, or too large for the row.
+inline int cluster_of_row(int64_t vectors, int64_t M, int items, int threads) {
+  if (compute_capability() < 90) return 0;
+  int blocks = 2;
+  while (blocks < 8 && (vectors > blocks * threads * items || (M * blocks < 132 && vectors >= 256 * blocks * items)))
+    blocks *= 2;
+  return vectors <= blocks * threads * items ? blocks : 0;
+}
+
 template <class T, int V>
 inline constexpr int fwd_items[3] = {1, V > 1 ? 4 : 8, V > 1 ? 8 : 16};
 template <class T, int V>
@@ -409,14 +470,28 @@ void rows_fwd(const T* x, const W* w, const W* b, T* y, accumulate_t<T>* mean, a
     if (!plan.split && !few_long_rows(M, N * static_cast<int64_t>(sizeof(T)))) {
       const int threads = std::max(plan.width, 128);
       with_items<fwd_items<T, V>>(plan.items, [&]<int Items>() {
-        launch(norm_rows_fwd_kernel<Centered, T, W, V, Items>,
+        launch(norm_rows_fwd_kernel<Centered, false, T, W, V, Items>,
                {.grid = grid_of(divide_up(M, plan.width > 32 ? 1 : threads / plan.width)),
                 .block = dim3(plan.width > 32 ? plan.width : threads),
-                .smem = sizeof(PairShared<A>),
+                .smem = sizeof(RowFwdShared<A>),
                 .stream = stream},
                x, w, b, y, mean, rstd, M, static_cast<int>(N), eps, plan.width);
       });
       return;
+    }
+    if constexpr (V > 1 && sizeof(T) < 8) {
+      constexpr int items = fwd_items<T, V>[2];
+      if (const int blocks = cluster_of_row(N / V, M, items, fwd_threads<V, items>)) {
+        const int threads = round_up_to_warps(divide_up(N / V, blocks * items));
+        launch(norm_rows_fwd_kernel<Centered, true, T, W, V, items>,
+               {.grid = grid_of(std::min<int64_t>(M, 1 << 24) * blocks),
+                .block = dim3(threads),
+                .smem = sizeof(RowFwdShared<A>),
+                .stream = stream,
+                .cluster = dim3(blocks)},
+               x, w, b, y, mean, rstd, M, static_cast<int>(N), eps, threads);
+        return;
+      }
     }
     const Runs runs = rows_as_runs(M, N);
     A* part_mean = workspace(runs.units());
@@ -443,15 +518,25 @@ void rows_bwd(const T* dy, const T* x, const W* w, const accumulate_t<T>* mean, 
     constexpr auto& items = bwd_items<T, V>;
     const RowPlan plan = plan_rows(divide_up(N, V), items,
                                    {bwd_threads<V, items[0]>, bwd_threads<V, items[1]>, bwd_threads<V, items[2]>});
-    const bool split = plan.split || few_long_rows(M, N * static_cast<int64_t>(sizeof(T)));
+    bool split = plan.split || few_long_rows(M, N * static_cast<int64_t>(sizeof(T)));
+    int cluster = 0;
+    if constexpr (V > 1 && sizeof(T) < 8) {
+      if (split) cluster = cluster_of_row(N / V, M, items[2], bwd_threads<V, items[2]>);
+      if (cluster > 0) split = false;
+    }
     const int threads = std::max(plan.width, 256), rows = plan.width > 32 ? 1 : threads / std::max(plan.width, 1);
-    const int block = plan.width > 32 ? plan.width : threads;
+    const int block = cluster > 0       ? round_up_to_warps(divide_up(N / V, cluster * items[2]))
+                      : plan.width > 32 ? plan.width
+                                        : threads;
     const int64_t tiles = divide_up(N, 256 * V);
     // Lines of partials: enough blocks to fill the machine, and at least four rows each where there are many rows.
     int64_t lines = 1, P = 0;
     if (split) {
       lines = std::max<int64_t>(1, divide_up(M, std::max<int64_t>(1, std::min(2112 / tiles, divide_up(M, 4)))));
       P = divide_up(M, lines);
+    } else if (cluster > 0) {
+      P = std::min<int64_t>(M, 1 << 24);
+      if (need_dw) P = std::min(P, std::clamp<int64_t>(divide_up(P, 4), divide_up(132, cluster), 1056 / cluster));
     } else {
       P = divide_up(M, rows);
       if (need_dw) P = std::min(P, std::clamp<int64_t>(divide_up(P, 4), 132, 132 * std::max(1, 768 / block)));
@@ -469,9 +554,19 @@ void rows_bwd(const T* dy, const T* x, const W* w, const accumulate_t<T>* mean, 
         if constexpr (Centered) part_db = workspace(P * N);
       }
     }
-    if (!split) {
+    if (cluster > 0) {
+      if constexpr (V > 1 && sizeof(T) < 8) {
+        launch(norm_rows_bwd_kernel<Centered, true, T, W, V, items[2]>,
+               {.grid = grid_of(P * cluster),
+                .block = dim3(block),
+                .smem = sizeof(RowBwdShared<A, V>),
+                .stream = stream,
+                .cluster = dim3(cluster)},
+               dy, x, w, mean, rstd, dx, part_dw, part_db, M, static_cast<int>(N), block);
+      }
+    } else if (!split) {
       with_items<bwd_items<T, V>>(plan.items, [&]<int Items>() {
-        launch(norm_rows_bwd_kernel<Centered, T, W, V, Items>,
+        launch(norm_rows_bwd_kernel<Centered, false, T, W, V, Items>,
                {.grid = grid_of(P), .block = dim3(block), .smem = sizeof(RowBwdShared<A, V>), .stream = stream}, dy, x,
                w, mean, rstd, dx, part_dw, part_db, M, static_cast<int>(N), plan.width);
       });

@@ -2,7 +2,7 @@
 //   y[m,n] = x[m,n] * rstd[m] * w[n],  rstd = 1 / sqrt(mean_n(x^2) + eps)
 //   dx = rstd * (g - xhat * mean_n(g * xhat)),  g = dy * w,  xhat = x * rstd,  dw = sum_m dy * xhat
 // layout   x, y, dy, dx: [M, N] row-major · w, dw: [N] · rstd: [M]
-// mapping  a row in the registers of 2..32 lanes or of one block; long rows split over blocks (norm_rows.cuh)
+// mapping  a row in the registers of 2..32 lanes, of one block or of a cluster; else split over blocks (norm_rows.cuh)
 // memory   forward 2*M*N*sizeof(T), backward 3*M*N*sizeof(T) plus the partials of dw; split: x once more
 // numerics sums in fp32 (fp64 for fp64)
 #include "cuda/norm_rows.cuh"

@@ -40,6 +40,9 @@ bool set(Configuration& c, const std::string& key, const std::string& value) {
   } else if (key == "multiprocessors") {
     if (number() < 1) return false;
     c.multiprocessors = static_cast<int>(number());
+  } else if (key == "l2_bytes") {
+    if (number() < 1) return false;
+    c.l2_bytes = static_cast<int>(number());
   } else if (key == "capability") {
     if (number() < 80) return false;
     c.capability = static_cast<int>(number());
@@ -66,7 +69,8 @@ bool set(Configuration& c, const std::string& key, const std::string& value) {
 // construction (here) and of the race build's own switch (hooks.cpp) does not matter.
 Configuration from_environment() {
   Configuration c;
-  for (const char* key : {"schedule", "race", "poison", "threads", "multiprocessors", "capability", "stack_bytes"}) {
+  for (const char* key :
+       {"schedule", "race", "poison", "threads", "multiprocessors", "capability", "l2_bytes", "stack_bytes"}) {
     std::string name = "PYOPS_EMULATOR_";
     for (const char* k = key; *k; ++k) name += static_cast<char>(*k >= 'a' && *k <= 'z' ? *k - 32 : *k);
     const char* value = std::getenv(name.c_str());
@@ -87,6 +91,7 @@ Configuration& configuration() {
 bool enabled(Detector detector) { return (configuration().silenced >> static_cast<int>(detector) & 1) == 0; }
 int multiprocessor_count() { return configuration().multiprocessors; }
 int resident_blocks() { return configuration().resident_blocks; }
+int l2_cache_bytes() { return configuration().l2_bytes; }
 int compute_capability() { return configuration().capability; }
 // CUDA C++ programming guide, table of technical specifications: the architecture's maximum less the 1 KB it reserves.
 int shared_memory_limit() {

@@ -43,6 +43,8 @@ PYOPS_ENGINE void launch(void (*kernel)(Params...), const LaunchConfig& config, 
 inline int multiprocessor_count() { return emulator::multiprocessor_count(); }
 inline int compute_capability() { return emulator::compute_capability(); }
 inline int shared_memory_limit() { return emulator::shared_memory_limit(); }
+inline int l2_cache_bytes() { return emulator::l2_cache_bytes(); }
+PYOPS_ENGINE void zero_memory(void* p, size_t bytes, cudaStream_t) { std::memset(p, 0, bytes); }
 inline constexpr bool hopper_built = true;
 template <class... Params>
 int max_cooperative_blocks(void (*)(Params...), unsigned, size_t) {

@@ -11,6 +11,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "emulator/fiber.h"
 #include "emulator/interface.h"
 
 namespace pyops::emulator {
@@ -27,9 +28,14 @@ struct Configuration {
   bool race = false;
   bool poison = true;
   int threads = 1;
+#if defined(PYOPS_EMULATOR_ASAN)
+  size_t stack_bytes = 256 << 10;  // red zones around every local array
+#else
   size_t stack_bytes = 64 << 10;
+#endif
   int multiprocessors = 2;
   int resident_blocks = 2;
+  int l2_bytes = 50 << 20;
   int capability = 90;    // 10 * major + minor
   uint64_t silenced = 0;  // detectors switched off, for the tests that prove them
 };
@@ -83,6 +89,7 @@ struct HeldAccumulator {
 struct Fiber {
   void* stack_pointer = nullptr;
   char* stack = nullptr;
+  StackBounds bounds;
   int thread = 0;  // in the block
   int lane = 0;
   int id = 0;  // in the gang
@@ -217,6 +224,7 @@ struct Engine {
   int threads_per_block = 0;
   Fiber* current = nullptr;
   void* main_stack_pointer = nullptr;
+  StackBounds main_bounds;
   int live = 0;
   std::unique_ptr<std::string> error;
   Statistics statistics{};

@@ -4,6 +4,12 @@
 
 #include <new>
 
+// The sanitizer follows kernels from stack to stack; the engine itself is not instrumented.
+#if defined(PYOPS_EMULATOR_ASAN)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 #if !defined(__x86_64__)
 #error "the fiber switch is written for x86-64; write its counterpart for this processor here"
 #endif
@@ -47,7 +53,27 @@ pyops_fiber_switch:
 .size pyops_fiber_switch,.-pyops_fiber_switch
 )");
 
+extern "C" void pyops_fiber_switch(void** save_stack_pointer, void* stack_pointer);
+
 namespace pyops::emulator {
+
+#if defined(PYOPS_EMULATOR_ASAN)
+void switch_stacks(void** save_stack_pointer, void* stack_pointer, StackBounds* from, const StackBounds& to) {
+  __sanitizer_start_switch_fiber(from != nullptr ? &from->fake : nullptr, to.bottom, to.bytes);
+  pyops_fiber_switch(save_stack_pointer, stack_pointer);
+  __sanitizer_finish_switch_fiber(from->fake, nullptr, nullptr);
+}
+void entered_stack(StackBounds& from) { __sanitizer_finish_switch_fiber(nullptr, &from.bottom, &from.bytes); }
+void forbid(const void* p, size_t bytes) { __asan_poison_memory_region(p, bytes); }
+void allow(const void* p, size_t bytes) { __asan_unpoison_memory_region(p, bytes); }
+#else
+void switch_stacks(void** save_stack_pointer, void* stack_pointer, StackBounds*, const StackBounds&) {
+  pyops_fiber_switch(save_stack_pointer, stack_pointer);
+}
+void entered_stack(StackBounds&) {}
+void forbid(const void*, size_t) {}
+void allow(const void*, size_t) {}
+#endif
 
 // Untouched pages cost nothing, so every fiber gets a full stride; the page below each stack stops an overflow.
 char* map_stacks(size_t bytes, size_t stride, size_t guard_bytes, size_t count) {

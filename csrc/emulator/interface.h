@@ -27,6 +27,7 @@ void launch_grid(const Launch& launch);
 int multiprocessor_count();
 int compute_capability();
 int shared_memory_limit();
+int l2_cache_bytes();
 // Fails where the emulated device is older than sm_90.
 void require_hopper(const char* what, const Location& location);
 int resident_blocks();  // of one multiprocessor, for cooperative launches

@@ -40,12 +40,12 @@ void switch_to(Engine* e, Fiber* to) {
   if (from == to) return;
   ++e->statistics.switches;
   enter(e, to);
-  pyops_fiber_switch(&from->stack_pointer, to->stack_pointer);
+  switch_stacks(&from->stack_pointer, to->stack_pointer, &from->bounds, to->bounds);
 }
 
 [[noreturn]] void leave_gang(Engine* e) {
   void* abandoned;
-  pyops_fiber_switch(&abandoned, e->main_stack_pointer);
+  switch_stacks(&abandoned, e->main_stack_pointer, nullptr, e->main_bounds);
   __builtin_unreachable();
 }
 
@@ -96,6 +96,9 @@ Fiber* next_runnable(Engine* e) {
 
 void fiber_main() {
   Engine* e = current_engine;
+  StackBounds entered_from;
+  entered_stack(entered_from);
+  if (e->main_bounds.bottom == nullptr) e->main_bounds = entered_from;  // the first of a gang comes from outside
   try {
     e->launch->body(e->launch->parameters);
   } catch (const std::exception& x) { raise_error(std::string("exception in a kernel: ") + x.what()); }
@@ -122,6 +125,8 @@ void start_fiber(Engine* e, Block& block, int thread) {
   const int id = block.rank * e->threads_per_block + thread;
   fiber = Fiber();
   fiber.stack = stack;
+  fiber.bounds = {stack, e->stack_bytes, nullptr};
+  allow(stack, e->stack_bytes);  // an abandoned thread left its frames' red zones behind
   fiber.thread = thread;
   fiber.lane = thread % 32;
   fiber.id = id;
@@ -290,6 +295,7 @@ void Engine::prepare(const Launch& l) {
   arena_stride = (shared_bytes + 2047) / 1024 * 1024;  // at least 1 KB of canary, and 1 KB alignment for all
   region_bytes = arena_stride * gang_blocks;
   if (region_bytes > region_capacity) {
+    allow(region, region_capacity);
     free(region);
     region_capacity = (region_bytes + 4095) / 4096 * 4096;
     region = static_cast<char*>(aligned_alloc(4096, region_capacity));
@@ -340,6 +346,7 @@ void Engine::run_gang(Extent origin) {
   grid_barrier.reset();
   generation = next_generation++;
   acquired.clear();
+  allow(region, region_bytes);
   std::memset(region, configuration().poison ? poison : 0, region_bytes);
 
   std::vector<Fiber*> order;
@@ -349,6 +356,7 @@ void Engine::run_gang(Extent origin) {
     block.exited = 0;
     block.arena = region + arena_stride * b;
     std::memset(block.arena + shared_bytes, canary, arena_stride - shared_bytes);
+    forbid(block.arena + shared_bytes, arena_stride - shared_bytes);
     const auto i = static_cast<unsigned>(b);
     const Extent& box = l.cooperative ? l.grid : l.cluster;
     block.index = {origin.x + i % box.x, origin.y + i / box.x % box.y, origin.z + i / (box.x * box.y)};
@@ -370,7 +378,10 @@ void Engine::run_gang(Extent origin) {
   ++statistics.blocks;
   Fiber* first = pop();
   enter(this, first);
-  pyops_fiber_switch(&main_stack_pointer, first->stack_pointer);
+  main_bounds = {};
+  StackBounds here;
+  switch_stacks(&main_stack_pointer, first->stack_pointer, &here, first->bounds);
+  allow(region, region_bytes);
   current = nullptr;
   if (error == nullptr) {
     try {

@@ -10,6 +10,7 @@ An op is declared once, in Python, beside its fake. The declaration goes into ev
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import os
 import threading
@@ -57,10 +58,25 @@ def declare(schema: str, fake: Callable[..., Any], kernels: ModuleType | None) -
         fragment.define(schema, tags=(torch.Tag.needs_contiguous_strides, torch.Tag.pt2_compliant_tag))
         torch.library.register_fake(f"{namespace}::{name}", fake, lib=fragment)
     if kernels is not None:
-        for key in ("CUDA", "CPU"):
-            _fragments["pyops_triton"].impl(name, getattr(kernels, name), key)
+        launcher = getattr(kernels, name)
+        _fragments["pyops_triton"].impl(name, launcher, "CPU")
+        _fragments["pyops_triton"].impl(name, _on_its_device(launcher), "CUDA")
     _ops[name] = Op(name, schema)
     return _ops[name]
+
+
+def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device; this makes it the one of the tensors, as the guard in C++ does."""
+
+    @functools.wraps(launcher)
+    def call(*args: Any) -> Any:
+        device = next((a.get_device() for a in args if isinstance(a, torch.Tensor)), -1)
+        if device in (-1, torch.cuda.current_device()):
+            return launcher(*args)
+        with torch.cuda.device(device):
+            return launcher(*args)
+
+    return call
 
 
 def declared() -> dict[str, Op]:
@@ -120,11 +136,18 @@ def environment_problem() -> str | None:
 
 
 def emulator_flavour() -> str:
-    """``plain`` or ``race``: which build of the emulator PYOPS_EMULATOR asks for."""
+    """``plain``, ``race`` or ``asan``: which build of the emulator PYOPS_EMULATOR asks for."""
     flavour = os.environ.get("PYOPS_EMULATOR", "plain")
-    if flavour not in ("plain", "race"):
-        raise RuntimeError(f"PYOPS_EMULATOR: got {flavour!r}, expected 'plain' or 'race'")
+    if flavour not in ("plain", "race", "asan"):
+        raise RuntimeError(f"PYOPS_EMULATOR: got {flavour!r}, expected 'plain', 'race' or 'asan'")
     return flavour
+
+
+def _sanitizer_problem() -> str | None:
+    """AddressSanitizer ends the process unless its run-time library was there before everything else."""
+    if "libasan" in Path("/proc/self/maps").read_text():
+        return None
+    return "PYOPS_EMULATOR=asan needs libasan.so and libstdc++.so in LD_PRELOAD: `make asan` shows how"
 
 
 def load_emulator() -> str | None:
@@ -133,7 +156,9 @@ def load_emulator() -> str | None:
     with _emulator_lock:
         if "emulator" not in _binaries:
             flavour = emulator_flavour()
-            _emulator_problem = _load("emulator", PACKAGE / f"libpyops_emulator_{flavour}.so")
+            _emulator_problem = _sanitizer_problem() if flavour == "asan" else None
+            if _emulator_problem is None:
+                _emulator_problem = _load("emulator", PACKAGE / f"libpyops_emulator_{flavour}.so")
             if _emulator_problem is None and flavour == "race":
                 _binaries["emulator"].pyops_emulator_configure(b"race", b"1")
     return _emulator_problem

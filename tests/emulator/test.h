@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -40,8 +41,14 @@ class Buffer {
  public:
   Buffer(const char* name, size_t count, bool writable) : count_(count) {
 #if defined(PYOPS_EMULATOR)
+#if defined(PYOPS_EMULATOR_ASAN)
+    const size_t bytes = count * sizeof(T);  // its red zone begins right behind
+#else
     const size_t bytes = (count * sizeof(T) + 255) / 256 * 256 + 256;
-    data_ = static_cast<T*>(std::aligned_alloc(256, bytes));
+#endif
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 256, bytes) != 0) throw std::bad_alloc();
+    data_ = static_cast<T*>(memory);
     std::memset(static_cast<void*>(data_), 0xFF, bytes);
     emulator::register_range(data_, count * sizeof(T), writable, name);
 #else

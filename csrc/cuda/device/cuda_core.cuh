@@ -87,6 +87,10 @@ inline int multiprocessor_count() {
 inline int shared_memory_limit() {
   return detail::device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "shared memory limit");
 }
+inline int l2_cache_bytes() { return detail::device_attribute(cudaDevAttrL2CacheSize, "size of the L2 cache"); }
+inline void zero_memory(void* p, size_t bytes, cudaStream_t stream) {
+  detail::check_cuda(cudaMemsetAsync(p, 0, bytes, stream), "zero_memory");
+}
 
 // The driver runs the newest code that is not newer than the device, so PTX of an old architecture has its abilities
 // even on a new device. Internal linkage: the list differs between sources that are compiled for all architectures and
