@@ -142,12 +142,13 @@ def test_rooms_state_what_the_harness_needs(stem: str) -> None:
         cases = room.cases(device)
         names = [case.name for case in cases]
         assert len(set(names)) == len(names)
-        assert any(case.quick for case in cases) and any(case.backward for case in cases)
+        assert any(case.quick for case in cases)
+        assert any(case.backward for case in cases) == getattr(room, "DIFFERENTIABLE", True)
         assert {case.device for case in [*cases, *room.tiny(device)]} == {device}
         for case in cases:
-            assert room.bytes(case) >= 2 * case.numel * case.dtype.itemsize and room.flops(case) >= 0
+            assert room.bytes(case) >= case.numel * case.dtype.itemsize and room.flops(case) >= 0
             assert room.bytes(case) >= room.bytes(dataclasses.replace(case, backward=False))
-            assert {"torch", "torch.compile"} < set(room.providers(case))
+            assert "torch" in room.providers(case) and len(room.providers(case)) > 1
 
 
 @pytest.mark.parametrize("stem", sorted(runner.rooms()))

@@ -33,6 +33,16 @@ class Maker:
         self.inputs.append(x)
         return x
 
+    def boxes(self, count: int, spread: float = 1.0) -> torch.Tensor:
+        """Differentiable boxes ``[count, 4]`` as (x1, y1, x2, y2): corners around 0, sides of 1/2 and more."""
+        x = self._normal((count, 4))
+        x[:, 2:] = x[:, :2] * spread + x[:, 2:].abs() + 0.5
+        x[:, :2] *= spread
+        x = x.bfloat16().to(self.dtype).to(self.device)
+        x = x.requires_grad_() if self.requires_grad else x
+        self.inputs.append(x)
+        return x
+
     def constant(self, shape: Sequence[int], positive: bool = False) -> torch.Tensor:
         """A tensor without gradient, standard normal or, for variances, at least 1/2."""
         x = self._normal(shape)

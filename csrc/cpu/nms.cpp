@@ -1,0 +1,217 @@
+// nms · CPU
+//   box j of a segment is kept when no kept box i < j of its segment overlaps it (common/nms.h)
+// layout   boxes: [N, 4] as (x1, y1, x2, y2), segments contiguous, within a segment the best score first
+//          segments: [N], ascending · keep: [N]
+// mapping  threads over segments; lanes over boxes. A long segment is sorted by x1 as well: overlap above the threshold
+// t
+//          bounds x1_j to [x1_i - w_i (1 - t) / t, x1_i + w_i (1 - t)], a window found by binary search
+// memory   O(N); soft_nms: O(N)
+// numerics acc_t, each operation rounded alone, so every backend keeps the same boxes
+#include "common/nms.h"
+
+#include <limits>
+#include <numeric>
+
+#include "common/registry.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace pyops::PYOPS_CPU_CAPABILITY {
+
+// ---- kernels
+
+// A mask as wide as the numbers it is computed from, so that lanes match.
+template <class acc_t>
+using flag_t = std::conditional_t<sizeof(acc_t) == 4, int32_t, int64_t>;
+
+// Segments up to this length are compared pair by pair.
+inline constexpr int64_t short_segment = 192;
+
+template <class acc_t>
+struct Columns {
+  Buffer<acc_t> data;
+  Buffer<flag_t<acc_t>> dead;
+  int64_t n;
+  explicit Columns(int64_t count) : data(5 * count), dead(count, 0), n(count) {}
+  acc_t* column(int k) { return data.get() + k * n; }
+
+  template <class scalar_t>
+  void set(int64_t at, const scalar_t* box) {
+    acc_t v[4];
+    for (int k = 0; k < 4; ++k) data[k * n + at] = v[k] = acc_t(box[k]);
+    data[4 * n + at] = suppression::area(v[0], v[1], v[2], v[3]);
+  }
+
+  // Marks the boxes [begin, end) that box `at` overlaps by more than the threshold.
+  void suppress(int64_t at, int64_t begin, int64_t end, acc_t threshold) {
+    suppress_run(column(0) + begin, column(1) + begin, column(2) + begin, column(3) + begin, column(4) + begin,
+                 dead.get() + begin, end - begin, data[at], data[n + at], data[2 * n + at], data[3 * n + at],
+                 data[4 * n + at], threshold);
+  }
+
+  static void suppress_run(const acc_t* __restrict__ x1, const acc_t* __restrict__ y1, const acc_t* __restrict__ x2,
+                           const acc_t* __restrict__ y2, const acc_t* __restrict__ area,
+                           flag_t<acc_t>* __restrict__ dead, int64_t count, acc_t ax1, acc_t ay1, acc_t ax2, acc_t ay2,
+                           acc_t aa, acc_t threshold) {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) {
+      const acc_t q = suppression::quotient(ax1, ay1, ax2, ay2, aa, x1[j], y1[j], x2[j], y2[j], area[j]);
+      dead[j] |= q > threshold ? flag_t<acc_t>(1) : flag_t<acc_t>(0);
+    }
+  }
+};
+
+template <class acc_t, class scalar_t>
+void nms_pairs(const scalar_t* boxes, bool* keep, int64_t n, acc_t threshold) {
+  Columns<acc_t> columns(n);
+  for (int64_t i = 0; i < n; ++i) columns.set(i, boxes + 4 * i);
+  for (int64_t i = 0; i < n; ++i) {
+    keep[i] = columns.dead[i] == 0;
+    if (keep[i]) columns.suppress(i, i + 1, n, threshold);
+  }
+}
+
+// Boxes of a long segment in order of x1. The quotient is symmetric, so a kept box never marks an earlier kept one.
+template <class acc_t, class scalar_t>
+void nms_sweep(const scalar_t* boxes, bool* keep, int64_t n, acc_t threshold) {
+  std::vector<std::pair<acc_t, int64_t>> by_x;
+  by_x.reserve(size_t(n));
+  constexpr acc_t tiny = std::is_same_v<acc_t, float> ? acc_t(1e-30) : acc_t(1e-290);
+  double widest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const acc_t x1 = acc_t(boxes[4 * i]), y1 = acc_t(boxes[4 * i + 1]), x2 = acc_t(boxes[4 * i + 2]),
+                y2 = acc_t(boxes[4 * i + 3]);
+    const acc_t size = suppression::area(x1, y1, x2, y2);
+    keep[i] = true;  // and stays, where the box is empty, crossed or not finite: such a box overlaps nothing
+    if (!(x2 > x1 && y2 > y1) || !(size <= std::numeric_limits<acc_t>::max())) continue;
+    // Below this the rounding of areas says nothing: such a segment is compared pair by pair.
+    if (size < tiny) return nms_pairs(boxes, keep, n, threshold);
+    widest = std::max(widest, double(x2) - double(x1));
+    by_x.emplace_back(x1, i);
+  }
+  std::sort(by_x.begin(), by_x.end());
+  const int64_t count = int64_t(by_x.size());
+  Columns<acc_t> columns(count);
+  Buffer<int64_t> position(n, -1);
+  for (int64_t k = 0; k < count; ++k) {
+    columns.set(k, boxes + 4 * by_x[size_t(k)].second);
+    position[by_x[size_t(k)].second] = k;
+  }
+  // Room for the rounding of the quotient, which is far below 1e-5.
+  const double t = double(threshold) * (1 - 1e-5);
+  const acc_t* x1 = columns.column(0);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t at = position[i];
+    if (at < 0) continue;
+    keep[i] = columns.dead[at] == 0;
+    if (!keep[i]) continue;
+    const double x = double(x1[at]), w = double(columns.column(2)[at]) - x;
+    const double back = std::min(widest, t > 0 ? w * (1 - t) / t : widest);
+    const double low = x - back, high = x + w * std::max(0.0, 1 - t);
+    const int64_t begin = std::partition_point(x1, x1 + at, [&](acc_t v) { return double(v) < low; }) - x1;
+    const int64_t end = std::partition_point(x1 + at, x1 + count, [&](acc_t v) { return double(v) <= high; }) - x1;
+    columns.suppress(at, begin, end, threshold);
+  }
+}
+
+template <class scalar_t>
+void nms_segments(const scalar_t* boxes, const int64_t* segments, bool* keep, int64_t N, double limit) {
+  using acc_t = accumulate_t<scalar_t>;
+  const acc_t threshold = suppression::floor_to<acc_t>(limit);
+  std::vector<int64_t> starts{0};
+  for (int64_t i = 1; segments != nullptr && i < N; ++i)
+    if (segments[i] != segments[i - 1]) starts.push_back(i);
+  starts.push_back(N);
+  const int64_t count = int64_t(starts.size()) - 1;
+  parallel_for(count, std::max<int64_t>(1, ceil_div(512 * count, std::max<int64_t>(N, 1))),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t s = begin; s < end; ++s) {
+                   const int64_t first = starts[size_t(s)], n = starts[size_t(s) + 1] - first;
+                   if (n <= short_segment)
+                     nms_pairs<acc_t>(boxes + 4 * first, keep + first, n, threshold);
+                   else
+                     nms_sweep<acc_t>(boxes + 4 * first, keep + first, n, threshold);
+                 }
+               });
+}
+
+// Picks the best remaining box, lowers the scores of those it overlaps, until the best is below min_score.
+template <class scalar_t>
+int64_t soft_nms_run(const scalar_t* boxes, const scalar_t* scores, int64_t* order, accumulate_t<scalar_t>* picked,
+                     int64_t N, int64_t method, double sigma, double threshold, double min_score) {
+  using acc_t = accumulate_t<scalar_t>;
+  Columns<acc_t> columns(N);
+  Buffer<acc_t> score(N);
+  Buffer<int64_t> index(N);
+  for (int64_t i = 0; i < N; ++i) {
+    columns.set(i, boxes + 4 * i);
+    score[i] = acc_t(scores[i]);
+    index[i] = i;
+  }
+  const acc_t *x1 = columns.column(0), *y1 = columns.column(1), *x2 = columns.column(2), *y2 = columns.column(3),
+              *size = columns.column(4);
+  const acc_t limit = suppression::floor_to<acc_t>(threshold), scale = acc_t(-1 / sigma);
+  int64_t count = 0, remaining = N;
+  while (remaining > 0) {
+    int64_t best = 0;
+    for (int64_t k = 1; k < remaining; ++k)
+      if (score[k] > score[best]) best = k;
+    if (!(double(score[best]) >= min_score)) break;
+    const int64_t a = index[best];
+    order[count] = a;
+    picked[count++] = score[best];
+    // What remains stays in order of the index, so that ties go to the lower one.
+    int64_t kept = 0;
+    for (int64_t k = 0; k < remaining; ++k) {
+      if (k == best) continue;
+      const int64_t b = index[k];
+      const acc_t q = suppression::quotient(x1[a], y1[a], x2[a], y2[a], size[a], x1[b], y1[b], x2[b], y2[b], size[b]);
+      acc_t s = score[k];
+      if (method == 1)
+        s = q == q ? s * std::exp(q * q * scale) : s;
+      else if (q > limit)
+        s *= acc_t(1) - q;
+      score[kept] = s;
+      index[kept++] = b;
+    }
+    remaining = kept;
+  }
+  return count;
+}
+
+// ---- binding
+
+Tensor nms_mask(const Tensor& boxes, const OptionalTensor& segments, double threshold) {
+  OpScope op("nms_mask", boxes);
+  op.check(boxes.dim() == 2, "boxes must be [N, 4]");
+  const int64_t N = boxes.size(0);
+  Tensor keep = op.empty<bool>({N});
+  dispatch_floating(op, boxes.scalar_type(), [&]<class scalar_t>() {
+    nms_segments(op.in<scalar_t>(boxes, "boxes", {N, 4}), op.in_optional<int64_t>(segments, "segments", {N}),
+                 op.out<bool>(keep, "keep", {N}), N, threshold);
+  });
+  return keep;
+}
+
+std::tuple<Tensor, Tensor, Tensor> soft_nms_pick(const Tensor& boxes, const Tensor& scores, int64_t method,
+                                                 double sigma, double threshold, double min_score) {
+  OpScope op("soft_nms_pick", boxes);
+  op.check(boxes.dim() == 2, "boxes must be [N, 4]");
+  const int64_t N = boxes.size(0);
+  return dispatch_floating(op, boxes.scalar_type(), [&]<class scalar_t>() {
+    using acc_t = accumulate_t<scalar_t>;
+    Tensor order = op.empty<int64_t>({N}), picked = op.empty<acc_t>({N}), count = op.empty<int64_t>({1});
+    *op.out<int64_t>(count, "count", {1}) =
+        soft_nms_run(op.in<scalar_t>(boxes, "boxes", {N, 4}), op.in<scalar_t>(scores, "scores", {N}),
+                     op.out<int64_t>(order, "order", {N}), op.out<acc_t>(picked, "picked", {N}), N, method, sigma,
+                     threshold, min_score);
+    return std::make_tuple(order, picked, count);
+  });
+}
+
+PYOPS_LIBRARY(m) {
+  PYOPS_IMPL(m, nms_mask);
+  PYOPS_IMPL(m, soft_nms_pick);
+}
+
+}  // namespace pyops::PYOPS_CPU_CAPABILITY

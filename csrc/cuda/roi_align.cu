@@ -1,0 +1,408 @@
+// roi_align · CUDA
+//   y[r,c,p,q] = mean over the samples of bin (p, q) of RoI r, bilinear in x[n_r, c]       (common/roi.h)
+// layout   x_l: [N, C, H_l, W_l] or, channels_last, [N, H_l, W_l, C] · y likewise over (P, Q) · rois: [R, 5] in pixels
+// of
+//          its level · levels: [R] or none; every level in one launch
+// mapping  forward NHWC: a warp per bin, lanes over vectors of channels. Forward NCHW: a thread per bin over 8
+// channels.
+//          Backward gathers: a block owns a tile of pixels of one image, collects the RoIs that touch it in order, and
+//          sums wy[p] wx[q] dy from tables of weights in shared memory; no atomics, so bitwise repeatable
+// memory   backward: dx is written once, nothing else is allocated
+// numerics A
+#include "cuda/device.cuh"
+
+#include "common/roi.h"
+
+namespace pyops {
+namespace {
+
+constexpr int max_levels = 5;
+constexpr int planes = 8;  // channels per thread, NCHW forward
+
+template <class T>
+struct Maps {
+  T* x[max_levels];
+  int64_t H[max_levels], W[max_levels];
+  int count;
+};
+
+struct Shape {
+  int64_t N, C, R, P, Q, sampling_ratio;
+  bool aligned;
+};
+
+template <class A>
+struct Place {
+  int64_t image;
+  int level;
+};
+
+template <class A>
+PYOPS_DEVICE Place<A> place_of(const A* rois, const int64_t* levels, int64_t r, const Shape& s, int count) {
+  const int64_t level = levels != nullptr ? levels[r] : 0, image = roi::image_of(rois[r * 5], s.N);
+  if (image < 0 || level < 0 || level >= count) __trap();  // what is no image must never become an address
+  return {image, static_cast<int>(level)};
+}
+
+// Calls f(y low, y high, share, x low, x high, share) for every sample of bin (p, q) that lies on the map.
+template <class A, class F>
+PYOPS_DEVICE void for_samples(const roi::Axis<A>& y, const roi::Axis<A>& x, int64_t p, int64_t q, F&& f) {
+  int64_t y_first, y_last, x_first, x_last;
+  y.samples(p, y_first, y_last);
+  x.samples(q, x_first, x_last);
+  for (int64_t i = y_first; i < y_last; ++i) {
+    int64_t y0, y1;
+    A ty;
+    if (!y.neighbours(y.position(p, i), y0, y1, ty)) continue;
+    for (int64_t j = x_first; j < x_last; ++j) {
+      int64_t x0, x1;
+      A tx;
+      if (x.neighbours(x.position(q, j), x0, x1, tx)) f(y0, y1, ty, x0, x1, tx);
+    }
+  }
+}
+
+// A warp per bin; lanes over vectors of V channels.
+template <class T, int V>
+__global__ void __launch_bounds__(128)
+    roi_align_fwd_nhwc_kernel(Maps<const T> maps, const accumulate_t<T>* __restrict__ rois,
+                              const int64_t* __restrict__ levels, T* __restrict__ y, Shape s) {
+  using A = accumulate_t<T>;
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
+  if (unit >= s.R * s.P * s.Q) return;
+  const int64_t r = unit / (s.P * s.Q), p = unit / s.Q % s.P, q = unit % s.Q;
+  const A* box = rois + r * 5;
+  const Place<A> at = place_of(rois, levels, r, s, maps.count);
+  const int64_t H = maps.H[at.level], W = maps.W[at.level];
+  const roi::Axis<A> ya(box[2], box[4], s.P, H, s.sampling_ratio, s.aligned);
+  const roi::Axis<A> xa(box[1], box[3], s.Q, W, s.sampling_ratio, s.aligned);
+  const T* x = maps.x[at.level] + at.image * H * W * s.C;
+  const int64_t samples = ya.grid * xa.grid;
+  const A inverse = A(1) / static_cast<A>(samples > 0 ? samples : 1);
+  for (int64_t c = static_cast<int64_t>(threadIdx.x % 32) * V; c < s.C; c += 32 * V) {
+    A sum[V] = {};
+    for_samples(ya, xa, p, q, [&](int64_t y0, int64_t y1, A ty, int64_t x0, int64_t x1, A tx) {
+      const Vec<T, V> a = load_vec_readonly<V>(x + (y0 * W + x0) * s.C + c);
+      const Vec<T, V> b = load_vec_readonly<V>(x + (y0 * W + x1) * s.C + c);
+      const Vec<T, V> d = load_vec_readonly<V>(x + (y1 * W + x0) * s.C + c);
+      const Vec<T, V> e = load_vec_readonly<V>(x + (y1 * W + x1) * s.C + c);
+      const A w0 = (A(1) - ty) * (A(1) - tx), w1 = (A(1) - ty) * tx, w2 = ty * (A(1) - tx), w3 = ty * tx;
+#pragma unroll
+      for (int k = 0; k < V; ++k)
+        sum[k] += w0 * to_acc(a[k]) + w1 * to_acc(b[k]) + w2 * to_acc(d[k]) + w3 * to_acc(e[k]);
+    });
+    Vec<T, V> out;
+#pragma unroll
+    for (int k = 0; k < V; ++k) out[k] = from_acc<T>(sum[k] * inverse);
+    store_vec(y + unit * s.C + c, out);
+  }
+}
+
+// A thread per bin and 8 channels; position sensitive: bin (p, q) of channel c reads plane (c P + p) Q + q.
+template <class T, bool PositionSensitive>
+__global__ void __launch_bounds__(128)
+    roi_align_fwd_nchw_kernel(Maps<const T> maps, const accumulate_t<T>* __restrict__ rois,
+                              const int64_t* __restrict__ levels, T* __restrict__ y, Shape s, int64_t channels,
+                              int64_t groups) {
+  using A = accumulate_t<T>;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * 128 + threadIdx.x, bins = s.P * s.Q;
+  if (index >= s.R * groups * bins) return;
+  const int64_t bin = index % bins, p = bin / s.Q, q = bin % s.Q, c0 = index / bins % groups * planes,
+                r = index / (bins * groups);
+  const int count = static_cast<int>(channels - c0 < planes ? channels - c0 : planes);
+  const A* box = rois + r * 5;
+  const Place<A> at = place_of(rois, levels, r, s, maps.count);
+  const int64_t H = maps.H[at.level], W = maps.W[at.level], HW = H * W;
+  const roi::Axis<A> ya(box[2], box[4], s.P, H, s.sampling_ratio, s.aligned);
+  const roi::Axis<A> xa(box[1], box[3], s.Q, W, s.sampling_ratio, s.aligned);
+  const int64_t stride = PositionSensitive ? bins * HW : HW;
+  const T* x = maps.x[at.level] + (at.image * s.C + (PositionSensitive ? c0 * bins + bin : c0)) * HW;
+  A sum[planes] = {};
+  for_samples(ya, xa, p, q, [&](int64_t y0, int64_t y1, A ty, int64_t x0, int64_t x1, A tx) {
+    const A w0 = (A(1) - ty) * (A(1) - tx), w1 = (A(1) - ty) * tx, w2 = ty * (A(1) - tx), w3 = ty * tx;
+#pragma unroll
+    for (int k = 0; k < planes; ++k)
+      if (k < count) {
+        const T* plane = x + k * stride;
+        sum[k] += w0 * to_acc(__ldg(plane + y0 * W + x0)) + w1 * to_acc(__ldg(plane + y0 * W + x1)) +
+                  w2 * to_acc(__ldg(plane + y1 * W + x0)) + w3 * to_acc(__ldg(plane + y1 * W + x1));
+      }
+  });
+  const int64_t samples = ya.grid * xa.grid;
+  const A inverse = A(1) / static_cast<A>(samples > 0 ? samples : 1);
+#pragma unroll
+  for (int k = 0; k < planes; ++k)
+    if (k < count) y[(r * channels + c0 + k) * bins + bin] = from_acc<T>(sum[k] * inverse);
+}
+
+constexpr int gather_threads = 256, tile_rows = 8, chunk = 16;  // chunk: bins per axis in the tables at once
+
+template <class A, int Columns>
+struct GatherShared {
+  A wy[chunk][tile_rows], wx[chunk][Columns];
+  int found[gather_threads];
+  unsigned ballots[gather_threads / 32];
+};
+
+// Where the pixels of a RoI may lie along one axis, with a pixel to spare.
+template <class A>
+PYOPS_DEVICE bool touches(const roi::Axis<A>& axis, int64_t bins, int64_t first, int64_t last) {
+  if (axis.grid == 0) return false;
+  const A a = axis.start, b = axis.start + static_cast<A>(bins) * axis.bin;
+  const A low = (a < b ? a : b) - A(1), high = (a < b ? b : a) + A(1);
+  return low <= static_cast<A>(last) && high >= static_cast<A>(first);
+}
+
+// A block owns a tile of 8 rows by Columns pixels of one image of one level, warp w its row w. Channels last: a lane
+// owns V channels and keeps Columns = 8 pixels; else a lane owns one of Columns = 32 pixels and keeps V channels.
+// f(count, list) is called with the RoIs of the tile, in order.
+template <class T, int V, bool ChannelsLast, bool PositionSensitive>
+__global__ void __launch_bounds__(gather_threads)
+    roi_align_bwd_kernel(const T* __restrict__ dy, const accumulate_t<T>* __restrict__ rois,
+                         const int64_t* __restrict__ levels, Maps<T> maps, Shape s, int level, int64_t tiles_x,
+                         int64_t tiles_y, int64_t channels) {
+  using A = accumulate_t<T>;
+  constexpr int columns = ChannelsLast ? 8 : 32, owned = ChannelsLast ? columns * V : V;
+  auto& shared = shared_storage<GatherShared<A, columns>>();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t H = maps.H[level], W = maps.W[level], bins = s.P * s.Q;
+  const int64_t tile = blockIdx.x % (tiles_x * tiles_y), n = blockIdx.x / (tiles_x * tiles_y);
+  const int64_t row0 = tile / tiles_x * tile_rows, column0 = tile % tiles_x * columns;
+  const int64_t c0 =
+      ChannelsLast ? (static_cast<int64_t>(blockIdx.y) * 32 + lane) * V : static_cast<int64_t>(blockIdx.y) * V;
+  A sum[owned] = {};
+  for (int64_t from = 0; from < s.R; from += gather_threads) {
+    // Which of the next RoIs touch the tile, compacted in their order.
+    const int64_t candidate = from + threadIdx.x;
+    bool hit = false;
+    if (candidate < s.R) {
+      const A* box = rois + candidate * 5;
+      const Place<A> at = place_of(rois, levels, candidate, s, maps.count);
+      if (at.image == n && at.level == level) {
+        const roi::Axis<A> ya(box[2], box[4], s.P, H, s.sampling_ratio, s.aligned);
+        const roi::Axis<A> xa(box[1], box[3], s.Q, W, s.sampling_ratio, s.aligned);
+        hit = touches(ya, s.P, row0, row0 + tile_rows - 1) && touches(xa, s.Q, column0, column0 + columns - 1);
+      }
+    }
+    const unsigned ballot = __ballot_sync(~0u, hit);
+    if (lane == 0) shared.ballots[warp] = ballot;
+    __syncthreads();
+    int before = 0, count = 0;
+    for (int w = 0; w < gather_threads / 32; ++w) {
+      const int bits = __popc(shared.ballots[w]);
+      if (w < warp) before += bits;
+      count += bits;
+    }
+    if (hit) shared.found[before + __popc(ballot & ((1u << lane) - 1))] = static_cast<int>(threadIdx.x);
+    __syncthreads();
+    for (int k = 0; k < count; ++k) {
+      const int64_t r = from + shared.found[k];
+      const A* box = rois + r * 5;
+      const roi::Axis<A> ya(box[2], box[4], s.P, H, s.sampling_ratio, s.aligned);
+      const roi::Axis<A> xa(box[1], box[3], s.Q, W, s.sampling_ratio, s.aligned);
+      for (int64_t p0 = 0; p0 < s.P; p0 += chunk)
+        for (int64_t q0 = 0; q0 < s.Q; q0 += chunk) {
+          const int ps = static_cast<int>(s.P - p0 < chunk ? s.P - p0 : chunk);
+          const int qs = static_cast<int>(s.Q - q0 < chunk ? s.Q - q0 : chunk);
+          for (int i = threadIdx.x; i < ps * tile_rows; i += gather_threads)
+            shared.wy[i / tile_rows][i % tile_rows] = ya.weight(p0 + i / tile_rows, row0 + i % tile_rows);
+          for (int i = threadIdx.x; i < qs * columns; i += gather_threads)
+            shared.wx[i / columns][i % columns] = xa.weight(q0 + i / columns, column0 + i % columns);
+          __syncthreads();
+          for (int p = 0; p < ps; ++p) {
+            const A wy = shared.wy[p][warp];
+            if (wy == A(0)) continue;
+            for (int q = 0; q < qs; ++q) {
+              const int64_t bin = (p0 + p) * s.Q + q0 + q;
+              if constexpr (ChannelsLast) {
+                if (c0 >= s.C) continue;
+                const Vec<T, V> d = load_vec_readonly<V>(dy + (r * bins + bin) * s.C + c0);
+#pragma unroll
+                for (int x = 0; x < columns; ++x) {
+                  const A w = wy * shared.wx[q][x];
+                  if (w == A(0)) continue;
+#pragma unroll
+                  for (int v = 0; v < V; ++v) sum[x * V + v] += w * to_acc(d[v]);
+                }
+              } else {
+                const A w = wy * shared.wx[q][lane];
+                if (w == A(0)) continue;
+#pragma unroll
+                for (int v = 0; v < V; ++v) {
+                  const int64_t c = c0 + v;
+                  if (c >= s.C) break;
+                  if constexpr (PositionSensitive) {
+                    if (c % bins == bin) sum[v] += w * to_acc(dy[(r * channels + c / bins) * bins + bin]);
+                  } else {
+                    sum[v] += w * to_acc(__ldg(dy + (r * s.C + c) * bins + bin));
+                  }
+                }
+              }
+            }
+          }
+          __syncthreads();
+        }
+    }
+  }
+  const int64_t row = row0 + warp;
+  if (row >= H) return;
+  T* dx = maps.x[level];
+  if constexpr (ChannelsLast) {
+    if (c0 >= s.C) return;
+#pragma unroll
+    for (int x = 0; x < columns; ++x) {
+      if (column0 + x >= W) break;
+      Vec<T, V> out;
+#pragma unroll
+      for (int v = 0; v < V; ++v) out[v] = from_acc<T>(sum[x * V + v]);
+      store_vec(dx + ((n * H + row) * W + column0 + x) * s.C + c0, out);
+    }
+  } else {
+    if (column0 + lane >= W) return;
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      if (c0 + v < s.C) dx[((n * s.C + c0 + v) * H + row) * W + column0 + lane] = from_acc<T>(sum[v]);
+  }
+}
+
+}  // namespace
+}  // namespace pyops
+
+// binding
+
+#include <array>
+
+#include "common/registry.h"
+
+namespace pyops {
+namespace {
+
+struct Inputs {
+  std::array<OptionalTensor, max_levels> x;
+  int count = 0;
+  Inputs(const Tensor& x0, const OptionalTensor& x1, const OptionalTensor& x2, const OptionalTensor& x3,
+         const OptionalTensor& x4)
+      : x{x0, x1, x2, x3, x4} {
+    while (count < max_levels && x[count].has_value()) ++count;
+  }
+};
+
+Shape shape_of(const OpScope& op, const Inputs& in, const Tensor& rois, int64_t P, int64_t Q, int64_t sampling_ratio,
+               bool aligned, bool channels_last, bool position_sensitive) {
+  op.check(rois.dim() == 2 && P > 0 && Q > 0, "rois must be [R, 5] and the output at least 1 x 1");
+  for (int l = 0; l < in.count; ++l) op.check(in.x[l]->dim() == 4, "x must have 4 dimensions");
+  const Shape s{in.x[0]->size(0), in.x[0]->size(channels_last ? 3 : 1), rois.size(0), P, Q, sampling_ratio, aligned};
+  op.check(!position_sensitive || (s.C % (P * Q) == 0 && !channels_last), "C must be a multiple of P * Q, NCHW");
+  return s;
+}
+
+bool is_aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+Tensor roi_align_fwd(const Tensor& x0, const OptionalTensor& x1, const OptionalTensor& x2, const OptionalTensor& x3,
+                     const OptionalTensor& x4, const Tensor& rois, const OptionalTensor& levels, int64_t P, int64_t Q,
+                     int64_t sampling_ratio, bool aligned, bool channels_last, bool position_sensitive) {
+  OpScope op("roi_align_fwd", x0);
+  const Inputs in(x0, x1, x2, x3, x4);
+  const Shape s = shape_of(op, in, rois, P, Q, sampling_ratio, aligned, channels_last, position_sensitive);
+  return dispatch_floating(op, x0.scalar_type(), [&]<class T>() {
+    using A = accumulate_t<T>;
+    constexpr int V = 16 / sizeof(T);
+    const int64_t C = position_sensitive ? s.C / (P * Q) : s.C;
+    Tensor y = channels_last ? op.empty<T>({s.R, P, Q, C}) : op.empty<T>({s.R, C, P, Q});
+    if (s.R == 0 || s.C == 0) return y;
+    Maps<const T> maps{};
+    maps.count = in.count;
+    bool vectors = s.C % V == 0;
+    for (int l = 0; l < in.count; ++l) {
+      const Tensor& x = *in.x[l];
+      const int64_t H = x.size(channels_last ? 1 : 2), W = x.size(channels_last ? 2 : 3);
+      maps.H[l] = H;
+      maps.W[l] = W;
+      maps.x[l] = channels_last ? op.in<T>(x, "x", {s.N, H, W, s.C}) : op.in<T>(x, "x", {s.N, s.C, H, W});
+      vectors = vectors && is_aligned(maps.x[l], 16);
+    }
+    auto* py = channels_last ? op.out<T>(y, "y", {s.R, P, Q, C}) : op.out<T>(y, "y", {s.R, C, P, Q});
+    auto* prois = op.in<A>(rois, "rois", {s.R, 5});
+    auto* plevels = op.in_optional<int64_t>(levels, "levels", {s.R});
+    const auto stream = static_cast<cudaStream_t>(op.stream());
+    if (channels_last) {
+      const dim3 grid(static_cast<unsigned>(ceil_div(s.R * P * Q, 4)));
+      if (vectors)
+        launch(roi_align_fwd_nhwc_kernel<T, V>, {.grid = grid, .block = dim3(128), .stream = stream}, maps, prois,
+               plevels, py, s);
+      else
+        launch(roi_align_fwd_nhwc_kernel<T, 1>, {.grid = grid, .block = dim3(128), .stream = stream}, maps, prois,
+               plevels, py, s);
+      return y;
+    }
+    const int64_t groups = ceil_div(C, planes);
+    const dim3 grid(static_cast<unsigned>(ceil_div(s.R * groups * P * Q, 128)));
+    if (position_sensitive)
+      launch(roi_align_fwd_nchw_kernel<T, true>, {.grid = grid, .block = dim3(128), .stream = stream}, maps, prois,
+             plevels, py, s, C, groups);
+    else
+      launch(roi_align_fwd_nchw_kernel<T, false>, {.grid = grid, .block = dim3(128), .stream = stream}, maps, prois,
+             plevels, py, s, C, groups);
+    return y;
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> roi_align_bwd(
+    const Tensor& dy, const Tensor& x0, const OptionalTensor& x1, const OptionalTensor& x2, const OptionalTensor& x3,
+    const OptionalTensor& x4, const Tensor& rois, const OptionalTensor& levels, int64_t P, int64_t Q,
+    int64_t sampling_ratio, bool aligned, bool channels_last, bool position_sensitive) {
+  OpScope op("roi_align_bwd", dy);
+  const Inputs in(x0, x1, x2, x3, x4);
+  const Shape s = shape_of(op, in, rois, P, Q, sampling_ratio, aligned, channels_last, position_sensitive);
+  return dispatch_floating(op, dy.scalar_type(), [&]<class T>() {
+    using A = accumulate_t<T>;
+    constexpr int V = 16 / sizeof(T);
+    const int64_t C = position_sensitive ? s.C / (P * Q) : s.C;
+    std::array<Tensor, max_levels> dx{op.empty<T>({0}), op.empty<T>({0}), op.empty<T>({0}), op.empty<T>({0}),
+                                      op.empty<T>({0})};
+    Maps<T> maps{};
+    maps.count = in.count;
+    for (int l = 0; l < in.count; ++l) {
+      const int64_t H = in.x[l]->size(channels_last ? 1 : 2), W = in.x[l]->size(channels_last ? 2 : 3);
+      maps.H[l] = H;
+      maps.W[l] = W;
+      dx[l] = channels_last ? op.empty<T>({s.N, H, W, s.C}) : op.empty<T>({s.N, s.C, H, W});
+      maps.x[l] = channels_last ? op.out<T>(dx[l], "dx", {s.N, H, W, s.C}) : op.out<T>(dx[l], "dx", {s.N, s.C, H, W});
+    }
+    auto* pdy = channels_last ? op.in<T>(dy, "dy", {s.R, P, Q, C}) : op.in<T>(dy, "dy", {s.R, C, P, Q});
+    auto* prois = op.in<A>(rois, "rois", {s.R, 5});
+    auto* plevels = op.in_optional<int64_t>(levels, "levels", {s.R});
+    const auto stream = static_cast<cudaStream_t>(op.stream());
+    const bool vectors = s.C % V == 0 && is_aligned(pdy, 16);
+    for (int l = 0; l < in.count; ++l) {
+      if (s.N * s.C * maps.H[l] * maps.W[l] == 0) continue;
+      const int64_t tiles_y = ceil_div(maps.H[l], tile_rows), tiles_x = ceil_div(maps.W[l], channels_last ? 8 : 32);
+      const auto run = [&](auto kernel, int64_t groups, size_t smem) {
+        launch(kernel,
+               {.grid = dim3(static_cast<unsigned>(s.N * tiles_x * tiles_y), static_cast<unsigned>(groups)),
+                .block = dim3(gather_threads),
+                .smem = smem,
+                .stream = stream},
+               pdy, prois, plevels, maps, s, l, tiles_x, tiles_y, C);
+      };
+      if (channels_last && vectors)
+        run(roi_align_bwd_kernel<T, V, true, false>, ceil_div(s.C, 32 * V), sizeof(GatherShared<A, 8>));
+      else if (channels_last)
+        run(roi_align_bwd_kernel<T, 1, true, false>, ceil_div(s.C, 32), sizeof(GatherShared<A, 8>));
+      else if (position_sensitive)
+        run(roi_align_bwd_kernel<T, 8, false, true>, ceil_div(s.C, 8), sizeof(GatherShared<A, 32>));
+      else
+        run(roi_align_bwd_kernel<T, 8, false, false>, ceil_div(s.C, 8), sizeof(GatherShared<A, 32>));
+    }
+    return std::make_tuple(dx[0], dx[1], dx[2], dx[3], dx[4]);
+  });
+}
+
+}  // namespace
+}  // namespace pyops
+
+PYOPS_LIBRARY(m) {
+  using namespace pyops;
+  PYOPS_IMPL(m, roi_align_fwd);
+  PYOPS_IMPL(m, roi_align_bwd);
+}

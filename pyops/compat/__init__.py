@@ -1,0 +1,1 @@
+"""pyops in the place of other packages' compiled parts."""

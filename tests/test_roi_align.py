@@ -1,0 +1,211 @@
+from collections import OrderedDict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyops import backend as forced
+from pyops import testing, vision
+from pyops.ops import roi_align as room
+
+from .harness import passes, refuses
+
+X = torch.arange(2 * 3 * 5 * 6, dtype=torch.float32).reshape(2, 3, 5, 6)
+ROIS = torch.tensor([[0.0, 0, 0, 5, 4], [1.0, 1, 1, 3, 3]])
+
+
+@pytest.mark.parametrize("check", testing.checks())
+@pytest.mark.parametrize("op", ["roi_align", "ps_roi_align"])
+def test_checks(backend, op, check):
+    if backend != "cpu" and check not in ("accuracy", "opcheck", "determinism"):
+        pytest.skip("derivatives of higher order, transforms and layouts are the same Python on every backend")
+    if backend == "triton":
+        pytest.skip("minutes in the interpreter; the tests below hold the Triton kernels against the definition")
+    passes(op, backend, check)
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("op", ["roi_align", "ps_roi_align"])
+def test_race(backend, op):
+    if backend == "emulator":
+        passes(op, backend, "accuracy")
+
+
+def slow(x, rois, size, scale, ratio, aligned, position_sensitive=False):
+    """Sample by sample, as the papers say it."""
+    import math
+
+    (p, q), (_, c, h, w) = size, x.shape
+    y = torch.zeros(len(rois), c // (p * q) if position_sensitive else c, p, q, dtype=x.dtype)
+    for r, (image, *box) in enumerate(rois.tolist()):
+        x1, y1, x2, y2 = (v * scale - (0.5 if aligned else 0) for v in box)
+        width, height = x2 - x1, y2 - y1
+        if not aligned:
+            width, height = max(width, 1), max(height, 1)
+        gy = ratio if ratio > 0 else math.ceil(height / p)
+        gx = ratio if ratio > 0 else math.ceil(width / q)
+        for i in range(p):
+            for j in range(q):
+                total = torch.zeros(y.shape[1], dtype=x.dtype)
+                for a in range(gy):
+                    for b in range(gx):
+                        v = y1 + (i + (a + 0.5) / gy) * height / p
+                        u = x1 + (j + (b + 0.5) / gx) * width / q
+                        if not (-1 <= v <= h and -1 <= u <= w):
+                            continue
+                        v, u = min(max(v, 0), h - 1), min(max(u, 0), w - 1)
+                        v0, u0 = int(v), int(u)
+                        v1, u1 = min(v0 + 1, h - 1), min(u0 + 1, w - 1)
+                        tv, tu = v - v0, u - u0
+                        own = slice(i * q + j, None, p * q) if position_sensitive else slice(None)
+                        at = x[int(image), own]
+                        total += (1 - tv) * ((1 - tu) * at[:, v0, u0] + tu * at[:, v0, u1])
+                        total += tv * ((1 - tu) * at[:, v1, u0] + tu * at[:, v1, u1])
+                y[r, :, i, j] = total / max(gy * gx, 1)
+    return y
+
+
+@pytest.mark.parametrize("ratio", [-1, 3])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_against_the_definition(backend, ratio, aligned):
+    x = torch.randn(2, 4, 9, 11, dtype=torch.float64)
+    rois = torch.tensor(room._MORE, dtype=torch.float64)
+    with forced(backend):
+        y = vision.roi_align(x, rois, (2, 2), 0.77, ratio, aligned)
+        torch.testing.assert_close(y, slow(x, rois, (2, 2), 0.77, ratio, aligned))
+        if aligned:
+            y = vision.ps_roi_align(x, rois, (2, 2), 0.77, ratio)
+            torch.testing.assert_close(y, slow(x, rois, (2, 2), 0.77, ratio, True, True))
+
+
+def pyramid(channels=4, dtype=torch.float32, batch=2, size=64):
+    g = torch.Generator().manual_seed(0)
+    maps = [torch.randn(batch, channels, size >> k, size >> k, generator=g).to(dtype) for k in (0, 1, 2, 3)]
+    corner = torch.rand(6, 2, generator=g) * size * 2
+    side = torch.tensor([4.0, 30, 70, 150, 300, 2000])[:, None] * (0.5 + torch.rand(6, 2, generator=g))
+    boxes = torch.cat((corner, corner + side), 1).to(dtype)
+    return (
+        OrderedDict(zip("abcd", maps)),
+        [boxes[::2], boxes[1::2]],
+        [(size * 4, size * 4 - 12), (size * 4 - 20, size * 4)],
+    )
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pyramid_equals_level_by_level(backend, channels_last):
+    maps, boxes, sizes = pyramid(size=32, batch=1 if backend == "triton" else 2)
+    boxes = [torch.cat(boxes)] if backend == "triton" else boxes
+    if channels_last:
+        maps = OrderedDict((k, v.contiguous(memory_format=torch.channels_last)) for k, v in maps.items())
+    maps = OrderedDict((k, v.requires_grad_()) for k, v in maps.items())
+    module = vision.MultiScaleRoIAlign(list(maps), 2, 2)
+    with forced(backend):
+        y = module(maps, boxes, sizes)
+        grads = torch.autograd.grad(y.sin().sum(), maps.values())
+    assert module.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    rois = torch.cat([torch.cat((torch.full_like(b[:, :1], i), b), 1) for i, b in enumerate(boxes)])
+    area = (rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])
+    levels = (4 + torch.log2(area.sqrt() / 224)).floor().clamp(2, 5).long() - 2
+    assert levels.unique().numel() == 4
+    expected = torch.zeros_like(y)
+    for k, (m, scale) in enumerate(zip(maps.values(), module.scales)):
+        own = room._truth(False)(m, rois[levels == k], (2, 2), scale, 2)
+        expected = expected.index_put((torch.where(levels == k)[0],), own.contiguous())
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    for m, a, b in zip(maps.values(), grads, torch.autograd.grad(expected.sin().sum(), maps.values())):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert a.stride() == m.stride()
+
+
+def test_pyramid_of_seven_levels_and_of_one():
+    maps = OrderedDict((str(k), torch.randn(1, 2, 256 >> k, 256 >> k)) for k in range(7))
+    boxes = [torch.tensor([[0.0, 0, 3, 3], [0, 0, 60, 60], [5, 5, 200, 250]])]
+    seven = vision.MultiScaleRoIAlign(list(maps), 2, 2, canonical_level=2, canonical_scale=16)(
+        maps, boxes, [(256, 256)]
+    )
+    for i, box in enumerate(boxes[0]):
+        level = (2 + ((box[2] - box[0]) * (box[3] - box[1])).sqrt().div(16).log2()).floor().clamp(0, 6).int().item()
+        one = vision.MultiScaleRoIAlign([str(level)], 2, 2)(maps, [box[None]], [(256, 256)])
+        torch.testing.assert_close(seven[i : i + 1], one)
+
+
+def test_second_gradient_of_a_pyramid():
+    maps, boxes, sizes = pyramid(1, torch.float64, size=8)
+    module = vision.MultiScaleRoIAlign(list(maps), 2, 1)
+    leaves = [m.requires_grad_() for m in maps.values()]
+    call = lambda *m: module(OrderedDict(zip(maps, m)), boxes, sizes)
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+def test_gradient_is_the_transpose(backend):
+    x = torch.randn(2, 3, 8, 9, dtype=torch.float64, requires_grad=True)
+    rois = torch.tensor(room._MORE, dtype=torch.float64)
+    with forced(backend):
+        y = vision.roi_align(x, rois, 3)
+        d = torch.randn_like(y)
+        (dx,) = torch.autograd.grad(y, x, d, create_graph=True)
+        (again,) = torch.autograd.grad(dx.square().sum() / 2, x, allow_unused=True)
+    torch.testing.assert_close((dx * x).sum(), (y * d).sum())
+    assert again is None or not again.any()
+
+
+def test_not_finite_rois_give_zeros(backend):
+    nan, inf = float("nan"), float("inf")
+    rois = torch.tensor([[0, nan, 0, 1, 1], [0, 0, 0, inf, 1], [0, -inf, -inf, inf, inf], [1, 0, 0, 2, 2.0]])
+    x = X.clone().requires_grad_()
+    with forced(backend):
+        y = vision.roi_align(x, rois, 2)
+        y.sum().backward()
+    assert not y[:3].any() and y[3].any()
+    assert not x.grad[0].any() and x.grad[1].any()
+
+
+@pytest.mark.parametrize("image", [-1.0, 2.0, 1e30, float("nan"), float("-inf")])
+@pytest.mark.parametrize("op", ["roi_align", "ps_roi_align"])
+def test_image_index_out_of_range(backend, image, op):
+    rois = torch.tensor([[image, 0, 0, 3, 3]])
+    with forced(backend), pytest.raises(RuntimeError):
+        getattr(vision, op)(X, rois, 1)
+
+
+@settings(max_examples=40, deadline=None, database=None)
+@given(
+    st.lists(st.lists(st.floats(-1e3, 1e3, width=32) | st.sampled_from([1e9, -1e9, 1e30]), min_size=4, max_size=4)),
+    st.integers(1, 4), st.integers(-1, 9), st.booleans(), st.booleans(), st.integers(0, 7),
+)  # fmt: skip
+def test_any_rois(boxes, size, ratio, aligned, channels_last, channels):
+    x = torch.randn(1, channels, 5, 6).contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+    y = vision.roi_align(x, [torch.tensor(boxes).reshape(-1, 4)], size, 1.0, ratio, aligned)
+    assert y.shape == (len(boxes), channels, size, size) and y.isfinite().all()
+    assert y.numel() == 0 or y.abs().max() <= x.abs().max() + 1e-5
+
+
+def test_lists_modules_and_repr():
+    boxes = [ROIS[:1, 1:], ROIS[1:, 1:]]
+    torch.testing.assert_close(vision.roi_align(X, boxes, 2), vision.roi_align(X, ROIS, 2))
+    module = vision.RoIAlign((2, 3), 0.5, 2, aligned=True)
+    torch.testing.assert_close(module(X, ROIS), vision.roi_align(X, ROIS, (2, 3), 0.5, 2, True))
+    assert repr(module) == "RoIAlign(output_size=(2, 3), spatial_scale=0.5, sampling_ratio=2, aligned=True)"
+    assert repr(vision.PSRoIAlign(3, 0.5, 2)) == "PSRoIAlign(output_size=3, spatial_scale=0.5, sampling_ratio=2)"
+    text = "MultiScaleRoIAlign(featmap_names=['a'], output_size=(7, 7), sampling_ratio=2)"
+    assert repr(vision.MultiScaleRoIAlign(["a"], 7, 2)) == text
+    assert vision.roi_align(X[:0], ROIS[:0], 2).shape == (0, 3, 2, 2)
+
+
+def test_bad_input():
+    align = vision.roi_align
+    refuses(RuntimeError, ("roi_align", "'input'", "[3, 5, 6]"), align, X[0], ROIS, 2)
+    refuses(RuntimeError, ("roi_align", "'boxes'", "[2, 4]"), align, X, ROIS[:, 1:], 2)
+    refuses(RuntimeError, ("roi_align", "'boxes'", "float64"), align, X, ROIS.double(), 2)
+    refuses(RuntimeError, ("roi_align", "'boxes'", "[1, 5]"), align, X, [ROIS[:1]], 2)
+    refuses(TypeError, ("roi_align", "'boxes'"), align, X, 3, 2)
+    refuses(ValueError, ("roi_align", "'output_size'", "(0, 2)"), align, X, ROIS, (0, 2))
+    refuses(ValueError, ("roi_align", "'sampling_ratio'", "-3"), align, X, ROIS, 2, 1.0, -3)
+    refuses(NotImplementedError, ("roi_align", "'input'", "int64"), align, X.long(), ROIS, 2)
+    refuses(RuntimeError, ("ps_roi_align", "'input'", "3 channels"), vision.ps_roi_align, X, ROIS, 2)
+    with pytest.raises(RuntimeError, match="image index 7"):
+        align(X, torch.tensor([[7.0, 0, 0, 1, 1]]), 2)
