@@ -1,9 +1,77 @@
 """The functions of torch.nn.functional, on pyops kernels."""
 
+from .ops.activation import (
+    celu,
+    elu,
+    gelu,
+    glu,
+    hardshrink,
+    hardsigmoid,
+    hardswish,
+    hardtanh,
+    leaky_relu,
+    logsigmoid,
+    mish,
+    prelu,
+    relu,
+    relu6,
+    relu_,
+    rrelu,
+    selu,
+    sigmoid,
+    sigmoid_,
+    silu,
+    softplus,
+    softshrink,
+    softsign,
+    tanh,
+    tanh_,
+    tanhshrink,
+    threshold,
+)
 from .ops.batch_norm import batch_norm
 from .ops.group_norm import group_norm, instance_norm
 from .ops.im2col import fold, unfold
 from .ops.layer_norm import layer_norm
 from .ops.rms_norm import rms_norm
+from .ops.softmax import log_softmax, softmax, softmin
 
-__all__ = ["batch_norm", "fold", "group_norm", "instance_norm", "layer_norm", "rms_norm", "unfold"]
+__all__ = [
+    "batch_norm",
+    "celu",
+    "elu",
+    "fold",
+    "gelu",
+    "glu",
+    "group_norm",
+    "hardshrink",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "instance_norm",
+    "layer_norm",
+    "leaky_relu",
+    "log_softmax",
+    "logsigmoid",
+    "mish",
+    "prelu",
+    "relu",
+    "relu6",
+    "relu_",
+    "rms_norm",
+    "rrelu",
+    "selu",
+    "sigmoid",
+    "sigmoid_",
+    "silu",
+    "softmax",
+    "softmin",
+    "softplus",
+    "softshrink",
+    "softsign",
+    "tanh",
+    "tanh_",
+    "tanhshrink",
+    "threshold",
+    "unfold",
+]

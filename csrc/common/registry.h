@@ -75,6 +75,10 @@ template <class T>
 struct ReturnText {
   static std::string text() { return schema_type<T>(); }
 };
+template <>
+struct ReturnText<void> {
+  static std::string text() { return "()"; }
+};
 template <class... T>
 struct ReturnText<std::tuple<T...>> {
   static std::string text() {

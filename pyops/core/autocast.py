@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import torch
 
-# op -> device types on which autocast runs it in float32. Elsewhere it runs in the dtype it is given.
+HALF = (torch.float16, torch.bfloat16)
+
+# op -> device types on which autocast runs it in float32. Elsewhere, or not listed, it keeps its dtype.
 FLOAT32_ON: dict[str, tuple[str, ...]] = {
     "layer_norm": ("cuda",),
     "rms_norm": ("cuda",),
     "group_norm": ("cuda",),
     "batch_norm": (),
     "instance_norm": (),
+    "log_softmax": ("cuda",),
+    "softmax": ("cuda",),
+    "softmin": ("cuda",),
+    "softplus": ("cuda",),
+}
+
+# op -> device types on which autocast runs it in its low precision: what torch counts with the matrix products.
+LOW_ON: dict[str, tuple[str, ...]] = {
+    "prelu": ("cpu", "cuda"),
 }
 
 
@@ -19,9 +30,8 @@ def cast(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.
     if not torch._C._is_any_autocast_enabled():
         return (x, *others)
     device = x.device.type
-    if device not in FLOAT32_ON[op] or not torch.is_autocast_enabled(device):
+    single, low = device in FLOAT32_ON.get(op, ()), device in LOW_ON.get(op, ())
+    if not (single or low) or not torch.is_autocast_enabled(device):
         return (x, *others)
-    return tuple(
-        t.float() if isinstance(t, torch.Tensor) and t.dtype in (torch.float16, torch.bfloat16) else t
-        for t in (x, *others)
-    )
+    dtype, of = (torch.float32, HALF) if single else (torch.get_autocast_dtype(device), (*HALF, torch.float32))
+    return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in of else t for t in (x, *others))

@@ -6,6 +6,7 @@ A view costs a microsecond, and as much again in the backward pass: none is made
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -48,6 +49,23 @@ def restore(y: torch.Tensor, shape: torch.Size, channels_last: bool) -> torch.Te
     if not channels_last or len(shape) == 2:
         return y if len(shape) == 3 else y.reshape(shape)
     return y.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def flatten_dense(x: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """``(flat, restore)``: x as one row in memory order, and what gives a row x's shape and strides.
+
+    A copy only where x has gaps or overlaps; then the result is contiguous.
+    """
+    shape = x.shape
+    if x.is_contiguous():
+        return x.view(-1), lambda y: y.view(shape)
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda d: -strides[d])
+    moved = x.permute(order)
+    if not moved.is_contiguous():
+        return x.contiguous().view(-1), lambda y: y.view(shape)
+    inverse = sorted(range(x.dim()), key=order.__getitem__)
+    return moved.view(-1), lambda y: y.view(moved.shape).permute(inverse)
 
 
 def _count(x: torch.Tensor) -> int:

@@ -1,0 +1,300 @@
+"""activation · Triton
+  activation   y = f(x),  dx = dy * f'(x);  f by number, as in csrc/common/activation.h
+  gated        y = a * f(b),  da = dy * f(b),  db = dy * a * f'(b)
+  prelu        y = x > 0 ? x : w[c] * x,  dx = x > 0 ? dy : w[c] * dy,  dw[c] = sum over x <= 0 of dy * x
+layout   activation: [N] flat · gated: x [M, 2, N], y [M, N] · prelu: x [N, C, S], w [C]
+mapping  a program takes BLOCK elements; dw: a program per channel
+memory   every input read once, every output written once; prelu's dw reads x and dy once more
+numerics in fp32 (fp64 for fp64)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._toolbox import Specimen, cdiv
+
+BLOCK = 1024
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1, by its series where the difference would cancel."""
+    s = x * (1.0 / 12.0) + 1.0
+    s = x * (1.0 / 11.0) * s + 1.0
+    s = x * (1.0 / 10.0) * s + 1.0
+    s = x * (1.0 / 9.0) * s + 1.0
+    s = x * (1.0 / 8.0) * s + 1.0
+    s = x * (1.0 / 7.0) * s + 1.0
+    s = x * (1.0 / 6.0) * s + 1.0
+    s = x * (1.0 / 5.0) * s + 1.0
+    s = x * (1.0 / 4.0) * s + 1.0
+    s = x * (1.0 / 3.0) * s + 1.0
+    s = x * (1.0 / 2.0) * s + 1.0
+    return tl.where(tl.abs(x) < 0.25, x * s, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def tanh(x):
+    t = expm1(-2.0 * tl.abs(x))
+    magnitude = -t / (t + 2.0)
+    return tl.where(x < 0.0, -magnitude, tl.where(x == x, magnitude, x))
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def normal_distribution(x):
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_tanh_argument(x):
+    return 0.7978845608028654 * (x + 0.044715 * x * x * x)
+
+
+@triton.jit
+def mish_factor(x):
+    """tanh(log(1 + exp(x))); from 20 on it is 1 in double."""
+    e = tl.exp(tl.where(x > 20.0, 20.0, x))
+    w = e * (e + 2.0)
+    return w / (w + 2.0)
+
+
+@triton.jit
+def value(x, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
+    if KIND == 0:  # relu
+        y = tl.where(x <= 0.0, 0.0, x)
+    elif KIND == 1:  # leaky_relu
+        y = tl.where(x > 0.0, x, x * A)
+    elif KIND == 2:  # elu, selu, celu
+        y = tl.where(x <= 0.0, (A * B) * expm1(tl.where(x <= 0.0, x, 0.0) * C), x * B)
+    elif KIND == 3:  # gelu
+        y = x * normal_distribution(x)
+    elif KIND == 4:  # gelu, tanh
+        y = 0.5 * x * (1.0 + tanh(gelu_tanh_argument(x)))
+    elif KIND == 5:  # silu
+        y = x / (1.0 + tl.exp(-x))
+    elif KIND == 6:  # mish
+        y = x * mish_factor(x)
+    elif KIND == 7:  # sigmoid
+        y = sigmoid(x)
+    elif KIND == 8:  # hardsigmoid
+        s = x + 3.0
+        y = tl.where(s < 0.0, 0.0, tl.where(s > 6.0, 6.0, s)) / 6.0
+    elif KIND == 9:  # hardswish
+        s = x + 3.0
+        y = x * (tl.where(s < 0.0, 0.0, tl.where(s > 6.0, 6.0, s)) / 6.0)
+    elif KIND == 10:  # hardtanh, relu6
+        y = tl.where(x < A, A, tl.where(x > B, B, x))
+    elif KIND == 11:  # softplus
+        z = x * A
+        y = tl.where(z > B, x, (tl.where(z > 0.0, z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))) / A)
+    elif KIND == 12:  # softsign
+        y = x / (1.0 + tl.abs(x))
+    elif KIND == 13:  # tanh
+        y = tanh(x)
+    elif KIND == 14:  # logsigmoid
+        y = tl.where(x > 0.0, 0.0, x) - tl.log(1.0 + tl.exp(-tl.abs(x)))
+    elif KIND == 15:  # hardshrink
+        y = tl.where(tl.abs(x) <= A, 0.0, x)
+    elif KIND == 16:  # softshrink
+        y = tl.where(x > A, x - A, tl.where(x < -A, x + A, x * 0.0))
+    elif KIND == 17:  # tanhshrink
+        y = x - tanh(x)
+    else:  # threshold
+        y = tl.where(x <= A, B, x)
+    return y
+
+
+@triton.jit
+def gradient(dy, x, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
+    if KIND == 0:
+        dx = tl.where(x <= 0.0, 0.0, dy)
+    elif KIND == 1:
+        dx = tl.where(x > 0.0, dy, dy * A)
+    elif KIND == 2:
+        dx = tl.where(x <= 0.0, dy * (A * B * C) * tl.exp(tl.where(x <= 0.0, x, 0.0) * C), dy * B)
+    elif KIND == 3:
+        dx = dy * (normal_distribution(x) + x * (0.3989422804014327 * tl.exp(x * x * -0.5)))
+    elif KIND == 4:
+        t = tanh(gelu_tanh_argument(x))
+        slope = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+        dx = dy * 0.5 * ((1.0 + t) + x * (1.0 - t * t) * slope)
+    elif KIND == 5:
+        s = sigmoid(x)
+        dx = dy * s * (1.0 + x * (1.0 - s))
+    elif KIND == 6:
+        t = mish_factor(x)
+        dx = dy * (t + x * (1.0 - t * t) * sigmoid(x))
+    elif KIND == 7:
+        s = sigmoid(x)
+        dx = dy * s * (1.0 - s)
+    elif KIND == 8:
+        dx = tl.where((x > -3.0) & (x < 3.0), dy / 6.0, 0.0)
+    elif KIND == 9:
+        dx = tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, dy * (x / 3.0 + 0.5), dy))
+    elif KIND == 10:
+        dx = tl.where((x <= A) | (x >= B), 0.0, dy)
+    elif KIND == 11:
+        z = x * A
+        dx = tl.where(z > B, dy, dy * sigmoid(z))
+    elif KIND == 12:
+        width = 1.0 + tl.abs(x)
+        dx = dy / (width * width)
+    elif KIND == 13:
+        t = tanh(x)
+        dx = dy * (1.0 - t * t)
+    elif KIND == 14:
+        e = tl.exp(-tl.abs(x))
+        dx = dy * (tl.where(x < 0.0, 1.0, e) / (1.0 + e))
+    elif KIND == 15 or KIND == 16:
+        dx = tl.where(tl.abs(x) <= A, 0.0, dy)
+    elif KIND == 17:
+        t = tanh(x)
+        dx = dy * (t * t)
+    else:
+        dx = tl.where(x <= A, 0.0, dy)
+    return dx
+
+
+@triton.jit
+def activation_kernel(
+    dy, x, y, N, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
+):
+    """y = f(x), or dy * f'(x) when dy is given."""
+    acc_t: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(x + at, mask=at < N, other=0.0).to(acc_t)
+    if dy is None:
+        out = value(v, KIND, A, B, C)
+    else:
+        out = gradient(tl.load(dy + at, mask=at < N, other=0.0).to(acc_t), v, KIND, A, B, C)
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=at < N)
+
+
+@triton.jit
+def gated_kernel(dy, x, y, M, N, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """y = a * f(b); when dy is given, y is dx."""
+    acc_t: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = i < M * N
+    at = i + i // N * N
+    a = tl.load(x + at, mask=valid, other=0.0).to(acc_t)
+    b = tl.load(x + at + N, mask=valid, other=0.0).to(acc_t)
+    gate = value(b, KIND, 0.0, 0.0, 0.0)
+    if dy is None:
+        tl.store(y + i, (a * gate).to(y.dtype.element_ty), mask=valid)
+    else:
+        g = tl.load(dy + i, mask=valid, other=0.0).to(acc_t)
+        tl.store(y + at, (g * gate).to(y.dtype.element_ty), mask=valid)
+        db = gradient(g * a, b, KIND, 0.0, 0.0, 0.0)
+        tl.store(y + at + N, db.to(y.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def prelu_kernel(dy, x, weight, y, total, C, S, BLOCK: tl.constexpr):
+    """y = prelu(x); when dy is given, y is dx."""
+    acc_t: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = at < total
+    v = tl.load(x + at, mask=valid, other=0.0).to(acc_t)
+    w = tl.load(weight + at // S % C, mask=valid, other=0.0).to(acc_t)
+    g = v
+    if dy is not None:
+        g = tl.load(dy + at, mask=valid, other=0.0).to(acc_t)
+    tl.store(y + at, tl.where(v > 0.0, g, g * w).to(y.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def prelu_weight_kernel(dy, x, dw, N, C, S, BLOCK: tl.constexpr):
+    """dw of one channel."""
+    acc_t: tl.constexpr = tl.float64 if dw.dtype.element_ty == tl.float64 else tl.float32
+    channel = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), acc_t)
+    for k in range(0, N * S, BLOCK):
+        i = k + tl.arange(0, BLOCK).to(tl.int64)
+        at = (i // S * C + channel) * S + i % S
+        v = tl.load(x + at, mask=i < N * S, other=0.0).to(acc_t)
+        g = tl.load(dy + at, mask=i < N * S, other=0.0).to(acc_t)
+        total += tl.where(v > 0.0, 0.0, v * g)
+    tl.store(dw + channel, tl.sum(total, 0).to(dw.dtype.element_ty))
+
+
+def _run(dy, x, y, kind, a, b, c):
+    n = x.numel()
+    if n:
+        activation_kernel[(cdiv(n, BLOCK),)](dy, x, y, n, KIND=kind, A=a, B=b, C=c, BLOCK=BLOCK)
+    return y
+
+
+def activation_fwd(x: torch.Tensor, kind: int, a: float, b: float, c: float) -> torch.Tensor:
+    return _run(None, x, torch.empty_like(x), kind, a, b, c)
+
+
+def activation_inplace(x: torch.Tensor, kind: int, a: float, b: float, c: float) -> None:
+    _run(None, x, x, kind, a, b, c)
+
+
+def activation_bwd(dy: torch.Tensor, x: torch.Tensor, kind: int, a: float, b: float, c: float) -> torch.Tensor:
+    return _run(dy, x, torch.empty_like(x), kind, a, b, c)
+
+
+def gated_fwd(x: torch.Tensor, kind: int) -> torch.Tensor:
+    m, _, n = x.shape
+    y = x.new_empty(m, n)
+    if m * n:
+        gated_kernel[(cdiv(m * n, BLOCK),)](None, x, y, m, n, KIND=kind, BLOCK=BLOCK)
+    return y
+
+
+def gated_bwd(dy: torch.Tensor, x: torch.Tensor, kind: int) -> torch.Tensor:
+    m, _, n = x.shape
+    dx = torch.empty_like(x)
+    if m * n:
+        gated_kernel[(cdiv(m * n, BLOCK),)](dy, x, dx, m, n, KIND=kind, BLOCK=BLOCK)
+    return dx
+
+
+def prelu_fwd(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    y = torch.empty_like(x)
+    if x.numel():
+        prelu_kernel[(cdiv(x.numel(), BLOCK),)](None, x, weight, y, x.numel(), x.shape[1], x.shape[2], BLOCK=BLOCK)
+    return y
+
+
+def prelu_bwd(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_dw: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    n, c, s = x.shape
+    dx, dw = torch.empty_like(x), weight.new_zeros(c if need_dw else 0)
+    if x.numel():
+        prelu_kernel[(cdiv(x.numel(), BLOCK),)](dy, x, weight, dx, x.numel(), c, s, BLOCK=BLOCK)
+        if need_dw:
+            prelu_weight_kernel[(c,)](dy, x, dw, n, c, s, BLOCK=BLOCK)
+    return dx, dw
+
+
+def specimens() -> list[Specimen]:
+    """What tests/triton_compile.py compiles: every function once in fp32, a few in all types."""
+    found = []
+    for kind in range(19):
+        for t in ("fp32", "bf16", "fp64") if kind in (0, 3) else ("fp32",):
+            types = {"dy": f"*{t}", "x": f"*{t}", "y": f"*{t}", "N": "i32"}
+            constants = {"KIND": kind, "A": 1.0, "B": 2.0, "C": 0.5, "BLOCK": BLOCK}
+            found.append(Specimen(activation_kernel, types, constants, 4))
+            found.append(Specimen(activation_kernel, types, constants | {"dy": None}, 4))
+    for t in ("fp32", "bf16"):
+        types = {"dy": f"*{t}", "x": f"*{t}", "y": f"*{t}", "M": "i32", "N": "i32"}
+        found.append(Specimen(gated_kernel, types, {"KIND": 7, "BLOCK": BLOCK}, 4))
+        sizes = {"C": "i32", "S": "i32"}
+        types = {"dy": f"*{t}", "x": f"*{t}", "weight": f"*{t}", "y": f"*{t}", "total": "i32"} | sizes
+        found.append(Specimen(prelu_kernel, types, {"BLOCK": BLOCK}, 4))
+        types = {"dy": f"*{t}", "x": f"*{t}", "dw": f"*{t}", "N": "i32"} | sizes
+        found.append(Specimen(prelu_weight_kernel, types, {"BLOCK": BLOCK}, 4))
+    return found
