@@ -201,6 +201,8 @@ def measure_case(
     """All rows of one case: each provider checked, the right ones timed in turns, ratios filled in."""
     if case.device == "cpu":
         torch.set_num_threads(threads)
+    else:
+        torch.backends.cudnn.benchmark = True  # torch at its best: cuDNN tries its algorithms before the timing
     tensors = fresh_inputs(room, case)
     oracle = Oracle(room, case, tensors)
     layouts: dict[bool, Tensors] = {}
