@@ -1,5 +1,6 @@
 """The functions of torch.nn.functional, on pyops kernels."""
 
+from .core.convolution import conv_algorithm
 from .ops.activation import (
     celu,
     elu,
@@ -30,6 +31,8 @@ from .ops.activation import (
     threshold,
 )
 from .ops.batch_norm import batch_norm
+from .ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from .ops.depthwise_conv import depthwise_conv
 from .ops.group_norm import group_norm, instance_norm
 from .ops.im2col import fold, unfold
 from .ops.layer_norm import layer_norm
@@ -39,6 +42,14 @@ from .ops.softmax import log_softmax, softmax, softmin
 __all__ = [
     "batch_norm",
     "celu",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_algorithm",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "depthwise_conv",
     "elu",
     "fold",
     "gelu",

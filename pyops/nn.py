@@ -27,6 +27,7 @@ from .ops.activation import (
     Threshold,
 )
 from .ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .ops.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .ops.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .ops.im2col import Fold, Unfold
 from .ops.layer_norm import LayerNorm
@@ -42,6 +43,12 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
     "Fold",
     "GroupNorm",
     "Hardshrink",

@@ -21,6 +21,8 @@ FLOAT32_ON: dict[str, tuple[str, ...]] = {
 
 # op -> device types on which autocast runs it in its low precision: what torch counts with the matrix products.
 LOW_ON: dict[str, tuple[str, ...]] = {
+    **{f"{name}{n}d": ("cpu", "cuda") for name in ("conv", "conv_transpose") for n in (1, 2, 3)},
+    "depthwise_conv": ("cpu", "cuda"),
     "prelu": ("cpu", "cuda"),
 }
 

@@ -1,0 +1,77 @@
+"""conv: dense convolutions, layers of ResNet-50 and EfficientNet."""
+
+from typing import Any
+
+import torch
+
+from .case import Case, Function, Provider, with_both_directions
+from .peers import standard_providers
+
+STEM = "conv"
+OPS = ("conv2d",)
+
+# (input, output channels, taps, stride)
+LAYERS: dict[tuple[int, ...], tuple[int, ...]] = {
+    (64, 56, 56): (64, 3, 1),
+    (128, 28, 28): (128, 3, 1),
+    (256, 14, 14): (256, 3, 1),
+    (512, 7, 7): (512, 3, 1),
+    (256, 56, 56): (64, 1, 1),
+    (96, 112, 112): (24, 1, 1),
+    (3, 224, 224): (32, 3, 2),
+    (256, 112, 112): (512, 3, 1),
+    # small ones for the check before the timing
+    (5, 9, 7): (6, 3, 1),
+    (16, 6, 6): (24, 1, 1),
+}
+
+
+def layer(case: Case) -> tuple[int, ...]:
+    return LAYERS[case.shape[1:]]
+
+
+def cases(device: str) -> list[Case]:
+    layers = [shape for shape in LAYERS if shape[-1] > 7 or shape[0] == 512][:7]
+    if device == "cpu":
+        both = [Case("conv2d", (n, *shape), quick=n == 1) for shape in layers for n in (1, 8)]
+        return with_both_directions(both)
+    half = [Case("conv2d", (64, *shape), torch.bfloat16, device, quick=shape[0] == 64) for shape in layers]
+    half.append(Case("conv2d", (1, 256, 112, 112), torch.bfloat16, device))
+    return with_both_directions([*half, Case("conv2d", (64, 64, 56, 56), torch.float32, device)])
+
+
+def tiny(device: str) -> list[Case]:
+    return [Case("conv2d", shape, device=device, backward=True) for shape in ((2, 5, 9, 7), (1, 16, 6, 6))]
+
+
+def shapes(case: Case) -> dict[str, tuple[int, ...]]:
+    k, taps, _ = layer(case)
+    return {"weight": (k, case.shape[1], taps, taps)}
+
+
+def _positions(case: Case) -> int:
+    _, taps, stride = layer(case)
+    p, q = ((s + 2 * (taps // 2) - taps) // stride + 1 for s in case.shape[2:])
+    return case.shape[0] * p * q
+
+
+def bytes(case: Case) -> int:
+    """Forward x, w → y; backward dy, x, w → dx, dw."""
+    k, taps, _ = layer(case)
+    x, y, w = case.numel, _positions(case) * k, k * case.shape[1] * taps * taps
+    return (x + y + w + (y + 2 * x + 2 * w) * case.backward) * case.dtype.itemsize
+
+
+def flops(case: Case) -> int:
+    """A product and a sum per tap, channel and output; the backward is two convolutions of the same size."""
+    k, taps, _ = layer(case)
+    return 2 * _positions(case) * k * case.shape[1] * taps * taps * (1 + 2 * case.backward)
+
+
+def bind(functional: Any, case: Case) -> Function:
+    _, taps, stride = layer(case)
+    return lambda t: functional.conv2d(t["x"], t["weight"], None, stride, taps // 2)
+
+
+def providers(case: Case) -> dict[str, Provider]:
+    return standard_providers(bind, case)

@@ -1,0 +1,79 @@
+// conv · CPU
+//   fwd    y[n,k,p] = b[k] + sum_{c,r} w[k,c,r] * x[n,c, p*stride - padding + r*dilation]
+//   dgrad  dx[n,c,h] = b[c] + sum of w[k,c,r] * dy[n,k,p] over k and the (p, r) that meet in h
+//   wgrad  dw[k,c,r] = sum_{n,p} dy[n,k,p] * x[n,c, p*stride - padding + r*dilation]
+// layout   x: [N, C, D, H, W] · w: [K, C/G, taps] · y: [N, K, space]; channels last x: [N, D, H, W, C] · w: [K, taps,
+// C/G] mapping  products of blocks in registers (gemm.h) of pixels packed as they are needed (conv_gemm.h) threads
+// blocks of pixels, then of output channels; wgrad: blocks of dw and ranges of pixels memory   packed blocks of at most
+// 512 KiB a thread, weights in portions of 16 MiB numerics sums in fp32 (fp64 for fp64), in an order that depends on
+// the shape alone
+#include "cpu/conv_gemm.h"
+
+#include "common/conv_binding.h"
+#include "common/registry.h"
+
+namespace pyops::PYOPS_CPU_CAPABILITY {
+namespace {
+
+// ---- binding
+
+using namespace conv;
+
+Tensor conv_fwd(const Tensor& x, const Tensor& w, const OptionalTensor& b, Ints stride, Ints padding, Ints dilation,
+                int64_t groups, bool channels_last, std::string) {
+  OpScope op("conv_fwd", x);
+  const Sizes s = fwd_sizes(op, x, w, groups, channels_last, stride, padding, dilation);
+  return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
+    Tensor y = image(op, x.scalar_type(), s.N, s.K, s.y, channels_last);
+    auto* px = image_in<scalar_t>(op, x, "x", s.N, s.C, s.x, channels_last);
+    auto* pw = image_in<scalar_t>(op, w, "w", s.K, s.C / s.G, s.r, channels_last);
+    auto* pb = op.in_optional<scalar_t>(b, "b", {s.K});
+    auto* py = image_out<scalar_t>(op, y, "y", s.N, s.K, s.y, channels_last);
+    if (s.N > 0)
+      conv_gemm::product(conv_gemm::problem_of(s, forward_space(s), false, channels_last), channels_last, px, pw, pb,
+                         py);
+    return y;
+  });
+}
+
+Tensor conv_dgrad(const Tensor& dy, const Tensor& w, const OptionalTensor& b, Ints size, Ints stride, Ints padding,
+                  Ints dilation, int64_t groups, bool channels_last, std::string) {
+  OpScope op("conv_dgrad", dy);
+  const Sizes s = dgrad_sizes(op, dy, w, size, groups, channels_last, stride, padding, dilation);
+  return dispatch_floating(op, dy.scalar_type(), [&]<class scalar_t>() {
+    Tensor dx = image(op, dy.scalar_type(), s.N, s.C, s.x, channels_last);
+    auto* pdy = image_in<scalar_t>(op, dy, "dy", s.N, s.K, s.y, channels_last);
+    auto* pw = image_in<scalar_t>(op, w, "w", s.K, s.C / s.G, s.r, channels_last);
+    auto* pb = op.in_optional<scalar_t>(b, "b", {s.C});
+    auto* pdx = image_out<scalar_t>(op, dx, "dx", s.N, s.C, s.x, channels_last);
+    if (s.N > 0)
+      each_phase(s, [&](const Space& space) {
+        conv_gemm::product(conv_gemm::problem_of(s, space, true, channels_last), channels_last, pdy, pw, pb, pdx);
+      });
+    return dx;
+  });
+}
+
+Tensor conv_wgrad(const Tensor& dy, const Tensor& x, Ints taps, Ints stride, Ints padding, Ints dilation,
+                  int64_t groups, bool channels_last, std::string) {
+  OpScope op("conv_wgrad", dy);
+  const Sizes s = wgrad_sizes(op, dy, x, taps, groups, channels_last, stride, padding, dilation);
+  return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
+    Tensor dw = image(op, x.scalar_type(), s.K, s.C / s.G, s.r, channels_last);
+    auto* pdy = image_in<scalar_t>(op, dy, "dy", s.N, s.K, s.y, channels_last);
+    auto* px = image_in<scalar_t>(op, x, "x", s.N, s.C, s.x, channels_last);
+    auto* pdw = image_out<scalar_t>(op, dw, "dw", s.K, s.C / s.G, s.r, channels_last);
+    conv_gemm::weight_gradient(s, channels_last, pdy, px, pdw);
+    return dw;
+  });
+}
+
+}  // namespace
+
+PYOPS_LIBRARY(m) {
+  PYOPS_IMPL(m, conv_fwd);
+  PYOPS_IMPL(m, conv_dgrad);
+  PYOPS_IMPL(m, conv_wgrad);
+}
+
+}  // namespace pyops::PYOPS_CPU_CAPABILITY

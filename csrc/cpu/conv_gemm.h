@@ -1,0 +1,448 @@
+// Convolution as a product of matrices that are never formed (im2col in blocks that stay in L2), both layouts.
+//
+//   NCHW   Y[k, pixel] = W[k, (c,tap)] * Col[(c,tap), pixel]     lanes over pixels; Col is packed from image rows
+//   NHWC   Y[pixel, k] = Col[pixel, (tap,c)] * W^T[(tap,c), k]   lanes over output channels; W^T is packed once
+//   wgrad  dW[k, ct]   = dY[k, pixel] * Col[pixel, ct]           lanes over (c,tap); partial sums over ranges of pixels
+//
+// Forward and gradient in the input run through the same code (common/conv.h).
+#pragma once
+
+#include "common/conv.h"
+#include "cpu/gemm.h"
+#include "cpu/parallel.h"
+
+namespace pyops::PYOPS_CPU_CAPABILITY::conv_gemm {
+
+using conv::Axis;
+using conv::Sizes;
+using conv::Space;
+
+// Elements of packed B that share L2 with a panel of A.
+inline constexpr int64_t block_bytes = 512 << 10;
+// Elements of the buffer that packs weights, at most.
+inline constexpr int64_t weight_bytes = 16 << 20;
+
+// Tasks that are worth a thread, each of `products` multiplications.
+inline int64_t task_grain(int64_t products) { return ceil_div(1 << 18, std::max<int64_t>(products, 1)); }
+
+// Where weight (g, m, c, tap) stands: m is an output channel of the product, c one that is summed over.
+struct Weights {
+  int64_t g, m, c, tap;
+};
+
+struct Problem {
+  int64_t N, G, M, C;  // examples, groups; output and summed channels of one group
+  Space space;
+  Weights at;
+  int64_t taps_h, taps_w;  // of the whole filter, to number its taps
+
+  // Number of tap j of this phase in the filter.
+  int64_t tap(int64_t j) const {
+    const int64_t jw = j % space.w.taps, jh = j / space.w.taps % space.h.taps, jd = j / space.w.taps / space.h.taps;
+    const int64_t d = space.d.w_base + jd * space.d.w_step, h = space.h.w_base + jh * space.h.w_step;
+    return (d * taps_h + h) * taps_w + space.w.w_base + jw * space.w.w_step;
+  }
+  int64_t K() const { return C * space.taps(); }
+};
+
+inline Problem problem_of(const Sizes& s, const Space& space, bool transposed, bool channels_last) {
+  const int64_t Cg = s.C / s.G, Kg = s.K / s.G, T = s.taps();
+  Weights at = channels_last ? Weights{Kg * T * Cg, T * Cg, 1, Cg} : Weights{Kg * Cg * T, Cg * T, T, 1};
+  if (transposed) std::swap(at.m, at.c);
+  return {s.N, s.G, transposed ? Cg : Kg, transposed ? Kg : Cg, space, at, s.r[1], s.r[2]};
+}
+
+// A pixel of the output, numbered over examples and positions.
+struct Pixel {
+  int64_t n;
+  int32_t d, h, w;
+};
+inline Pixel pixel_at(const Space& s, int64_t i) {
+  const int64_t in = s.positions(), at = i % in;
+  return {i / in, int32_t(at / s.w.count / s.h.count), int32_t(at / s.w.count % s.h.count), int32_t(at % s.w.count)};
+}
+inline int64_t out_offset(const Space& s, const Pixel& p) {
+  return ((int64_t(s.d.out_base) + int64_t(p.d) * s.d.out_step) * s.h.out_size + s.h.out_base +
+          int64_t(p.h) * s.h.out_step) *
+             s.w.out_size +
+         s.w.out_base + int64_t(p.w) * s.w.out_step;
+}
+
+// Pixels next to each other in one output row and one panel.
+struct Run {
+  Pixel first;
+  int64_t count, at;  // at: position in the block
+};
+inline void runs_of(const Space& s, int64_t begin, int64_t end, int64_t panel, std::vector<Run>& runs) {
+  runs.clear();
+  for (int64_t i = begin; i < end;) {
+    const Pixel p = pixel_at(s, i);
+    const int64_t room = panel - (i - begin) % panel;
+    const int64_t count = std::min({int64_t(s.w.count) - p.w, room, end - i});
+    runs.push_back({p, count, i - begin});
+    i += count;
+  }
+}
+
+// to[0..n) = x_row[offset + i*step], zero outside [0, size).
+template <class acc_t, class T>
+PYOPS_INLINE void gather_run(acc_t* to, const T* row, int64_t offset, int64_t step, int64_t size, int64_t n) {
+  int64_t low, high;
+  if (step == 1) {
+    low = std::clamp<int64_t>(-offset, 0, n);
+    high = std::clamp<int64_t>(size - offset, low, n);
+    for (int64_t i = 0; i < low; ++i) to[i] = acc_t(0);
+    each_vector<acc_t>(high - low, [&](int64_t i, auto lanes) {
+      Vec<acc_t>::load(row + offset + low + i, lanes).store(to + low + i, lanes);
+    });
+    for (int64_t i = high; i < n; ++i) to[i] = acc_t(0);
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t at = offset + i * step;
+    to[i] = at >= 0 && at < size ? acc_t(row[at]) : acc_t(0);
+  }
+}
+
+// Row of the image that run `r` reads through tap (jd, jh), in elements from the start of its plane; -1 outside.
+inline int64_t row_of(const Space& s, const Run& r, int32_t jd, int32_t jh) {
+  const int32_t d = s.d.input(r.first.d, jd), h = s.h.input(r.first.h, jh);
+  return d < 0 || d >= s.d.size || h < 0 || h >= s.h.size ? -1 : (int64_t(d) * s.h.size + h) * s.w.size;
+}
+
+// Weights of all groups as rows [(g, m)][(c, tap)] of acc_t: in place where they stand so already.
+template <class scalar_t, class acc_t>
+const acc_t* weight_rows(const Problem& p, const scalar_t* w, Buffer<acc_t>& buffer, int64_t first_m, int64_t count_m) {
+  const int64_t T = p.space.taps();
+  parallel_for(p.G * count_m, ceil_div(4096, std::max<int64_t>(p.K(), 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const scalar_t* from = w + i / count_m * p.at.g + (first_m + i % count_m) * p.at.m;
+      acc_t* to = buffer.get() + i * p.K();
+      for (int64_t c = 0; c < p.C; ++c)
+        for (int64_t j = 0; j < T; ++j) to[c * T + j] = acc_t(from[c * p.at.c + p.tap(j) * p.at.tap]);
+    }
+  });
+  return buffer.get();
+}
+
+template <class scalar_t>
+void planes(const Problem& p, const scalar_t* x, const scalar_t* w, const scalar_t* bias, scalar_t* y) {
+  using acc_t = accumulate_t<scalar_t>;
+  using V = Vec<acc_t>;
+  constexpr int64_t R = Tile<acc_t>::rows, L = Tile<acc_t>::columns;
+  const Space& s = p.space;
+  const int64_t K = p.K(), T = s.taps(), pixels = p.N * s.positions();
+  const int64_t in_plane = s.in_plane(), out_plane = s.out_plane();
+  // Rows (c, tap) of w are used as they stand in the forward of float; else they are copied, a portion of m at a time.
+  const bool in_place = std::is_same_v<scalar_t, acc_t> && p.at.tap == 1 && p.at.c == T && p.at.m == K;
+  const int64_t fits = std::max<int64_t>(weight_bytes / int64_t(sizeof(acc_t)) / std::max<int64_t>(K * p.G, 1), R);
+  const int64_t portion = in_place ? p.M : std::min(p.M, fits);
+  Buffer<acc_t> arranged(in_place ? 0 : p.G * portion * K);
+
+  const int64_t width = std::max<int64_t>(block_bytes / int64_t(sizeof(acc_t)) / std::max<int64_t>(K, 1) / L, 1) * L;
+  const int64_t blocks = ceil_div(pixels, std::min<int64_t>(width, ceil_div(pixels, L) * L));
+  const int64_t block = ceil_div(ceil_div(pixels, blocks), L) * L;
+  for (int64_t m0 = 0; m0 < p.M; m0 += portion) {
+    const int64_t M = std::min(portion, p.M - m0);
+    const acc_t* rows;
+    if constexpr (std::is_same_v<scalar_t, acc_t>)
+      rows = in_place ? w : weight_rows(p, w, arranged, m0, M);
+    else
+      rows = weight_rows(p, w, arranged, m0, M);
+    // With few blocks the rows are split as well; what one thread packs another may pack again.
+    const int64_t wanted = 4 * thread_count(), tasks = p.G * ceil_div(pixels, block);
+    const int64_t splits = thread_count() == 1 || p.G * M * K * pixels < (1 << 20)
+                               ? 1
+                               : std::clamp<int64_t>(ceil_div(wanted, tasks), 1, ceil_div(M, R));
+    const int64_t share = ceil_div(ceil_div(M, splits), R) * R;
+    parallel_for(tasks * splits, task_grain(K * share * block), [&](int64_t begin, int64_t end) {
+      Buffer<acc_t> a(Tile<acc_t>::packed_a(R, K)), b(block * K);
+      alignas(64) acc_t tile[R * L];
+      std::vector<Run> runs;
+      std::vector<int64_t> row;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t g = task / splits % p.G, first = task / splits / p.G * block, part = task % splits;
+        const int64_t last = std::min(first + block, pixels);
+        runs_of(s, first, last, L, runs);
+        row.resize(runs.size());
+        if ((last - first) % L != 0)
+          std::memset(b.get() + (last - first) / L * L * K, 0, size_t(L * K) * sizeof(acc_t));
+        for (int64_t j = 0; j < T; ++j) {
+          const int32_t jw = int32_t(j % s.w.taps), jh = int32_t(j / s.w.taps % s.h.taps);
+          const int32_t jd = int32_t(j / s.w.taps / s.h.taps);
+          for (size_t i = 0; i < runs.size(); ++i) row[i] = row_of(s, runs[i], jd, jh);
+          for (int64_t c = 0; c < p.C; ++c) {
+            const scalar_t* plane = x + (g * p.C + c) * in_plane;
+            acc_t* to = b.get() + (c * T + j) * L;
+            for (size_t i = 0; i < runs.size(); ++i) {
+              const Run& r = runs[i];
+              acc_t* lane = to + r.at / L * L * K + r.at % L;
+              if (row[i] < 0)
+                std::fill_n(lane, r.count, acc_t(0));
+              else
+                gather_run(lane, plane + r.first.n * p.G * p.C * in_plane + row[i], s.w.input(r.first.w, jw),
+                           int64_t(s.w.in_step), int64_t(s.w.size), r.count);
+            }
+          }
+        }
+        const int64_t m_end = std::min((part + 1) * share, M);
+        for (int64_t m = part * share; m < m_end; m += R) {
+          const int64_t count = std::min(R, m_end - m), padded = Tile<acc_t>::round(count);
+          for (int64_t i = 0; i < count; ++i) pack_a_run(a.get(), padded, i, 0, rows + (g * M + m + i) * K, K);
+          size_t i = 0;
+          for (int64_t q = 0; q < last - first; q += L) {
+            tile_product(padded, std::min(L, last - first - q), K, a.get(), b.get() + q * K, tile);
+            for (; i < runs.size() && runs[i].at < q + L; ++i) {
+              const Run& r = runs[i];
+              const int64_t step = s.w.out_step, k0 = g * p.M + m0 + m;
+              scalar_t* to = y + (r.first.n * p.G * p.M + k0) * out_plane + out_offset(s, r.first);
+              for (int64_t k = 0; k < count; ++k, to += out_plane) {
+                const acc_t* from = tile + k * L + r.at - q;
+                const V add(bias ? acc_t(bias[k0 + k]) : acc_t(0));
+                if (step == 1)
+                  each_vector<acc_t>(
+                      r.count, [&](int64_t e, auto lanes) { (V::load(from + e, lanes) + add).store(to + e, lanes); });
+                else
+                  for (int64_t e = 0; e < r.count; ++e) to[e * step] = scalar_t(from[e] + add.v[0]);
+              }
+            }
+          }
+        }
+      }
+    });
+  }
+}
+
+// Weights of one group as panels [k panel][(tap, c)][lanes].
+template <class scalar_t, class acc_t>
+void weight_panels(const Problem& p, const scalar_t* w, acc_t* to, int64_t first_m, int64_t count_m) {
+  constexpr int64_t L = Tile<acc_t>::columns;
+  const int64_t K = p.K(), T = p.space.taps(), panels = ceil_div(count_m, L);
+  parallel_for(panels * T, ceil_div(1 << 14, p.C * L), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = i / T, j = i % T, lanes = std::min(L, count_m - panel * L);
+      const scalar_t* from = w + (first_m + panel * L) * p.at.m + p.tap(j) * p.at.tap;
+      acc_t* at = to + panel * K * L + j * p.C * L;
+      if (lanes < L) std::memset(at, 0, size_t(p.C * L) * sizeof(acc_t));
+      if (p.at.m == 1) {
+        for (int64_t c = 0; c < p.C; ++c)
+          each_vector<acc_t>(lanes, [&](int64_t l, auto which) {
+            Vec<acc_t>::load(from + c * p.at.c + l, which).store(at + c * L + l, which);
+          });
+        continue;
+      }
+      // eight channels of every lane at a time: reads stay in a cache line, and so do writes
+      for (int64_t c0 = 0; c0 < p.C; c0 += 8)
+        for (int64_t l = 0; l < lanes; ++l)
+          for (int64_t c = c0; c < std::min(c0 + 8, p.C); ++c) at[c * L + l] = acc_t(from[l * p.at.m + c * p.at.c]);
+    }
+  });
+}
+
+// Row i of a panel of A: what pixel `pixel` reads through all taps, for the group at `image`. at: [T] offsets, -1
+// outside. Where the taps of a row and their channels stand together in memory they are one run.
+template <class scalar_t, class acc_t>
+PYOPS_INLINE void pack_pixel(const Problem& p, acc_t* panel, int64_t rows, int64_t i, const int64_t* at,
+                             const scalar_t* image) {
+  const int64_t S = p.space.w.taps, T = p.space.taps(), pitch = p.G * p.C;
+  const bool together = p.G == 1 && p.space.w.tap_step == 1;
+  for (int64_t j = 0; j < T;) {
+    int64_t count = 1;
+    if (together || at[j] < 0)
+      while (count < S - j % S && (at[j + count] < 0) == (at[j] < 0)) ++count;
+    if (at[j] < 0)
+      pack_a_strided(panel, rows, i, j * p.C, static_cast<const scalar_t*>(nullptr), 0, count * p.C);
+    else
+      pack_a_run(panel, rows, i, j * p.C, image + at[j] * pitch, count * p.C);
+    j += count;
+  }
+}
+
+template <class scalar_t>
+void channels_last(const Problem& p, const scalar_t* x, const scalar_t* w, const scalar_t* bias, scalar_t* y) {
+  using acc_t = accumulate_t<scalar_t>;
+  using V = Vec<acc_t>;
+  constexpr int64_t R = Tile<acc_t>::rows, L = Tile<acc_t>::columns;
+  const Space& s = p.space;
+  const int64_t K = p.K(), T = s.taps(), pixels = p.N * s.positions(), in_plane = s.in_plane();
+  const int64_t fits = weight_bytes / int64_t(sizeof(acc_t)) / std::max<int64_t>(K, 1) / L;
+  // Panels of a portion of the output channels, of as many groups as fit.
+  const int64_t portion = std::min(ceil_div(p.M, L), std::max<int64_t>(fits, 1)) * L;
+  const int64_t groups = std::clamp<int64_t>(fits * L / portion, 1, p.G);
+  Buffer<acc_t> panels(groups * portion * K);
+  for (int64_t g0 = 0; g0 < p.G; g0 += groups)
+    for (int64_t m0 = 0; m0 < p.M; m0 += portion) {
+      const int64_t M = std::min(portion, p.M - m0), G = std::min(groups, p.G - g0);
+      for (int64_t g = 0; g < G; ++g) weight_panels(p, w + (g0 + g) * p.at.g, panels.get() + g * portion * K, m0, M);
+      const int64_t grain = task_grain(K * M * G * R);
+      parallel_for(ceil_div(pixels, R), grain, [&](int64_t begin, int64_t end) {
+        Buffer<acc_t> a(Tile<acc_t>::packed_a(R, K));
+        Buffer<int64_t> at(R * T);
+        alignas(64) acc_t tile[R * L];
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t count = std::min(R, pixels - block * R), padded = Tile<acc_t>::round(count);
+          scalar_t* to[R];
+          const scalar_t* image[R];
+          for (int64_t i = 0; i < count; ++i) {
+            const Pixel pixel = pixel_at(s, block * R + i);
+            to[i] = y + (pixel.n * s.out_plane() + out_offset(s, pixel)) * p.G * p.M + m0;
+            image[i] = x + pixel.n * in_plane * p.G * p.C;
+            int64_t* offset = at.get() + i * T;
+            for (int32_t jd = 0; jd < s.d.taps; ++jd)
+              for (int32_t jh = 0; jh < s.h.taps; ++jh) {
+                const int64_t d = s.d.input(pixel.d, jd), h = s.h.input(pixel.h, jh);
+                const bool row = d >= 0 && d < s.d.size && h >= 0 && h < s.h.size;
+                for (int32_t jw = 0; jw < s.w.taps; ++jw) {
+                  const int64_t v = s.w.input(pixel.w, jw);
+                  *offset++ = row && v >= 0 && v < s.w.size ? (d * s.h.size + h) * s.w.size + v : -1;
+                }
+              }
+          }
+          for (int64_t g = 0; g < G; ++g) {
+            for (int64_t i = 0; i < count; ++i)
+              pack_pixel(p, a.get(), padded, i, at.get() + i * T, image[i] + (g0 + g) * p.C);
+            for (int64_t m = 0; m < M; m += L) {
+              const int64_t used = std::min(L, M - m), k = (g0 + g) * p.M + m;
+              tile_product(padded, used, K, a.get(), panels.get() + (g * portion + m) * K, tile);
+              for (int64_t i = 0; i < count; ++i)
+                each_vector<acc_t>(used, [&](int64_t e, auto lanes) {
+                  V value = V::load(tile + i * L + e, lanes);
+                  if (bias) value += V::load(bias + m0 + k + e, lanes);
+                  value.store(to[i] + k + e, lanes);
+                });
+            }
+          }
+        }
+      });
+    }
+}
+
+template <class scalar_t>
+void product(const Problem& p, bool channels_last_layout, const scalar_t* x, const scalar_t* w, const scalar_t* bias,
+             scalar_t* y) {
+  if (channels_last_layout)
+    channels_last(p, x, w, bias, y);
+  else
+    planes(p, x, w, bias, y);
+}
+
+// ---- gradient in the weight
+
+// dy, x to dw of shape [K, C/G, taps], or [K, taps, C/G]. Columns ct are (c, tap), or (tap, c) channels last.
+template <class scalar_t>
+void weight_gradient(const Sizes& z, bool last, const scalar_t* dy, const scalar_t* x, scalar_t* dw) {
+  using acc_t = accumulate_t<scalar_t>;
+  using V = Vec<acc_t>;
+  constexpr int64_t R = Tile<acc_t>::rows, L = Tile<acc_t>::columns, depth = 256;
+  const Space s = conv::forward_space(z);
+  const int64_t M = z.K / z.G, C = z.C / z.G, T = z.taps(), CT = C * T, pixels = z.N * s.positions();
+  const int64_t in_plane = s.in_plane(), out_plane = s.out_plane();
+  const int64_t width = std::min(ceil_div(CT, L) * L, std::max<int64_t>(256, L)), blocks = ceil_div(CT, width);
+  // Ranges of pixels by shape alone, so that the sums do not depend on the number of threads.
+  const int64_t most = std::max<int64_t>((8 << 20) / int64_t(sizeof(acc_t)) / (z.K * CT), 1);
+  const int64_t splits =
+      std::clamp<int64_t>(8 / (z.G * blocks), 1, std::clamp<int64_t>(ceil_div(pixels, 4 * depth), 1, most));
+  const int64_t range = ceil_div(ceil_div(pixels, splits), depth) * depth;
+  Buffer<acc_t> partial(splits > 1 ? splits * z.K * CT : 0);
+  parallel_for(z.G * blocks * splits, task_grain(range * M * width), [&](int64_t begin, int64_t end) {
+    Buffer<acc_t> a(Tile<acc_t>::packed_a(R, depth)), b(depth * width), sum(M * width), rows(L * depth);
+    alignas(64) acc_t tile[R * L];
+    std::vector<Run> runs;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t split = task % splits, g = task / splits % z.G, ct0 = task / splits / z.G * width;
+      const int64_t columns = std::min(width, CT - ct0), padded_columns = ceil_div(columns, L) * L;
+      std::memset(sum.get(), 0, size_t(M * width) * sizeof(acc_t));
+      for (int64_t first = split * range; first < std::min((split + 1) * range, pixels); first += depth) {
+        const int64_t n = std::min({depth, pixels - first, (split + 1) * range - first});
+        runs_of(s, first, first + n, depth, runs);
+        if (last) {
+          // B[pixel][(tap, c)]: channels are contiguous
+          for (const Run& r : runs)
+            for (int64_t i = 0; i < r.count; ++i) {
+              const scalar_t* image = x + r.first.n * in_plane * z.C + g * C;
+              for (int64_t ct = 0; ct < columns;) {
+                const int64_t j = (ct0 + ct) / C, c = (ct0 + ct) % C;
+                const int32_t jw = int32_t(j % s.w.taps), jh = int32_t(j / s.w.taps % s.h.taps);
+                const int32_t jd = int32_t(j / s.w.taps / s.h.taps);
+                const int64_t count = std::min({C - c, columns - ct, L - ct % L});
+                const int64_t at =
+                    s.input(s.d.input(r.first.d, jd), s.h.input(r.first.h, jh), s.w.input(r.first.w + int32_t(i), jw));
+                acc_t* to = b.get() + ct / L * L * depth + (r.at + i) * L + ct % L;
+                if (at < 0)
+                  std::fill_n(to, count, acc_t(0));
+                else
+                  each_vector<acc_t>(count, [&](int64_t e, auto lanes) {
+                    V::load(image + at * z.C + c + e, lanes).store(to + e, lanes);
+                  });
+                ct += count;
+              }
+            }
+        } else {
+          // rows [(c, tap)][pixel] of one panel, then turned
+          for (int64_t p0 = 0; p0 < columns; p0 += L) {
+            const int64_t lanes = std::min(L, columns - p0);
+            for (int64_t l = 0; l < lanes; ++l) {
+              const int64_t c = (ct0 + p0 + l) / T, j = (ct0 + p0 + l) % T;
+              const int32_t jw = int32_t(j % s.w.taps), jh = int32_t(j / s.w.taps % s.h.taps);
+              const int32_t jd = int32_t(j / s.w.taps / s.h.taps);
+              for (const Run& r : runs) {
+                const int64_t row = row_of(s, r, jd, jh);
+                if (row < 0)
+                  std::fill_n(rows.get() + l * depth + r.at, r.count, acc_t(0));
+                else
+                  gather_run(rows.get() + l * depth + r.at, x + (r.first.n * z.C + g * C + c) * in_plane + row,
+                             s.w.input(r.first.w, jw), int64_t(s.w.in_step), int64_t(s.w.size), r.count);
+              }
+            }
+            acc_t* to = b.get() + p0 * depth;
+            for (int64_t i0 = 0; i0 < n; i0 += 16)
+              for (int64_t l = 0; l < lanes; ++l)
+                for (int64_t i = i0; i < std::min(i0 + 16, n); ++i) to[i * L + l] = rows[l * depth + i];
+          }
+        }
+        for (int64_t m = 0; m < M; m += R) {
+          const int64_t count = std::min(R, M - m), padded = Tile<acc_t>::round(count);
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t k = g * M + m + i;
+            for (const Run& r : runs) {
+              const int64_t at = out_offset(s, r.first);
+              if (last)
+                pack_a_strided(a.get(), padded, i, r.at, dy + (r.first.n * out_plane + at) * z.K + k, z.K, r.count);
+              else
+                pack_a_run(a.get(), padded, i, r.at, dy + (r.first.n * z.K + k) * out_plane + at, r.count);
+            }
+          }
+          for (int64_t q = 0; q < padded_columns; q += L) {
+            tile_product(padded, std::min(L, columns - q), n, a.get(), b.get() + q * depth, tile);
+            for (int64_t i = 0; i < count; ++i)
+              each_vector<acc_t>(std::min(L, columns - q), [&](int64_t e, auto lanes) {
+                acc_t* to = sum.get() + (m + i) * width + q + e;
+                (V::load(to, lanes) + V::load(tile + i * L + e, lanes)).store(to, lanes);
+              });
+          }
+        }
+      }
+      for (int64_t m = 0; m < M; ++m) {
+        const int64_t at = (g * M + m) * CT + ct0;
+        each_vector<acc_t>(columns, [&](int64_t e, auto lanes) {
+          const V value = V::load(sum.get() + m * width + e, lanes);
+          if (splits > 1)
+            value.store(partial.get() + split * z.K * CT + at + e, lanes);
+          else
+            value.store(dw + at + e, lanes);
+        });
+      }
+    }
+  });
+  if (splits == 1) return;
+  parallel_for(z.K, ceil_div(4096, CT), [&](int64_t begin, int64_t end) {
+    each_vector<acc_t>((end - begin) * CT, [&](int64_t i, auto lanes) {
+      V total;
+      for (int64_t split = 0; split < splits; ++split)
+        total += V::load(partial.get() + split * z.K * CT + begin * CT + i, lanes);
+      total.store(dw + begin * CT + i, lanes);
+    });
+  });
+}
+
+}  // namespace pyops::PYOPS_CPU_CAPABILITY::conv_gemm

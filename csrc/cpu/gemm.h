@@ -1,0 +1,123 @@
+// Matrix product in registers: a tile of R rows and two vectors of columns is summed over all of K without touching
+// memory. The caller packs the operands and stores the tile, so that what is multiplied need not exist as a matrix:
+// a convolution packs pixels of an image (conv.cpp).
+//
+//   Tile<acc_t>::rows, Tile<acc_t>::columns     the largest tile
+//   tile_product(rows, columns, K, a, b, tile)  tile[m * Tile::columns + n] = sum_k A[m,k] * B[k,n]
+//
+// packed operands
+//   A  a chunk of 16 k at a time, row after row within a chunk: a[(k / 16) * rows * 16 + m * 16 + k % 16]. A chunk of a
+//      row is one cache line of float, so packing copies lines, and the product reads one stream.
+//   B  row after row of Tile::columns: b[k * Tile::columns + n]
+// `rows` is one of Tile::round(m), of which the rows past m are computed and never looked at.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/simd.h"
+
+namespace pyops::PYOPS_CPU_CAPABILITY {
+
+inline constexpr int64_t chunk = 16;
+
+template <class acc_t>
+struct Tile {
+  static constexpr int64_t vector = Vec<acc_t>::width;
+  static constexpr int64_t columns = 2 * vector;
+#if defined(__AVX512F__)
+  static constexpr int64_t rows = 14;
+#else
+  static constexpr int64_t rows = 6;
+#endif
+  static constexpr int64_t round(int64_t m) { return m <= 1 ? 1 : (m + 1) / 2 * 2; }
+  static constexpr int64_t packed_a(int64_t rows, int64_t K) { return ceil_div(K, chunk) * chunk * rows; }
+};
+
+namespace gemm {
+
+template <int rows, int vectors, class acc_t>
+void tile_kernel(int64_t K, const acc_t* __restrict__ a, const acc_t* __restrict__ b, acc_t* __restrict__ tile) {
+  using V = Vec<acc_t>;
+  constexpr int64_t columns = Tile<acc_t>::columns;
+  V sum[rows][vectors];
+  for (int64_t k0 = 0; k0 < K; k0 += chunk, a += rows * chunk) {
+    const int64_t n = K - k0 < chunk ? K - k0 : chunk;
+    for (int64_t k = 0; k < n; ++k, b += columns) {
+      V right[vectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) right[v] = V::load(b + v * V::width);
+#pragma GCC unroll 16
+      for (int m = 0; m < rows; ++m) {
+        const V left(a[m * chunk + k]);
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; ++v) sum[m][v] = fma(left, right[v], sum[m][v]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) sum[m][v].store(tile + m * columns + v * V::width);
+}
+
+template <int vectors, class acc_t>
+void tile_rows(int64_t rows, int64_t K, const acc_t* a, const acc_t* b, acc_t* tile) {
+  switch (rows) {
+    case 1:
+      return tile_kernel<1, vectors>(K, a, b, tile);
+    case 2:
+      return tile_kernel<2, vectors>(K, a, b, tile);
+    case 4:
+      return tile_kernel<4, vectors>(K, a, b, tile);
+    case 6:
+      return tile_kernel<6, vectors>(K, a, b, tile);
+#if defined(__AVX512F__)
+    case 8:
+      return tile_kernel<8, vectors>(K, a, b, tile);
+    case 10:
+      return tile_kernel<10, vectors>(K, a, b, tile);
+    case 12:
+      return tile_kernel<12, vectors>(K, a, b, tile);
+    default:
+      return tile_kernel<14, vectors>(K, a, b, tile);
+#endif
+  }
+}
+
+}  // namespace gemm
+
+template <class acc_t>
+inline void tile_product(int64_t rows, int64_t columns, int64_t K, const acc_t* a, const acc_t* b, acc_t* tile) {
+  if (columns <= Vec<acc_t>::width)
+    gemm::tile_rows<1>(rows, K, a, b, tile);
+  else
+    gemm::tile_rows<2>(rows, K, a, b, tile);
+}
+
+// Packs row m of A (n elements at `from`, contiguous, from position k on) into a panel of `rows` rows.
+template <class acc_t, class T>
+PYOPS_INLINE void pack_a_run(acc_t* panel, int64_t rows, int64_t m, int64_t k, const T* from, int64_t n) {
+  acc_t* line = panel + (k / chunk) * rows * chunk + m * chunk;
+  int64_t at = k % chunk;
+  for (int64_t i = 0; i < n; line += rows * chunk, at = 0) {
+    const int64_t count = std::min(chunk - at, n - i);
+    if (count == chunk) {
+      for (int64_t j = 0; j < chunk; j += Vec<acc_t>::width) Vec<acc_t>::load(from + i + j).store(line + j);
+    } else {
+      for (int64_t j = 0; j < count; ++j) line[at + j] = acc_t(from[i + j]);
+    }
+    i += count;
+  }
+}
+
+// As pack_a_run for elements `step` apart; zeros where `from` is null.
+template <class acc_t, class T>
+PYOPS_INLINE void pack_a_strided(acc_t* panel, int64_t rows, int64_t m, int64_t k, const T* from, int64_t step,
+                                 int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t at = k + i;
+    panel[(at / chunk) * rows * chunk + m * chunk + at % chunk] = from ? acc_t(from[i * step]) : acc_t(0);
+  }
+}
+
+}  // namespace pyops::PYOPS_CPU_CAPABILITY

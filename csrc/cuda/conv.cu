@@ -1,0 +1,199 @@
+// conv · CUDA, sm_80
+//   fwd    y[n,k,p] = b[k] + sum_{c,r} w[k,c,r] * x[n,c, p*stride - padding + r*dilation]
+//   dgrad  dx[n,c,h] = b[c] + sum of w[k,c,r] * dy[n,k,p] over k and the (p, r) that meet in h
+//   wgrad  dw[k,c,r] = sum_{n,p} dy[n,k,p] * x[n,c, p*stride - padding + r*dilation]
+// layout   x: [N, C, D, H, W] · w: [K, C/G, taps] · y: [N, K, space]; channels last x: [N, D, H, W, C] · w: [K, taps,
+// C/G] mapping  implicit GEMM (conv_gemm.cuh), groups on grid.z; filters are first copied to [G, K/G, taps, C/G]; dgrad
+// is one
+//          launch for each residue of the position modulo the stride; wgrad splits the pixels and adds partial sums
+// memory   x once from DRAM where a tile's taps stay in cache, filters once for each tile of pixels from L2
+// numerics sums in fp32 (fp64 for fp64); algorithm: "tf32", "3xtf32", else fp32 products on CUDA cores
+#include "cuda/conv_gemm.cuh"
+
+// binding
+
+#include "common/conv_binding.h"
+#include "common/registry.h"
+
+namespace pyops {
+namespace {
+
+using namespace conv;
+
+Strides strides_of(int64_t channels, int64_t positions, bool channels_last) {
+  return channels_last ? Strides{channels * positions, channels, 1} : Strides{channels * positions, 1, positions};
+}
+
+template <class T>
+bool is_vector(bool channels_last, const T* p, int64_t per_group, int64_t all) {
+  return channels_last && per_group % vector<T> == 0 && all % vector<T> == 0 &&
+         reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+// Calls f.template operator()<Product>() for the products that T has.
+template <class T, class F>
+void dispatch_product(const std::string& algorithm, F&& f) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (algorithm == "tf32") return f.template operator()<Product::tf32>();
+    if (algorithm == "3xtf32") return f.template operator()<Product::tf32x3>();
+    f.template operator()<Product::simt>();
+  } else if constexpr (std::is_same_v<T, double>) {
+    f.template operator()<Product::simt>();
+  } else {
+    f.template operator()<Product::half>();
+  }
+}
+
+// Filters as [G, m, taps, c]: m is the output channel of the product, c the one that is summed over.
+template <class T>
+Tensor arranged_weights(const OpScope& op, const T* w, const Sizes& s, bool transposed, bool last) {
+  const int64_t Kg = s.K / s.G, Cg = s.C / s.G, taps = s.taps();
+  const int64_t at_k = Cg * taps, at_c = last ? 1 : taps, at_tap = last ? Cg : 1;
+  const int64_t M = transposed ? Cg : Kg, C = transposed ? Kg : Cg;
+  Tensor arranged = op.empty<T>({s.G * M, taps, C});
+  launch(arrange_weights_kernel<T>,
+         {.grid = dim3(static_cast<unsigned>(s.G * M), static_cast<unsigned>(ceil_div(taps * C, 256))),
+          .block = dim3(256),
+          .stream = static_cast<cudaStream_t>(op.stream())},
+         w, op.out<T>(arranged, "workspace", {s.G * M, taps, C}), static_cast<int>(M), static_cast<int>(taps),
+         static_cast<int>(C), Kg * at_k, transposed ? at_c : at_k, at_tap, transposed ? at_k : at_c);
+  return arranged;
+}
+
+// y at the positions of `space`, of M channels a group, from x with C channels a group.
+template <class T>
+void product(const OpScope& op, const Sizes& s, const Space& space, const T* x, const T* w, const T* bias, T* y,
+             int64_t C, int64_t M, bool last, const std::string& algorithm) {
+  const Strides in = strides_of(s.G * C, space.in_plane(), last), out = strides_of(s.G * M, space.out_plane(), last);
+  // pixels of a launch are counted in 31 bits
+  const int64_t portion = std::max<int64_t>((int64_t(1) << 30) / space.positions(), 1);
+  op.check(space.positions() < (int64_t(1) << 30), "an image has too many positions");
+  for (int64_t n = 0; n < s.N; n += portion) {
+    const int64_t count = std::min(portion, s.N - n), pixels = count * space.positions();
+    ConvArguments<T> p{x + n * in.example,
+                       w,
+                       bias,
+                       y + n * out.example,
+                       space,
+                       in,
+                       out,
+                       static_cast<unsigned>(pixels),
+                       static_cast<int>(C),
+                       static_cast<int>(M),
+                       static_cast<int>(s.taps()),
+                       static_cast<int>(s.r[1]),
+                       static_cast<int>(s.r[2]),
+                       is_vector(last, x, C, s.G * C),
+                       is_vector(true, w, C, C)};
+    dispatch_product<T>(algorithm, [&]<Product P>() {
+      launch(conv_kernel<T, P>,
+             {.grid = dim3(static_cast<unsigned>(ceil_div(pixels, tile)), static_cast<unsigned>(ceil_div(M, tile)),
+                           static_cast<unsigned>(s.G)),
+              .block = dim3(threads),
+              .smem = sizeof(ConvShared<T>),
+              .stream = static_cast<cudaStream_t>(op.stream())},
+             p);
+    });
+  }
+}
+
+Tensor conv_fwd(const Tensor& x, const Tensor& w, const OptionalTensor& b, Ints stride, Ints padding, Ints dilation,
+                int64_t groups, bool channels_last, std::string algorithm) {
+  OpScope op("conv_fwd", x);
+  const Sizes s = fwd_sizes(op, x, w, groups, channels_last, stride, padding, dilation);
+  return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
+    Tensor y = image(op, x.scalar_type(), s.N, s.K, s.y, channels_last);
+    auto* px = image_in<T>(op, x, "x", s.N, s.C, s.x, channels_last);
+    auto* pw = image_in<T>(op, w, "w", s.K, s.C / s.G, s.r, channels_last);
+    auto* pb = op.in_optional<T>(b, "b", {s.K});
+    auto* py = image_out<T>(op, y, "y", s.N, s.K, s.y, channels_last);
+    if (s.N == 0) return y;
+    Tensor arranged = arranged_weights(op, pw, s, false, channels_last);
+    auto* pa = op.in<T>(arranged, "arranged", {s.K, s.taps(), s.C / s.G});
+    product(op, s, forward_space(s), px, pa, pb, py, s.C / s.G, s.K / s.G, channels_last, algorithm);
+    return y;
+  });
+}
+
+Tensor conv_dgrad(const Tensor& dy, const Tensor& w, const OptionalTensor& b, Ints size, Ints stride, Ints padding,
+                  Ints dilation, int64_t groups, bool channels_last, std::string algorithm) {
+  OpScope op("conv_dgrad", dy);
+  const Sizes s = dgrad_sizes(op, dy, w, size, groups, channels_last, stride, padding, dilation);
+  return dispatch_floating(op, dy.scalar_type(), [&]<class T>() {
+    Tensor dx = image(op, dy.scalar_type(), s.N, s.C, s.x, channels_last);
+    auto* pdy = image_in<T>(op, dy, "dy", s.N, s.K, s.y, channels_last);
+    auto* pw = image_in<T>(op, w, "w", s.K, s.C / s.G, s.r, channels_last);
+    auto* pb = op.in_optional<T>(b, "b", {s.C});
+    auto* pdx = image_out<T>(op, dx, "dx", s.N, s.C, s.x, channels_last);
+    if (s.N == 0) return dx;
+    Tensor arranged = arranged_weights(op, pw, s, true, channels_last);
+    auto* pa = op.in<T>(arranged, "arranged", {s.C, s.taps(), s.K / s.G});
+    each_phase(s, [&](const Space& space) {
+      product(op, s, space, pdy, pa, pb, pdx, s.K / s.G, s.C / s.G, channels_last, algorithm);
+    });
+    return dx;
+  });
+}
+
+Tensor conv_wgrad(const Tensor& dy, const Tensor& x, Ints taps, Ints stride, Ints padding, Ints dilation,
+                  int64_t groups, bool channels_last, std::string algorithm) {
+  OpScope op("conv_wgrad", dy);
+  const Sizes s = wgrad_sizes(op, dy, x, taps, groups, channels_last, stride, padding, dilation);
+  return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
+    using A = accumulate_t<T>;
+    Tensor dw = image(op, x.scalar_type(), s.K, s.C / s.G, s.r, channels_last);
+    auto* pdy = image_in<T>(op, dy, "dy", s.N, s.K, s.y, channels_last);
+    auto* px = image_in<T>(op, x, "x", s.N, s.C, s.x, channels_last);
+    auto* pdw = image_out<T>(op, dw, "dw", s.K, s.C / s.G, s.r, channels_last);
+    const Space space = forward_space(s);
+    const int64_t K = s.K / s.G, C = s.C / s.G, columns = s.taps() * C, pixels = s.N * space.positions();
+    op.check(pixels < (int64_t(1) << 31), "more than 2^31 output positions");
+    // Enough blocks for the machine, each with at least eight steps of the reduction; capped by 64 MiB of partials.
+    const int64_t tiles = ceil_div(K, tile) * ceil_div(columns, tile) * s.G;
+    const int64_t most = std::min<int64_t>(
+        {ceil_div(pixels, 8 * depth<T>), (int64_t(64) << 20) / int64_t(sizeof(A)) / std::max<int64_t>(s.K * columns, 1),
+         65535 / s.G});
+    const int64_t splits =
+        std::clamp<int64_t>(ceil_div(4 * multiprocessor_count(), tiles), 1, std::max<int64_t>(most, 1));
+    const int64_t range = ceil_div(ceil_div(std::max<int64_t>(pixels, 1), splits), depth<T>) * depth<T>;
+    op.check(splits * s.G <= 65535, "too many groups");
+    Tensor part = op.empty<A>({splits, s.K, columns});
+    const WgradArguments<T> p{pdy,
+                              px,
+                              op.out<A>(part, "workspace", {splits, s.K, columns}),
+                              space,
+                              strides_of(s.C, s.x_plane(), channels_last),
+                              strides_of(s.K, s.y_plane(), channels_last),
+                              static_cast<unsigned>(pixels),
+                              static_cast<unsigned>(range),
+                              static_cast<int>(C),
+                              static_cast<int>(K),
+                              static_cast<int>(s.G),
+                              is_vector(channels_last, pdy, K, s.K),
+                              is_vector(channels_last, px, C, s.C)};
+    const auto stream = static_cast<cudaStream_t>(op.stream());
+    dispatch_product<T>(algorithm, [&]<Product P>() {
+      launch(wgrad_kernel<T, P>,
+             {.grid = dim3(static_cast<unsigned>(ceil_div(K, tile)), static_cast<unsigned>(ceil_div(columns, tile)),
+                           static_cast<unsigned>(s.G * splits)),
+              .block = dim3(threads),
+              .smem = sizeof(WgradShared<T>),
+              .stream = stream},
+             p);
+    });
+    launch(wgrad_sum_kernel<T>,
+           {.grid = dim3(static_cast<unsigned>(ceil_div(s.K * columns, 256))), .block = dim3(256), .stream = stream},
+           p.part, pdw, s.K, static_cast<int>(splits), static_cast<int>(s.taps()), static_cast<int>(C), channels_last);
+    return dw;
+  });
+}
+
+}  // namespace
+}  // namespace pyops
+
+PYOPS_LIBRARY(m) {
+  using namespace pyops;
+  PYOPS_IMPL(m, conv_fwd);
+  PYOPS_IMPL(m, conv_dgrad);
+  PYOPS_IMPL(m, conv_wgrad);
+}

@@ -1,0 +1,298 @@
+"""What the convolution rooms share: one canonical form, three ops, and how they are each other's gradients.
+
+Every convolution, of 1 to 3 spatial dimensions, reaches the kernels as a 3-d one with sizes 1 in front:
+
+    x [N, C, D, H, W]   w [K, C/G, *taps]   y [N, K, *space]       or, channels last,
+    x [N, D, H, W, C]   w [K, *taps, C/G]   y [N, *space, K]
+
+    fwd(x, w)     y[p]  = sum over taps r of  w[r] x[p*stride - padding + r*dilation]
+    dgrad(dy, w)  dx[h] = sum over the (p, r) that meet in h of  w[r] dy[p]            (also the transposed convolution)
+    wgrad(dy, x)  dw[r] = sum over p of  dy[p] x[p*stride - padding + r*dilation]
+
+All three are bilinear, and the derivative of each in either argument is another of the three
+(docs/math/convolution.md). A room declares its three ops with ``family`` and gets functions that are differentiable any
+number of times.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+
+from . import backend, library, multilinear
+from .multilinear import Multilinear, Tensors
+
+# Order of the constants of an op: stride, padding, dilation, groups, channels_last, algorithm.
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups, bool channels_last, str algorithm"
+
+
+def output_size(size: Any, taps: Any, stride: Any, padding: Any, dilation: Any) -> list[Any]:
+    """Positions of a filter in an input, per dimension."""
+    return [(s + 2 * p - d * (k - 1) - 1) // st + 1 for s, k, st, p, d in zip(size, taps, stride, padding, dilation)]
+
+
+def space(t: torch.Tensor, channels_last: bool) -> list[Any]:
+    """Spatial sizes of a canonical tensor (taps, of a filter)."""
+    return list(t.shape[1:4] if channels_last else t.shape[2:5])
+
+
+def channels(t: torch.Tensor, channels_last: bool) -> Any:
+    """Channels of a canonical tensor."""
+    return t.shape[4 if channels_last else 1]
+
+
+def _shape(n: Any, c: Any, sizes: Sequence[Any], channels_last: bool) -> tuple[Any, ...]:
+    return (n, *sizes, c) if channels_last else (n, c, *sizes)
+
+
+def _fwd_fake(x, w, b, stride, padding, dilation, groups, channels_last, algorithm):
+    sizes = output_size(space(x, channels_last), space(w, channels_last), stride, padding, dilation)
+    return x.new_empty(_shape(x.shape[0], w.shape[0], sizes, channels_last))
+
+
+def _dgrad_fake(dy, w, b, size, stride, padding, dilation, groups, channels_last, algorithm):
+    return dy.new_empty(_shape(dy.shape[0], groups * channels(w, channels_last), size, channels_last))
+
+
+def _wgrad_fake(dy, x, taps, stride, padding, dilation, groups, channels_last, algorithm):
+    k, c = channels(dy, channels_last), channels(x, channels_last)
+    return x.new_empty(_shape(k, c // groups, taps, channels_last))
+
+
+@dataclass(frozen=True)
+class Family:
+    """The three differentiable functions of one room; each takes the namespace first."""
+
+    stem: str
+    serves: Callable[[Any, Any, int], bool]
+    fwd: Callable[..., torch.Tensor]
+    dgrad: Callable[..., torch.Tensor]
+    wgrad: Callable[..., torch.Tensor]
+
+
+_families: dict[str, Family] = {}
+
+
+def family_for(in_channels: Any, weight_shape: Sequence[Any], groups: int) -> Family:
+    """The most special room that serves a convolution."""
+    for family in sorted(_families.values(), key=lambda f: f.stem == "conv"):
+        if family.serves(in_channels, weight_shape, groups):
+            return family
+    raise NotImplementedError(f"convolution: no room serves {groups} groups")
+
+
+# Pieces of the gradients
+
+
+def _sum_over_positions(dy: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    return dy.sum((0, 1, 2, 3) if channels_last else (0, 2, 3, 4))
+
+
+def _crop(y: torch.Tensor, like: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """y where ``like`` has positions: a transposed convolution with output padding may leave some out."""
+    if y.shape == like.shape:
+        return y
+    d, h, w = space(like, channels_last)
+    return (y[:, :d, :h, :w] if channels_last else y[:, :, :d, :h, :w]).contiguous()
+
+
+def _into_channels(batch: int, dim: int | None, t: torch.Tensor, last: bool) -> torch.Tensor:
+    """[B, N, C, ...] as [N, B*C, ...]."""
+    t = multilinear.first(batch, dim, t)
+    return (t.movedim(0, -2).flatten(-2) if last else t.movedim(0, 1).flatten(1, 2)).contiguous()
+
+
+def _from_channels(batch: int, t: torch.Tensor, last: bool) -> torch.Tensor:
+    """The inverse, batch in front."""
+    if last:
+        return t.unflatten(-1, (batch, t.shape[-1] // batch)).movedim(-2, 0)
+    return t.unflatten(1, (batch, t.shape[1] // batch)).movedim(1, 0)
+
+
+def _into_first(batch: int, dim: int | None, t: torch.Tensor | None) -> torch.Tensor | None:
+    """[B, K, ...] as [B*K, ...]."""
+    return None if t is None else multilinear.first(batch, dim, t).flatten(0, 1).contiguous()
+
+
+def _grouped(constants: Tensors, batch: int) -> Tensors:
+    """The same geometry with every group once per member of the batch."""
+    return (*constants[:-3], constants[-3] * batch, *constants[-2:])
+
+
+def family(stem: str, kernels: ModuleType | None, serves: Callable[[Any, Any, int], bool]) -> Family:
+    """Declares ``<stem>_fwd``, ``<stem>_dgrad`` and ``<stem>_wgrad`` and makes them differentiable."""
+    ops = {
+        name: library.declare(f"{stem}_{name}({tensors}, {_GEOMETRY}) -> Tensor", fake, kernels)
+        for name, tensors, fake in (
+            ("fwd", "Tensor x, Tensor w, Tensor? b", _fwd_fake),
+            ("dgrad", "Tensor dy, Tensor w, Tensor? b, int[] size", _dgrad_fake),
+            ("wgrad", "Tensor dy, Tensor x, int[] taps", _wgrad_fake),
+        )
+    }
+
+    def fwd_gradient(ns, dy, inputs, constants, needs):
+        x, w, _ = inputs
+        last = constants[-2]
+        return (
+            dgrad(ns, dy, w, None, space(x, last), *constants) if needs[0] else None,
+            wgrad(ns, dy, x, space(w, last), *constants) if needs[1] else None,
+            _sum_over_positions(dy, last) if needs[2] else None,
+        )
+
+    def fwd_tangent(ns, inputs, tangents, constants):
+        (x, w, _), (tx, tw, tb) = inputs, (None if t is None else t.contiguous() for t in tangents)
+        if tx is None:
+            return fwd(ns, x, torch.zeros_like(w) if tw is None else tw, tb, *constants)
+        y = fwd(ns, tx, w, tb, *constants)
+        return y if tw is None else y + fwd(ns, x, tw, None, *constants)
+
+    def fwd_fold(ns, batch, dims, inputs, constants):
+        (x, w, b), last = inputs, constants[-2]
+        if dims[1] is None and dims[2] is None:
+            x = multilinear.first(batch, dims[0], x)
+            y = fwd(ns, x.flatten(0, 1).contiguous(), w, b, *constants)
+            return y.reshape(batch, x.shape[1], *y.shape[1:]), 0
+        if dims[0] is None and constants[-3] == 1:
+            # filters of a batch under one input are more output channels
+            y = fwd(ns, x, _into_first(batch, dims[1], w), _into_first(batch, dims[2], b), *constants)
+            return _from_channels(batch, y, last), 0
+        x = _into_channels(batch, dims[0], x, last)
+        w, b = _into_first(batch, dims[1], w), _into_first(batch, dims[2], b)
+        return _from_channels(batch, fwd(ns, x, w, b, *_grouped(constants, batch)), last), 0
+
+    def dgrad_gradient(ns, dx, inputs, constants, needs):
+        (dy, w, _), geometry = inputs, constants[1:]
+        last = constants[-2]
+        return (
+            _crop(fwd(ns, dx, w, None, *geometry), dy, last) if needs[0] else None,
+            wgrad(ns, dy, dx, space(w, last), *geometry) if needs[1] else None,
+            _sum_over_positions(dx, last) if needs[2] else None,
+        )
+
+    def dgrad_tangent(ns, inputs, tangents, constants):
+        (dy, w, _), (tdy, tw, tb) = inputs, (None if t is None else t.contiguous() for t in tangents)
+        if tdy is None:
+            return dgrad(ns, dy, torch.zeros_like(w) if tw is None else tw, tb, *constants)
+        dx = dgrad(ns, tdy, w, tb, *constants)
+        return dx if tw is None else dx + dgrad(ns, dy, tw, None, *constants)
+
+    def dgrad_fold(ns, batch, dims, inputs, constants):
+        (dy, w, b), last = inputs, constants[-2]
+        if dims[1] is None and dims[2] is None:
+            dy = multilinear.first(batch, dims[0], dy)
+            dx = dgrad(ns, dy.flatten(0, 1).contiguous(), w, b, *constants)
+            return dx.reshape(batch, dy.shape[1], *dx.shape[1:]), 0
+        dy = _into_channels(batch, dims[0], dy, last)
+        w, b = _into_first(batch, dims[1], w), _into_first(batch, dims[2], b)
+        return _from_channels(batch, dgrad(ns, dy, w, b, *_grouped(constants, batch)), last), 0
+
+    def wgrad_gradient(ns, dw, inputs, constants, needs):
+        (dy, x), geometry = inputs, constants[1:]
+        last = constants[-2]
+        return (
+            _crop(fwd(ns, x, dw, None, *geometry), dy, last) if needs[0] else None,
+            dgrad(ns, dy, dw, None, space(x, last), *geometry) if needs[1] else None,
+        )
+
+    def wgrad_tangent(ns, inputs, tangents, constants):
+        (dy, x), (tdy, tx) = inputs, (None if t is None else t.contiguous() for t in tangents)
+        if tdy is None:
+            return wgrad(ns, dy, torch.zeros_like(x) if tx is None else tx, *constants)
+        dw = wgrad(ns, tdy, x, *constants)
+        return dw if tx is None else dw + wgrad(ns, dy, tx, *constants)
+
+    def wgrad_fold(ns, batch, dims, inputs, constants):
+        last = constants[-2]
+        dy, x = (_into_channels(batch, d, t, last) for d, t in zip(dims, inputs))
+        dw = wgrad(ns, dy, x, *_grouped(constants, batch))
+        return dw.unflatten(0, (batch, dw.shape[0] // batch)), 0
+
+    fwd = multilinear.differentiable(Multilinear(ops["fwd"], 3, fwd_gradient, fwd_tangent, fwd_fold))
+    dgrad = multilinear.differentiable(Multilinear(ops["dgrad"], 3, dgrad_gradient, dgrad_tangent, dgrad_fold))
+    wgrad = multilinear.differentiable(Multilinear(ops["wgrad"], 2, wgrad_gradient, wgrad_tangent, wgrad_fold))
+    _families[stem] = Family(stem, serves, fwd, dgrad, wgrad)
+    return _families[stem]
+
+
+# Canonical form
+
+
+def canonical(t: torch.Tensor, dims: int, channels_last: bool) -> torch.Tensor:
+    """[N, C, *space] of ``dims`` spatial dimensions in canonical form; a copy only where the memory differs."""
+    ones = (1,) * (3 - dims)
+    if channels_last:
+        return t.movedim(1, -1).contiguous().reshape(t.shape[0], *ones, *t.shape[2:], t.shape[1])
+    return t.contiguous().reshape(t.shape[0], t.shape[1], *ones, *t.shape[2:])
+
+
+def restore(t: torch.Tensor, dims: int, channels_last: bool) -> torch.Tensor:
+    """The inverse of ``canonical``."""
+    if channels_last:
+        return t.reshape(t.shape[0], *t.shape[4 - dims : 4], t.shape[4]).movedim(-1, 1)
+    return t.reshape(t.shape[0], t.shape[1], *t.shape[5 - dims :])
+
+
+# Algorithms
+
+ALGORITHMS = {
+    "": "the default table",
+    "gemm": "im2col in blocks that stay in cache, then a matrix product (CPU); implicit GEMM (GPU)",
+    "winograd": "F(4x4, 3x3), float32, 3x3 stride 1 on the CPU; 2.25 to 4 times fewer products, larger rounding error",
+    "ieee": "products in float32 on CUDA cores",
+    "tf32": "products of float32 rounded to 10 bits on tensor cores",
+    "3xtf32": "float32 split in two TF32 parts, three products on tensor cores",
+}
+_algorithm = os.environ.get("PYOPS_CONV_ALGORITHM", "")
+if _algorithm not in ALGORITHMS:
+    raise ValueError(f"PYOPS_CONV_ALGORITHM: got {_algorithm!r}, expected one of {', '.join(filter(None, ALGORITHMS))}")
+
+
+class conv_algorithm:
+    """Chooses the algorithm of convolutions, process-wide, as a call or for the length of a ``with`` block.
+
+    Args:
+        name: ``"gemm"``, ``"ieee"``, ``"tf32"``, ``"3xtf32"``, ``"winograd"``, or ``""`` for the default table. An
+            algorithm that does not apply to a call leaves it to ``"gemm"``; ``pyops explain conv2d`` says which one
+            runs. The environment variable PYOPS_CONV_ALGORITHM does the same at import.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _algorithm
+        if name not in ALGORITHMS:
+            raise ValueError(f"conv_algorithm: got {name!r}, expected one of {', '.join(filter(None, ALGORITHMS))}")
+        self._before, _algorithm = _algorithm, name
+
+    def __enter__(self) -> conv_algorithm:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        global _algorithm
+        _algorithm = self._before
+
+
+def _tf32_allowed() -> bool:
+    return torch.backends.cudnn.allow_tf32
+
+
+def algorithm_for(dtype: torch.dtype, backend_name: str, on_gpu: bool) -> str:
+    """The algorithm of a call: the chosen one, else that of the default table."""
+    if backend_name == "cpu":
+        return _algorithm if _algorithm in ("gemm", "winograd") else "gemm"
+    if dtype != torch.float32:
+        return "gemm"
+    if _algorithm in ("ieee", "tf32", "3xtf32"):
+        return _algorithm
+    return "tf32" if on_gpu and _tf32_allowed() else "ieee"
+
+
+def current_algorithm(x: torch.Tensor) -> str:
+    """``algorithm_for`` the call that is being made on x."""
+    return algorithm_for(x.dtype, backend.name_for(x.device), x.device.type == "cuda")

@@ -1,0 +1,167 @@
+import math
+
+import pytest
+import torch
+
+from pyops import functional as F
+from pyops import nn, testing
+from pyops.core import backend as backends
+from pyops.core import explain
+
+from .harness import modules_agree, passes, refuses, same_refusal
+
+OPS = [f"{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3)]
+X, W = torch.ones(2, 4, 5, 6), torch.ones(6, 2, 3, 3)
+
+
+@pytest.mark.parametrize("check", testing.checks())
+@pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d"])
+def test_checks(backend, op, check):
+    passes(op, backend, check)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if "2" not in op])
+def test_other_dimensions(backend, op):
+    passes(op, backend, "accuracy")
+
+
+@pytest.mark.parametrize("check", ["layout", "opcheck", "gradcheck", "gradgradcheck", "transforms"])
+def test_three_dimensions(check):
+    passes("conv3d", "cpu", check)
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d", "conv3d"])
+def test_race(backend, op):
+    if backend == "emulator":
+        passes(op, backend, "accuracy")
+
+
+@pytest.mark.parametrize("algorithm", ["tf32", "3xtf32"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_tensor_core_products_of_float32(algorithm, channels_last):
+    """TF32 keeps 10 bits of each factor; three products keep some 21."""
+    x, w = torch.randn(2, 16, 7, 6), torch.randn(9, 16, 3, 3)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    exact = [x.double().requires_grad_(), w.double().requires_grad_()]
+    ours = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+    y = torch.nn.functional.conv2d(*exact, padding=1)
+    dy = torch.randn(y.shape)
+    with backends.backend("emulator"), F.conv_algorithm(algorithm):
+        z = F.conv2d(*ours, padding=1)
+        grads = torch.autograd.grad(z, ours, dy)
+    bits = 10 if algorithm == "tf32" else 21
+    for a, b, terms in zip((z, *grads), (y, *torch.autograd.grad(y, exact, dy.double())), (144, 81, 84)):
+        error = (a.double() - b).abs().max().item()
+        assert error < 8 * math.sqrt(terms) * 2 ** -(bits + 1), error
+        assert algorithm != "tf32" or error > 1e-5  # it did run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_many_tiles_on_the_cpu(dtype, channels_last, stride):
+    """Several blocks of pixels, of channels and of the reduction, none of them whole."""
+    x, w = torch.randn(3, 67, 23, 21).to(dtype), torch.randn(45, 67, 3, 3).to(dtype)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    results = []
+    for f, wide in ((F, dtype), (torch.nn.functional, torch.float64)):
+        inputs = [x.to(wide).detach().requires_grad_(), w.to(wide).detach().requires_grad_()]
+        y = f.conv2d(*inputs, stride=stride, padding=1)
+        torch.manual_seed(1)
+        dy = torch.randn(y.shape).bfloat16().to(wide)
+        results.append((y, *torch.autograd.grad(y, inputs, dy)))
+    for a, b in zip(*results):
+        tolerance = 3e-5 if dtype == torch.float32 else 1e-2
+        assert (a.double() - b).abs().max() < tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_modules(n, padding_mode):
+    make = lambda m: getattr(m, f"Conv{n}d")(4, 6, 3, padding=1, groups=2, padding_mode=padding_mode)
+    modules_agree(make(nn), make(torch.nn), torch.randn(2, 4, *(5, 4, 6)[:n]), "cpu")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_transposed_modules_and_output_size(n):
+    make = lambda m: getattr(m, f"ConvTranspose{n}d")(4, 6, 3, stride=2, padding=1)
+    x = torch.randn(2, 4, *(5, 4, 3)[:n])
+    ours, theirs = make(nn), make(torch.nn)
+    modules_agree(ours, theirs, x, "cpu")
+    for extra in (0, 1):
+        size = [2 * s - 1 + extra for s in x.shape[2:]]
+        torch.testing.assert_close(ours(x, output_size=size), theirs(x, output_size=size), rtol=1e-5, atol=1e-5)
+
+
+def test_output_padding_beyond_the_stride_has_a_gradient():
+    """The forward of the output then has more positions than the input, which the gradient leaves out."""
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    f = lambda x, w: F.conv_transpose2d(x, w, stride=1, dilation=2, output_padding=1)
+    torch.testing.assert_close(f(x, w), torch.nn.functional.conv_transpose2d(x, w, dilation=2, output_padding=1))
+    torch.autograd.gradcheck(f, (x, w))
+    torch.autograd.gradgradcheck(f, (x, w))
+
+
+def test_bad_input():
+    conv, transposed = F.conv2d, F.conv_transpose2d
+    refuses(RuntimeError, ("conv2d", "'input'", "4 channels", "2"), conv, X, W)
+    refuses(RuntimeError, ("conv2d", "'stride'", "0"), conv, X, W, stride=0, groups=2)
+    refuses(RuntimeError, ("conv2d", "'stride'", "-1"), conv, X, W, stride=(1, -1), groups=2)
+    refuses(RuntimeError, ("conv2d", "'dilation'", "0"), conv, X, W, dilation=0, groups=2)
+    refuses(RuntimeError, ("conv2d", "'padding'", "-1"), conv, X, W, padding=-1, groups=2)
+    refuses(RuntimeError, ("conv2d", "'padding'", "same"), conv, X, W, padding="same", stride=2, groups=2)
+    refuses(RuntimeError, ("conv2d", "'padding'", "full"), conv, X, W, padding="full", groups=2)
+    refuses(RuntimeError, ("conv2d", "'groups'", "0"), conv, X, W, groups=0)
+    refuses(RuntimeError, ("conv2d", "'groups'", "4"), conv, X, torch.ones(6, 1, 3, 3), groups=4)
+    refuses(RuntimeError, ("conv2d", "'bias'", "[5]", "[6]"), conv, X, W, torch.ones(5), groups=2)
+    refuses(RuntimeError, ("conv2d", "'weight'", "3 dimensions"), conv, X, W[0])
+    refuses(RuntimeError, ("conv2d", "'weight'", "[9, 9]"), conv, X, torch.ones(6, 4, 9, 9))
+    refuses(RuntimeError, ("conv2d", "'weight'", "float64"), conv, X, W.double(), groups=2)
+    refuses(RuntimeError, ("conv2d", "'input'", "2 dimensions"), conv, X[0, 0], W)
+    refuses(NotImplementedError, ("conv2d", "'input'", "int64"), conv, X.long(), W)
+    w = torch.ones(4, 2, 3, 3)
+    refuses(RuntimeError, ("conv_transpose2d", "'output_padding'", "2"), transposed, X, w, stride=2, output_padding=2)
+    refuses(RuntimeError, ("conv_transpose2d", "'padding'", "9"), transposed, X, w, padding=9)
+    refuses(RuntimeError, ("conv_transpose2d", "'input'", "4 channels", "6"), transposed, X, W)
+    with pytest.raises(ValueError, match="conv_algorithm"):
+        F.conv_algorithm("fft")
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"stride": 0}, {"dilation": -1}, {"padding": -1}, {"groups": 3}, {"groups": 0}, {"stride": (1, 1, 1)},
+     {"padding": "same", "stride": 2}, {"bias": torch.ones(5), "groups": 2}, {"padding": "full"}],
+)  # fmt: skip
+def test_refuses_as_torch(kwargs):
+    same_refusal(F.conv2d, torch.nn.functional.conv2d, X, W, **kwargs)
+
+
+def test_more_than_2_31_elements_have_the_right_shape():
+    x, w = torch.empty(8, 64, 4096, 2048, device="meta"), torch.empty(64, 64, 3, 3, device="meta")
+    assert F.conv2d(x, w, padding=1).shape == x.shape
+    assert F.conv_transpose2d(x, w, stride=2).shape == (8, 64, 8193, 4097)
+
+
+def test_explain_names_room_and_algorithm():
+    text = str(explain.explain("conv2d", [(1, 8, 9, 9), (8, 8, 3, 3)]))
+    assert "room conv " in text and "gemm" in text
+
+
+def test_workspace_stays_small():
+    """A whole column matrix of this call would take 302 MB; the ceiling for all temporary memory is 32 MiB."""
+    x, w = torch.zeros(1, 64, 362, 362), torch.zeros(8, 64, 3, 3)
+    F.conv2d(x[..., :64, :64], w)
+
+    def memory(key):
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) for line in f if line.startswith(key)) * 1024
+
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # the peak starts from here
+    before = memory("VmRSS")
+    y = F.conv2d(x, w, padding=1)
+    assert memory("VmHWM") - before < (32 << 20) + y.nbytes
