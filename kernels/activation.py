@@ -67,13 +67,13 @@ def mish_factor(x):
 
 
 @triton.jit
-def value(x, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
+def value(x, KIND: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, PC: tl.constexpr):
     if KIND == 0:  # relu
         y = tl.where(x <= 0.0, 0.0, x)
     elif KIND == 1:  # leaky_relu
-        y = tl.where(x > 0.0, x, x * A)
+        y = tl.where(x > 0.0, x, x * PA)
     elif KIND == 2:  # elu, selu, celu
-        y = tl.where(x <= 0.0, (A * B) * expm1(tl.where(x <= 0.0, x, 0.0) * C), x * B)
+        y = tl.where(x <= 0.0, (PA * PB) * expm1(tl.where(x <= 0.0, x, 0.0) * PC), x * PB)
     elif KIND == 3:  # gelu
         y = x * normal_distribution(x)
     elif KIND == 4:  # gelu, tanh
@@ -91,10 +91,10 @@ def value(x, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constex
         s = x + 3.0
         y = x * (tl.where(s < 0.0, 0.0, tl.where(s > 6.0, 6.0, s)) / 6.0)
     elif KIND == 10:  # hardtanh, relu6
-        y = tl.where(x < A, A, tl.where(x > B, B, x))
+        y = tl.where(x < PA, PA, tl.where(x > PB, PB, x))
     elif KIND == 11:  # softplus
-        z = x * A
-        y = tl.where(z > B, x, (tl.where(z > 0.0, z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))) / A)
+        z = x * PA
+        y = tl.where(z > PB, x, (tl.where(z > 0.0, z, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(z)))) / PA)
     elif KIND == 12:  # softsign
         y = x / (1.0 + tl.abs(x))
     elif KIND == 13:  # tanh
@@ -102,24 +102,24 @@ def value(x, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constex
     elif KIND == 14:  # logsigmoid
         y = tl.where(x > 0.0, 0.0, x) - tl.log(1.0 + tl.exp(-tl.abs(x)))
     elif KIND == 15:  # hardshrink
-        y = tl.where(tl.abs(x) <= A, 0.0, x)
+        y = tl.where(tl.abs(x) <= PA, 0.0, x)
     elif KIND == 16:  # softshrink
-        y = tl.where(x > A, x - A, tl.where(x < -A, x + A, x * 0.0))
+        y = tl.where(x > PA, x - PA, tl.where(x < -PA, x + PA, x * 0.0))
     elif KIND == 17:  # tanhshrink
         y = x - tanh(x)
     else:  # threshold
-        y = tl.where(x <= A, B, x)
+        y = tl.where(x <= PA, PB, x)
     return y
 
 
 @triton.jit
-def gradient(dy, x, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
+def gradient(dy, x, KIND: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, PC: tl.constexpr):
     if KIND == 0:
         dx = tl.where(x <= 0.0, 0.0, dy)
     elif KIND == 1:
-        dx = tl.where(x > 0.0, dy, dy * A)
+        dx = tl.where(x > 0.0, dy, dy * PA)
     elif KIND == 2:
-        dx = tl.where(x <= 0.0, dy * (A * B * C) * tl.exp(tl.where(x <= 0.0, x, 0.0) * C), dy * B)
+        dx = tl.where(x <= 0.0, dy * (PA * PB * PC) * tl.exp(tl.where(x <= 0.0, x, 0.0) * PC), dy * PB)
     elif KIND == 3:
         dx = dy * (normal_distribution(x) + x * (0.3989422804014327 * tl.exp(x * x * -0.5)))
     elif KIND == 4:
@@ -140,10 +140,10 @@ def gradient(dy, x, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.
     elif KIND == 9:
         dx = tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, dy * (x / 3.0 + 0.5), dy))
     elif KIND == 10:
-        dx = tl.where((x <= A) | (x >= B), 0.0, dy)
+        dx = tl.where((x <= PA) | (x >= PB), 0.0, dy)
     elif KIND == 11:
-        z = x * A
-        dx = tl.where(z > B, dy, dy * sigmoid(z))
+        z = x * PA
+        dx = tl.where(z > PB, dy, dy * sigmoid(z))
     elif KIND == 12:
         width = 1.0 + tl.abs(x)
         dx = dy / (width * width)
@@ -154,27 +154,27 @@ def gradient(dy, x, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.
         e = tl.exp(-tl.abs(x))
         dx = dy * (tl.where(x < 0.0, 1.0, e) / (1.0 + e))
     elif KIND == 15 or KIND == 16:
-        dx = tl.where(tl.abs(x) <= A, 0.0, dy)
+        dx = tl.where(tl.abs(x) <= PA, 0.0, dy)
     elif KIND == 17:
         t = tanh(x)
         dx = dy * (t * t)
     else:
-        dx = tl.where(x <= A, 0.0, dy)
+        dx = tl.where(x <= PA, 0.0, dy)
     return dx
 
 
 @triton.jit
 def activation_kernel(
-    dy, x, y, N, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
+    dy, x, y, N, KIND: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, PC: tl.constexpr, BLOCK: tl.constexpr
 ):
     """y = f(x), or dy * f'(x) when dy is given."""
     acc_t: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(x + at, mask=at < N, other=0.0).to(acc_t)
     if dy is None:
-        out = value(v, KIND, A, B, C)
+        out = value(v, KIND, PA, PB, PC)
     else:
-        out = gradient(tl.load(dy + at, mask=at < N, other=0.0).to(acc_t), v, KIND, A, B, C)
+        out = gradient(tl.load(dy + at, mask=at < N, other=0.0).to(acc_t), v, KIND, PA, PB, PC)
     tl.store(y + at, out.to(y.dtype.element_ty), mask=at < N)
 
 
@@ -229,7 +229,7 @@ def prelu_weight_kernel(dy, x, dw, N, C, S, BLOCK: tl.constexpr):
 def _run(dy, x, y, kind, a, b, c):
     n = x.numel()
     if n:
-        activation_kernel[(cdiv(n, BLOCK),)](dy, x, y, n, KIND=kind, A=a, B=b, C=c, BLOCK=BLOCK)
+        activation_kernel[(cdiv(n, BLOCK),)](dy, x, y, n, KIND=kind, PA=a, PB=b, PC=c, BLOCK=BLOCK)
     return y
 
 
@@ -286,7 +286,7 @@ def specimens() -> list[Specimen]:
     for kind in range(19):
         for t in ("fp32", "bf16", "fp64") if kind in (0, 3) else ("fp32",):
             types = {"dy": f"*{t}", "x": f"*{t}", "y": f"*{t}", "N": "i32"}
-            constants = {"KIND": kind, "A": 1.0, "B": 2.0, "C": 0.5, "BLOCK": BLOCK}
+            constants = {"KIND": kind, "PA": 1.0, "PB": 2.0, "PC": 0.5, "BLOCK": BLOCK}
             found.append(Specimen(activation_kernel, types, constants, 4))
             found.append(Specimen(activation_kernel, types, constants | {"dy": None}, 4))
     for t in ("fp32", "bf16"):
