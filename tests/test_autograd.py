@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
+from pyops import functional as F
 from pyops import testing
 from pyops.core import library
 from pyops.core.autograd import Formula, differentiable
@@ -162,6 +163,15 @@ def test_compiled_transforms_equal_eager(transform):
     whole = transform != "jvp of grad"
     compiled = torch.compile(lambda v: functions[transform](v), fullgraph=whole, backend="aot_eager")
     torch.testing.assert_close(compiled(v), functions[transform](v))
+
+
+def test_the_compiled_graph_holds_the_op():
+    """And not the reference, which compiles as well and answers the same, slowly."""
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(F.rms_norm, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    compiled(torch.ones(2, 3, requires_grad=True), (3,))
+    assert [node for graph in graphs for node in graph.graph.nodes if "rms_norm_fwd" in str(node.target)]
 
 
 def test_the_stated_second_gradient_is_the_one_that_runs():

@@ -322,7 +322,7 @@ def differentiable(formula: Formula) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             if _forward_mode_active():
                 torch._dynamo.graph_break("pyops: forward-mode AD runs outside the compiled graph")
-            if torch._C._functorch.peek_interpreter_stack() is not None:
+            if _transforms_traced():
                 # torch.func inside the compiled graph: plain torch is differentiable there, the op is not
                 results = formula.reference(*arguments)
                 return results if recipe.results > 1 else results[0]
@@ -340,6 +340,12 @@ def differentiable(formula: Formula) -> Callable[..., Any]:
 
 def _forward_mode_active() -> bool:
     return forward_ad._current_level >= 0
+
+
+@torch._dynamo.assume_constant_result
+def _transforms_traced() -> bool:
+    """Is a torch.func transform open where dynamo traces? Asked while tracing: dynamo opens them for real, and guards."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _derivative_levels_active() -> bool:
