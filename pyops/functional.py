@@ -30,6 +30,7 @@ from .ops.activation import (
     tanhshrink,
     threshold,
 )
+from .ops.attention import attention_varlen, scaled_dot_product_attention
 from .ops.batch_norm import batch_norm
 from .ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .ops.depthwise_conv import depthwise_conv
@@ -40,6 +41,7 @@ from .ops.rms_norm import rms_norm
 from .ops.softmax import log_softmax, softmax, softmin
 
 __all__ = [
+    "attention_varlen",
     "batch_norm",
     "celu",
     "conv1d",
@@ -71,6 +73,7 @@ __all__ = [
     "relu_",
     "rms_norm",
     "rrelu",
+    "scaled_dot_product_attention",
     "selu",
     "sigmoid",
     "sigmoid_",

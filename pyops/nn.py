@@ -26,6 +26,7 @@ from .ops.activation import (
     Tanhshrink,
     Threshold,
 )
+from .ops.attention import MultiheadAttention
 from .ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .ops.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .ops.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
@@ -63,6 +64,7 @@ __all__ = [
     "LogSigmoid",
     "LogSoftmax",
     "Mish",
+    "MultiheadAttention",
     "PReLU",
     "RMSNorm",
     "RReLU",

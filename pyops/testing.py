@@ -116,7 +116,7 @@ def _accuracy(case: _Case, sample: Sample) -> str:
             t, exact = theirs[what], truth[what]
             if a.shape != t.shape or a.dtype != t.dtype:
                 return f"{dtype} {what}: got {list(a.shape)} {a.dtype}, expected {list(t.shape)} {t.dtype}"
-            scale = max(1.0, exact.abs().nan_to_num().max().item()) if exact.numel() else 1.0
+            scale = max(1.0, exact.double().abs().nan_to_num().max().item()) if exact.numel() else 1.0
             reference_error = _difference(t, exact)
             if dtype == torch.float64:
                 reference_error = _difference(single[what], exact) * ratio
@@ -271,7 +271,7 @@ def _compiled(case: _Case, sample: Sample) -> str:
         b = graph[what]
         if a.stride() != b.stride():
             return f"{what}: strides {b.stride()} compiled, {a.stride()} eager"
-        if _difference(a, b) > 1e-6 * max(1.0, a.abs().max().item() if a.numel() else 0.0):
+        if _difference(a, b) > 1e-6 * max(1.0, a.double().abs().max().item() if a.numel() else 0.0):
             return f"{what} differs"
     if not sample.derivatives:
         return ""

@@ -37,3 +37,12 @@ def cast(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.
         return (x, *others)
     dtype, of = (torch.float32, HALF) if single else (torch.get_autocast_dtype(device), (*HALF, torch.float32))
     return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype in of else t for t in (x, *others))
+
+
+def lower(x: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tensors of a matrix-like op in the low precision that the active autocast context asks for; float64 stays."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return (x, *others)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))

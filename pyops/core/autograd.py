@@ -344,7 +344,7 @@ def _forward_mode_active() -> bool:
 
 @torch._dynamo.assume_constant_result
 def _transforms_traced() -> bool:
-    """Is a torch.func transform open where dynamo traces? Asked while tracing: dynamo opens them for real, and guards."""
+    """Is a torch.func transform open where dynamo traces? Asked then: dynamo opens them for real, and guards."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

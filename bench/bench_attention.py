@@ -1,0 +1,106 @@
+"""attention: scaled dot-product attention, forward and backward.
+
+Floors. CPU, one core at 115 GFLOP/s: 1×8×1024×64 takes 18.7 ms forward, 46.7 ms more backward, half of both with a
+causal mask. GPU at 790 TFLOP/s in bf16: 4×32×4096×128 takes 1.39 ms forward, 3.48 ms backward. Predictions for the
+mma.sync kernels on Hopper, whose matrix unit they use by half: 350 TFLOP/s forward; backward 7 products for the 5
+that count, 200 TFLOP/s.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from .case import Case, Function, Provider, Unavailable, with_both_directions
+from .peers import imported, standard_providers
+
+STEM = "attention"
+OPS = ("scaled_dot_product_attention",)
+OP = OPS[0]
+
+
+def attention(shape: tuple[int, ...], causal: bool, kv_heads: int | None = None, **fields: Any) -> Case:
+    """q [B, H, L, D]; key and value with kv_heads heads."""
+    args: dict[str, Any] = {"causal": causal}
+    if kv_heads is not None:
+        args["kv_heads"] = kv_heads
+    return Case(OP, shape, args=args, **fields)
+
+
+def cases(device: str) -> list[Case]:
+    if device == "cpu":
+        found = [attention((1, 8, 1024, 64), causal, quick=True) for causal in (False, True)]
+        found += [attention((2, 8, 512, 128), False), attention((4, 12, 128, 32), False)]
+        found += [attention((1, 8, 1024, 64), False, dtype=torch.bfloat16)]
+        return with_both_directions(found)
+    half = {"dtype": torch.bfloat16, "device": device}
+    found = [attention((4, 32, 4096, 128), causal, quick=True, **half) for causal in (False, True)]
+    found += [attention((16, 16, 2048, 64), causal, **half) for causal in (False, True)]
+    found += [attention((1, 64, length, 128), True, 8, **half) for length in (2048, 8192, 16384)]
+    return with_both_directions([*found, attention((4, 16, 1024, 64), False, device=device)])
+
+
+def tiny(device: str) -> list[Case]:
+    shapes = [(1, 2, 9, 8), (1, 2, 70, 72)]
+    return [attention(shape, True, device=device, backward=True) for shape in shapes]
+
+
+def shapes(case: Case) -> dict[str, tuple[int, ...]]:
+    B, H, L, D = case.shape
+    kv = (B, case.args.get("kv_heads", H), L, D)
+    return {"key": kv, "value": kv}
+
+
+def bytes(case: Case) -> int:
+    """Forward q, k, v → o; backward q, k, v, o, do → dq, dk, dv."""
+    B, H, L, D = case.shape
+    q, kv = B * H * L * D, B * case.args.get("kv_heads", H) * L * D
+    return (2 * q + 2 * kv + case.backward * (4 * q + 4 * kv)) * case.dtype.itemsize
+
+
+def flops(case: Case) -> int:
+    """Two products forward, five backward (the scores once more); half of it under a causal mask."""
+    B, H, L, D = case.shape
+    return B * H * L * L * D * 2 * (2 + 5 * case.backward) // (2 if case.args["causal"] else 1)
+
+
+def bind(functional: Any, case: Case) -> Function:
+    causal, grouped = case.args["causal"], "kv_heads" in case.args
+    attend = functional.scaled_dot_product_attention
+    return lambda t: attend(t["x"], t["key"], t["value"], is_causal=causal, enable_gqa=grouped)
+
+
+def torch_backend(case: Case, name: str) -> Function:
+    backend = getattr(torch.nn.attention.SDPBackend, name)
+
+    def attend(t: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.nn.attention.sdpa_kernel(backend):
+            return bind(torch.nn.functional, case)(t)
+
+    probe = [torch.randn(1, h, 16, case.shape[3], dtype=case.dtype, device=case.device) for h in (1, 1, 1)]
+    try:
+        attend({"x": probe[0], "key": probe[1], "value": probe[2]})
+    except RuntimeError as error:
+        raise Unavailable(f"{name}: {error}") from error
+    return attend
+
+
+def flex_attention(case: Case) -> Function:
+    flex = torch.compile(imported("torch.nn.attention.flex_attention", "flex_attention"), dynamic=False)
+    blocks = imported("torch.nn.attention.flex_attention", "create_block_mask")
+    length = case.shape[2]
+    mask = None
+    if case.args["causal"]:
+        mask = blocks(lambda b, h, i, j: i >= j, None, None, length, length, device=case.device)
+    grouped = "kv_heads" in case.args
+    return lambda t: flex(t["x"], t["key"], t["value"], block_mask=mask, enable_gqa=grouped)
+
+
+def providers(case: Case) -> dict[str, Provider]:
+    found = standard_providers(bind, case)
+    found.pop("torch channels_last")
+    if case.device == "cuda":
+        for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
+            found[f"torch {name.split('_')[0].lower()}"] = Provider(partial(torch_backend, case, name))
+        found["flex_attention"] = Provider(lambda: flex_attention(case))
+    return found

@@ -1,0 +1,101 @@
+// attention: what the kernels of attention.cu share. Forward and backward see the same picture: a block owns rows of
+// one side (queries or keys) and walks over tiles of rows of the other side.
+#pragma once
+
+#include "common/attention.h"
+#include "cuda/device.cuh"
+
+namespace pyops::attention {
+
+inline constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
+
+// Pointers of a call; the backward members are null in a forward pass.
+template <class T>
+struct Tensors {
+  using A = accumulate_t<T>;
+  const T *q, *k, *v, *dy;
+  const T* o_in;
+  T* o;
+  A* lse;
+  const A *lse_in, *dlse;
+  A* delta;
+  T *dq, *dk, *dv;
+};
+
+// What one block works on.
+struct Place {
+  int64_t b, h, block;
+};
+PYOPS_DEVICE Place place_of(int64_t index, int64_t heads, int64_t blocks) {
+  return {index / (heads * blocks), index / blocks % heads, index % blocks};
+}
+
+// Of an owned row: which rows of the other side it works with, [low, high).
+struct Range {
+  int low, high;
+};
+template <bool by_query>
+PYOPS_DEVICE Range range_of(const Example& e, int64_t row) {
+  if constexpr (by_query) {
+    if (row >= e.L) return {0, 0};
+    return {static_cast<int>(e.first_key(row)), static_cast<int>(e.last_key(row))};
+  } else {
+    if (row >= e.S) return {0, 0};
+    return {static_cast<int>(e.first_query_of(row, row + 1)), static_cast<int>(e.last_query_of(row, row + 1))};
+  }
+}
+// Of a block of owned rows [r0, r1).
+template <bool by_query>
+PYOPS_DEVICE Range range_of(const Example& e, int64_t r0, int64_t r1) {
+  if (r0 >= r1) return {0, 0};
+  if constexpr (by_query)
+    return {static_cast<int>(e.first_key_of(r0, r1)), static_cast<int>(e.last_key_of(r0, r1))};
+  else
+    return {static_cast<int>(e.first_query_of(r0, r1)), static_cast<int>(e.last_query_of(r0, r1))};
+}
+
+// A score from the product q.k with everything but the visible range; `slope` is its derivative by scale * q.k.
+template <class A>
+PYOPS_DEVICE A extra_score(const Problem<A>& p, const Example& e, int64_t b, int64_t h, int64_t i, int64_t j, A product,
+                           A& slope) {
+  A s = product * p.scale;
+  slope = A(1);
+  if (p.softcap != A(0)) {
+    const A t = tanh(s / p.softcap);
+    slope = A(1) - t * t;
+    s = t * p.softcap;
+  }
+  if (p.slopes != nullptr) {
+    const int64_t distance = i + e.shift - j;
+    s -= p.slopes[b * p.slopes_batch + h] * static_cast<A>(distance < 0 ? -distance : distance);
+  }
+  if (p.bias != nullptr) s += p.bias[mask_at(p, b, h, i, j)];
+  if (p.allowed != nullptr && !p.allowed[mask_at(p, b, h, i, j)]) s = -A(INFINITY);
+  return s;
+}
+
+// Factor of a weight under dropout.
+template <class A>
+PYOPS_DEVICE A kept(const Problem<A>& p, int64_t b, int64_t h, int64_t i, int64_t j) {
+  return dropped(p, b, h, i, j) ? A(0) : p.keep_scale;
+}
+
+// delta[i] = do[i].o[i] - dlse[i]: one warp per row.
+template <class T>
+__global__ void __launch_bounds__(128) attention_delta_kernel(Problem<accumulate_t<T>> p, Tensors<T> t) {
+  using A = accumulate_t<T>;
+  const int lane = threadIdx.x % 32;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
+  const Place at = place_of(index, p.H, p.L);
+  if (at.b >= p.B) return;
+  const Example e = example(p, at.b);
+  if (at.block >= e.L) return;
+  const int64_t row = at.b * p.o.batch + at.h * p.o.head + (e.q0 + at.block) * p.o.row;
+  A sum = 0;
+  for (int64_t c = lane; c < p.E; c += 32) sum += to_acc(t.dy[row + c]) * to_acc(t.o_in[row + c]);
+  sum = warp_sum(sum);
+  const int64_t statistic = at.b * p.lse_batch + at.h * p.lse_head + e.q0 + at.block;
+  if (lane == 0) t.delta[statistic] = sum - (t.dlse != nullptr ? t.dlse[statistic] : A(0));
+}
+
+}  // namespace pyops::attention

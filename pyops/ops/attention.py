@@ -1,0 +1,675 @@
+"""Scaled dot-product attention with an online softmax: the L×S matrix of scores is never stored.
+
+    o[i]   = Σ_j p[i,j] · v[j]        p = softmax_j(score[i,j])        lse[i] = log Σ_j exp(score[i,j])
+    score[i,j] = softcap · tanh(scale · q[i]·k[j] / softcap) − slope · |i + shift − j| + mask[i,j]
+
+    q: [B, H, L, D]   k: [B, H/G, S, D]   v: [B, H/G, S, E]   o: [B, H, L, E]   lse: [B, H, L]
+
+Only the keys that query i sees take part; a query that sees none gives 0, with gradient 0 and lse −∞.
+
+Source: torch.nn.functional.scaled_dot_product_attention; Dao et al. 2022, https://arxiv.org/abs/2205.14135. The online
+softmax and the gradient are derived in docs/math/attention.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch.autograd import forward_ad
+
+from ..core import autocast, backend, check, library, random
+from ..core.autograd import Formula, Tensors, differentiable
+from ..core.intercept import Unsupported, route
+from ..core.samples import Maker, Sample, checked
+
+_NAME = "scaled_dot_product_attention"
+_VARLEN = "attention_varlen"
+# The widest head of the GPU kernels.
+WIDEST = 256
+
+_kernels = library.triton_kernels("attention")
+_ARGUMENTS = (
+    "Tensor? mask, Tensor? lengths, Tensor? cu_q, Tensor? cu_k, Tensor? slopes, Tensor? random, float scale, "
+    "float softcap, int left, int right, bool bottom_right, float dropout, int max_q, int max_k"
+)
+
+
+def _fwd_fake(q, k, v, mask, lengths, cu_q, cu_k, *_):
+    o = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    rows = (q.shape[1], q.shape[0]) if cu_q is not None else q.shape[:-1]
+    return o, q.new_empty(rows, dtype=check.accumulate_dtype(q.dtype))
+
+
+def _bwd_fake(dy, dlse, q, k, v, *_):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+_fwd = library.declare(
+    f"attention_fwd(Tensor q, Tensor k, Tensor v, {_ARGUMENTS}) -> (Tensor, Tensor)", _fwd_fake, _kernels
+)
+_bwd = library.declare(
+    f"attention_bwd(Tensor dy, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_ARGUMENTS})"
+    " -> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+    _kernels,
+)
+
+
+def _positions(q, k, lengths, cu_q, cu_k):
+    """Example, query and key index of every score, the number of keys of its example, its shift, its being there."""
+    arange = lambda n: torch.arange(n, device=q.device)
+    if cu_q is None:
+        b = arange(q.shape[0])[:, None, None, None]
+        i, j = arange(q.shape[2])[:, None], arange(k.shape[2])
+        keys = torch.full((), k.shape[2], device=q.device) if lengths is None else lengths[:, None, None, None]
+        return b, i, j, keys, q.shape[2], torch.ones((), dtype=torch.bool, device=q.device)
+    row, column = arange(q.shape[0]), arange(k.shape[0])
+    of_row = torch.searchsorted(cu_q, row, right=True) - 1
+    of_column = torch.searchsorted(cu_k, column, right=True) - 1
+    b, i, j = of_row[:, None], (row - cu_q[of_row])[:, None], column - cu_k[of_column]
+    return b, i, j, cu_k.diff()[b], cu_q.diff()[b], of_column == b
+
+
+def _kept(state, group, word, dropout):
+    """Dropout mask of the elements `word` of the groups `group`."""
+    drawn = random.words(state, group)
+    bits = drawn[3]
+    for n in range(3):
+        bits = torch.where(word == n, drawn[n], bits)
+    return (bits >> 1) >= random.drop_threshold(dropout)
+
+
+def _reference(
+    q, k, v, mask, lengths, cu_q, cu_k, slopes, state, scale, softcap, left, right, bottom_right, dropout, max_q, max_k
+):  # fmt: skip
+    packed = cu_q is not None
+    wide = check.accumulate_dtype(q.dtype)
+    heads = q.shape[1]
+    spread = lambda t: t.to(wide).repeat_interleave(heads // max(t.shape[1], 1), 1)
+    bring = (lambda t: t.movedim(0, 1)) if packed else (lambda t: t)  # packed: [T, H, D] to [H, T, D]
+    wide_q, wide_k, wide_v = bring(q.to(wide)), bring(spread(k)), bring(spread(v))
+    b, i, j, keys, queries, seen = _positions(q, k, lengths, cu_q, cu_k)
+    shift = keys - queries if bottom_right else 0
+    h = torch.arange(heads, device=q.device)[:, None, None]
+
+    s = wide_q @ wide_k.mT * scale
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    if slopes is not None:
+        slope = (
+            slopes[:, None, None] if slopes.dim() == 1 else (slopes.mT[:, b] if packed else slopes[:, :, None, None])
+        )
+        s = s - slope * (i + shift - j).abs()
+    seen = seen & (j < keys)
+    if left >= 0:
+        seen = seen & (j >= i + shift - left)
+    if right >= 0:
+        seen = seen & (j <= i + shift + right)
+    if mask is not None and mask.dtype == torch.bool:
+        seen = seen & mask
+    elif mask is not None:
+        s = s + mask.to(wide)
+    s = torch.where(seen, s, -math.inf)
+
+    top = s.amax(-1, keepdim=True).detach() if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -math.inf)
+    top = torch.where(top == -math.inf, 0.0, top)
+    p = torch.exp(s - top)
+    total = p.sum(-1, keepdim=True)
+    none = total == 0
+    safe = torch.where(none, 1.0, total)
+    lse = torch.where(none, -math.inf, top + safe.log()).squeeze(-1)
+    p = p / safe
+    if dropout > 0:
+        group = ((b * heads + h) * max_q + i) * ((max_k + 3) // 4) + j // 4
+        factor = 1 / (1 - dropout) if dropout < 1 else 0.0
+        p = p * _kept(state, group, j % 4, dropout).to(wide) * factor
+    return bring(p @ wide_v).to(q.dtype), lse
+
+
+def _backward_arguments(dy, inputs: Tensors, kept: Tensors, constants: Tensors, needs) -> Tensors:
+    do, dlse = dy
+    q, k, v, *rest = inputs
+    o, lse = kept
+    return torch.zeros_like(o) if do is None else do, dlse, q, k, v, o, lse, *rest, *constants
+
+
+def _fold(forward, batch, dims, inputs, constants):
+    """A batch of calls is one call with more examples; not with packed rows, nor with a dropout mask to be the same."""
+    q, k, v, mask, lengths, cu_q, _, slopes, state = inputs
+    if cu_q is not None or state is not None or (slopes is not None and dims[7] is not None):
+        return None
+    examples = q.shape[0] if dims[0] is None else q.movedim(dims[0], 0).shape[1]
+
+    def spread(t, dim):
+        if t is None or (dim is None and t is mask and t.shape[0] == 1):
+            return t
+        t = t[None] if dim is None else t.movedim(dim, 0)
+        return t.expand(batch, examples, *t.shape[2:]).reshape(batch * examples, *t.shape[2:]).contiguous()
+
+    per_example = slopes.repeat(batch, 1) if slopes is not None and slopes.dim() == 2 else slopes
+    given = (spread(t, dim) for t, dim in zip((q, k, v, mask, lengths), dims))
+    o, lse = forward(*given, None, None, per_example, None, *constants)
+    return (o.reshape(batch, examples, *o.shape[1:]), lse.reshape(batch, examples, *lse.shape[1:])), (0, 0)
+
+
+_apply = differentiable(Formula(_fwd, _bwd, 9, 3, _backward_arguments, _reference, _fold, outputs=2, keep=(0, 1)))
+
+
+def _checked_inputs(op: str, query: Any, key: Any, value: Any, rank: int) -> None:
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, torch.Tensor):
+            check.fail(TypeError, op, name, type(t).__name__, "a tensor")
+        if t.dtype not in check.FLOATING:
+            check.fail(RuntimeError, op, name, t.dtype, "float32, float64, bfloat16 or float16")
+        if t.dtype != query.dtype or t.device != query.device:
+            expected = f"{query.dtype} on {query.device}, as query"
+            check.fail(RuntimeError, op, name, f"{t.dtype} on {t.device}", expected)
+        if t.dim() < rank:
+            check.fail(RuntimeError, op, name, f"{t.dim()} dimensions", f"at least {rank}")
+    if key.shape[-1] != query.shape[-1]:
+        check.fail(RuntimeError, op, "key", f"head size {key.shape[-1]}", f"{query.shape[-1]}, as query")
+    for name, t in (("query", query), ("value", value)):
+        if t.shape[-1] == 0:
+            check.fail(RuntimeError, op, name, "head size 0", "a head size of at least 1")
+        if t.shape[-1] > WIDEST and backend.name_for(t.device) != "cpu":
+            raise Unsupported(f"{op}: argument '{name}': got head size {t.shape[-1]}, expected at most {WIDEST}")
+
+
+def _scalars(op, query, dropout_p, is_causal, scale, causal, window, softcap):
+    """(scale, softcap, left, right, bottom_right, dropout) as the kernels take them."""
+    if not 0 <= dropout_p <= 1:
+        check.fail(RuntimeError, op, "dropout_p", dropout_p, "a probability in [0, 1]")
+    if causal not in (None, "top_left", "bottom_right"):
+        check.fail(ValueError, op, "causal", repr(causal), "'top_left', 'bottom_right' or None")
+    left = right = -1
+    if window is not None:
+        left, right = (window, window) if isinstance(window, int) else window
+        if not (isinstance(left, int) and isinstance(right, int) and left >= -1 and right >= -1):
+            check.fail(ValueError, op, "window", window, "(left, right), integers >= 0 or -1 for no bound")
+    if is_causal or causal is not None:
+        right = 0
+    softcap = 0.0 if softcap is None else float(softcap)
+    check.non_negative(op, "softcap", softcap)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    return scale, softcap, left, right, causal == "bottom_right", float(dropout_p)
+
+
+def _checked_slopes(op, slopes, query, shapes):
+    if slopes is None:
+        return None
+    if not isinstance(slopes, torch.Tensor) or tuple(slopes.shape) not in shapes:
+        got = list(slopes.shape) if isinstance(slopes, torch.Tensor) else type(slopes).__name__
+        check.fail(RuntimeError, op, "alibi_slopes", got, " or ".join(str(list(s)) for s in shapes))
+    if slopes.requires_grad:
+        check.fail(NotImplementedError, op, "alibi_slopes", "a tensor that requires a gradient", "constants")
+    return slopes.to(check.accumulate_dtype(query.dtype)).contiguous()
+
+
+def _compact(mask: torch.Tensor) -> torch.Tensor:
+    """One element in place of each dimension along which a mask merely repeats it."""
+    for d in range(mask.dim()):
+        if mask.shape[d] > 1 and mask.stride(d) == 0:
+            mask = mask.narrow(d, 0, 1)
+    return mask
+
+
+def _checked_mask(op, mask, query, batch, heads, queries, keys):
+    """The mask as [B or 1, H or 1, L or 1, S or 1], bool or in the dtype of the sums."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        check.fail(TypeError, op, "attn_mask", type(mask).__name__, "a tensor or None")
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        check.fail(RuntimeError, op, "attn_mask", mask.dtype, f"bool, float32 or {query.dtype}, as query")
+    if mask.device != query.device:
+        check.fail(RuntimeError, op, "attn_mask", f"a tensor on {mask.device}", f"one on {query.device}, as query")
+    full = (*batch, heads, queries, keys)
+    sizes = (1,) * (len(full) - mask.dim()) + tuple(mask.shape)
+    if len(sizes) != len(full) or any(m not in (1, n) for m, n in zip(sizes, full)):
+        check.fail(RuntimeError, op, "attn_mask", f"shape {list(mask.shape)}", f"one that broadcasts to {list(full)}")
+    mask = _compact(mask.reshape(sizes))
+    leading = mask.shape[:-3]
+    if any(n != 1 for n in leading):
+        mask = mask.expand(*batch, *mask.shape[-3:])
+        mask = mask.reshape(math.prod(batch), *mask.shape[-3:])
+    else:
+        mask = mask.reshape(1, *mask.shape[-3:])
+    return mask.contiguous() if mask.dtype == torch.bool else mask.to(check.accumulate_dtype(query.dtype)).contiguous()
+
+
+def _is_differentiated(mask: torch.Tensor | None) -> bool:
+    if mask is None or mask.dtype == torch.bool:
+        return False
+    if mask.requires_grad and torch.is_grad_enabled():
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(mask).tangent is not None
+
+
+def _attend(op: str, *arguments: Any) -> Tensors:
+    """The op; the same in plain torch where a gradient of the mask is asked for, which has the size of the scores."""
+    if _is_differentiated(arguments[3]):
+        return _reference(*arguments)
+    return _apply(backend.namespace_for(op, arguments[0]), *arguments)
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    causal: Literal["top_left", "bottom_right"] | None = None,
+    key_lengths: torch.Tensor | None = None,
+    window: int | tuple[int, int] | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention of queries over keys; drops in for torch.nn.functional.scaled_dot_product_attention.
+
+    ``softmax(scale · query @ keyᵀ + attn_mask) @ value``, without storing the scores: memory grows with L + S.
+
+    Args:
+        query: Tensor[..., H, L, D], float32, float64, bfloat16 or float16; D from 1 (on a GPU to 256).
+        key: Tensor[..., H, S, D]. Leading dimensions broadcast.
+        value: Tensor[..., H, S, E]; E may differ from D.
+        attn_mask: broadcasts to [..., H, L, S] and is never expanded. bool: True takes part; float32 or the dtype
+            of query: added to the scores. A gradient of the mask is computed in plain torch, with L×S memory.
+        dropout_p: probability of dropping a weight, in [0, 1]; the mask comes from torch's generator.
+        is_causal: query i sees keys j <= i; as in torch, not together with attn_mask.
+        scale: factor of query·key; 1/sqrt(D) by default.
+        enable_gqa: key and value may have fewer heads, a divisor of query's: neighbouring query heads share one.
+        causal: "top_left" is is_causal, and goes with a mask; "bottom_right" aligns the last query with the last key
+            (decoding).
+        key_lengths: Tensor[...] of integers, one per example: keys from there on are ignored.
+        window: (left, right), or one number for both: query i sees keys from i - left to i + right, aligned as
+            ``causal`` says; -1 is no bound.
+        alibi_slopes: Tensor[H] or Tensor[B, H] of constants: ``slope · |i - j|`` is subtracted from the scores.
+        softcap: scores become ``softcap · tanh(score / softcap)`` before bias and mask; None or 0: not.
+        return_lse: also return the log-sum-exp of the scores.
+
+    Returns:
+        Tensor[..., H, L, E] in the dtype of query; with return_lse also Tensor[..., H, L] in float32 (float64 for
+        float64), differentiable. A query that sees no key gives 0, and -inf for its log-sum-exp.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit together; dropout_p outside [0, 1].
+        ValueError: an unknown causal, a bad window, a negative softcap.
+
+    Softmax and sums are in float32 (float64 for float64). Bitwise deterministic, gradients too. Gradients of every
+    order, forward mode, vmap and torch.compile are supported; second gradients and forward mode store the scores.
+    """
+    return _sdpa(
+        _attend, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+        causal, key_lengths, window, alibi_slopes, softcap, return_lse,
+    )  # fmt: skip
+
+
+def _sdpa(
+    attend, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+    causal, key_lengths, window, alibi_slopes, softcap, return_lse,
+):  # fmt: skip
+    """Checks and folds the arguments of scaled_dot_product_attention, which `attend` then computes."""
+    _checked_inputs(_NAME, query, key, value, 2)
+    query, key, value = autocast.lower(query, key, value)
+    constants = _scalars(_NAME, query, dropout_p, is_causal, scale, causal, window, softcap)
+    if is_causal and attn_mask is not None:
+        check.fail(RuntimeError, _NAME, "attn_mask", "a tensor", "None where is_causal=True; causal= goes with a mask")
+    if key.shape[-2] != value.shape[-2]:
+        check.fail(RuntimeError, _NAME, "value", f"{value.shape[-2]} keys", f"{key.shape[-2]}, as key")
+    q, k, v = (t if t.dim() > 2 else t[None] for t in (query, key, value))
+    heads, key_heads = q.shape[-3], k.shape[-3]
+    if enable_gqa:
+        if key_heads != v.shape[-3] or (heads != key_heads and (key_heads == 0 or heads % key_heads != 0)):
+            got = f"{key_heads} and {v.shape[-3]} heads of key and value"
+            check.fail(RuntimeError, _NAME, "key", got, f"the same divisor of query's {heads}")
+    elif len({heads, key_heads, v.shape[-3]} - {1}) > 1:
+        got = f"{key_heads} and {v.shape[-3]} heads of key and value"
+        check.fail(RuntimeError, _NAME, "key", got, f"{heads}, as query, or 1")
+    else:
+        heads = max(heads, key_heads, v.shape[-3]) if 0 not in (heads, key_heads, v.shape[-3]) else 0
+        key_heads = key_heads if key_heads == v.shape[-3] else heads
+    try:
+        batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    except RuntimeError:
+        got = f"leading dimensions {list(k.shape[:-3])} and {list(v.shape[:-3])} of key and value"
+        check.fail(RuntimeError, _NAME, "key", got, f"ones that broadcast with query's {list(q.shape[:-3])}")
+    count = math.prod(batch)
+
+    def folded(t, n):
+        return t.expand(*batch, n, *t.shape[-2:]).reshape(count, n, *t.shape[-2:]).contiguous()
+
+    queries, keys = q.shape[-2], k.shape[-2]
+    mask = _checked_mask(_NAME, attn_mask, query, batch, heads, queries, keys)
+    slopes = _checked_slopes(_NAME, alibi_slopes, query, ((heads,), (count, heads)))
+    lengths = None
+    if key_lengths is not None:
+        if not isinstance(key_lengths, torch.Tensor) or key_lengths.dtype not in (torch.int32, torch.int64):
+            check.fail(RuntimeError, _NAME, "key_lengths", type(key_lengths).__name__, "an int32 or int64 tensor")
+        if tuple(key_lengths.shape) != tuple(batch):
+            check.fail(RuntimeError, _NAME, "key_lengths", f"shape {list(key_lengths.shape)}", f"{list(batch)}")
+        lengths = key_lengths.reshape(count).long().contiguous()
+    state = random.draw(query.device) if dropout_p > 0 else None
+    o, lse = attend(
+        _NAME, folded(q, heads), folded(k, key_heads), folded(v, key_heads), mask,
+        lengths, None, None, slopes, state, *constants, queries, keys,
+    )  # fmt: skip
+    shape = (*batch, heads, queries) if query.dim() > 2 or key.dim() > 2 or value.dim() > 2 else (queries,)
+    o = o.reshape(*shape, value.shape[-1])
+    return (o, lse.reshape(shape)) if return_lse else o
+
+
+def _checked_offsets(name: str, cu: Any, rows: int, like: torch.Tensor) -> torch.Tensor:
+    if not isinstance(cu, torch.Tensor) or cu.dtype not in (torch.int32, torch.int64) or cu.dim() != 1 or len(cu) < 1:
+        got = f"{cu.dtype} of shape {list(cu.shape)}" if isinstance(cu, torch.Tensor) else type(cu).__name__
+        check.fail(RuntimeError, _VARLEN, name, got, "an int32 or int64 tensor [B + 1]")
+    if cu.device != like.device:
+        check.fail(RuntimeError, _VARLEN, name, f"a tensor on {cu.device}", f"one on {like.device}, as query")
+    right = (cu[0] == 0) & (cu[-1] == rows) & (cu.diff() >= 0).all()
+    if cu.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool(right):
+            check.fail(RuntimeError, _VARLEN, name, cu.tolist(), f"increasing offsets from 0 to {rows}")
+    else:
+        torch._assert_async(right, f"{_VARLEN}: argument '{name}': expected increasing offsets from 0 to {rows}")
+    return cu.long().contiguous()
+
+
+def attention_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    *,
+    causal: Literal["top_left", "bottom_right"] | None = None,
+    window: int | tuple[int, int] | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Attention within each of B sequences that lie one after the other in packed tensors.
+
+    Sequence b has the queries ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]`` and the keys
+    ``cu_seqlens_k[b] : cu_seqlens_k[b + 1]``; it is computed as scaled_dot_product_attention would.
+
+    Args:
+        query: Tensor[T, H, D], float32, float64, bfloat16 or float16.
+        key: Tensor[U, K, D]; H is a multiple of K, neighbouring query heads share a key head.
+        value: Tensor[U, K, E].
+        cu_seqlens_q: int32 or int64 Tensor[B + 1], increasing from 0 to T.
+        cu_seqlens_k: the same for keys, from 0 to U; cu_seqlens_q by default.
+        max_seqlen_q: length of the longest sequence of queries; read from cu_seqlens_q by default, which on a GPU
+            waits for the device.
+        max_seqlen_k: the same for keys.
+        dropout_p, is_causal, scale, causal, window, alibi_slopes, softcap: as in scaled_dot_product_attention.
+        return_lse: also return the log-sum-exp of the scores.
+
+    Returns:
+        Tensor[T, H, E]; with return_lse also Tensor[H, T], float32 (float64 for float64).
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit together, or offsets that are not increasing from 0 to
+            the number of rows (on a GPU: by a device-side assertion).
+
+    Source: the varlen interface of FlashAttention. Numerics, determinism and derivatives as
+    scaled_dot_product_attention.
+    """
+    _checked_inputs(_VARLEN, query, key, value, 3)
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.dim() != 3:
+            check.fail(RuntimeError, _VARLEN, name, f"{t.dim()} dimensions", "3: [rows, heads, head size]")
+    query, key, value = autocast.lower(query, key, value)
+    constants = _scalars(_VARLEN, query, dropout_p, is_causal, scale, causal, window, softcap)
+    if key.shape[:2] != value.shape[:2]:
+        check.fail(RuntimeError, _VARLEN, "value", f"shape {list(value.shape)}", "the rows and heads of key")
+    heads, key_heads = query.shape[1], key.shape[1]
+    if heads != key_heads and (key_heads == 0 or heads % key_heads != 0):
+        check.fail(RuntimeError, _VARLEN, "key", f"{key_heads} heads", f"a divisor of query's {heads}")
+    cu_q = _checked_offsets("cu_seqlens_q", cu_seqlens_q, query.shape[0], query)
+    cu_k = cu_q if cu_seqlens_k is None else _checked_offsets("cu_seqlens_k", cu_seqlens_k, key.shape[0], query)
+    if cu_seqlens_k is None and key.shape[0] != query.shape[0]:
+        check.fail(RuntimeError, _VARLEN, "cu_seqlens_k", "None", f"offsets of the {key.shape[0]} rows of key")
+    if len(cu_k) != len(cu_q):
+        check.fail(RuntimeError, _VARLEN, "cu_seqlens_k", f"{len(cu_k)} offsets", f"{len(cu_q)}, as cu_seqlens_q")
+    longest = lambda cu: int(cu.diff().max()) if len(cu) > 1 else 0
+    max_q = longest(cu_q) if max_seqlen_q is None else max_seqlen_q
+    max_k = longest(cu_k) if max_seqlen_k is None else max_seqlen_k
+    slopes = _checked_slopes(_VARLEN, alibi_slopes, query, ((heads,), (len(cu_q) - 1, heads)))
+    state = random.draw(query.device) if dropout_p > 0 else None
+    o, lse = _attend(
+        _VARLEN, query.contiguous(), key.contiguous(), value.contiguous(), None,
+        None, cu_q, cu_k, slopes, state, *constants, max_q, max_k,
+    )  # fmt: skip
+    return (o, lse) if return_lse else o
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """torch.nn.MultiheadAttention on pyops.functional.scaled_dot_product_attention.
+
+    Parameters, state_dict and options are torch's. A query that sees no key gives the bias of the output projection,
+    where torch gives NaN. With ``need_weights`` the weights [.., L, S] are the result, so the scores are stored.
+    """
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention of every head over linear projections, then the output projection.
+
+        Args:
+            query: Tensor[N, L, embed_dim] with batch_first, Tensor[L, N, embed_dim] without, or Tensor[L, embed_dim].
+            key: the same with S and kdim.
+            value: the same with S and vdim.
+            key_padding_mask: Tensor[N, S] or Tensor[S]; bool: True is ignored; floating: added to the scores.
+            need_weights: also return the weights.
+            attn_mask: Tensor[L, S] or Tensor[N * num_heads, L, S]; bool: True is *not* allowed; floating: added.
+            average_attn_weights: return the mean of the weights over the heads, else [N, num_heads, L, S].
+            is_causal: a hint that attn_mask is the causal mask, which then is not read.
+
+        Returns:
+            The output in the layout of query, and the weights or None.
+
+        Raises:
+            RuntimeError: dimensions or masks that do not fit; is_causal without attn_mask.
+        """
+        op = "MultiheadAttention"
+        if is_causal and attn_mask is None:
+            check.fail(RuntimeError, op, "attn_mask", "None", "a mask together with the is_causal hint")
+        batched = query.dim() == 3
+        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
+            got = f"{query.dim()}, {key.dim()} and {value.dim()} dimensions of query, key and value"
+            check.fail(RuntimeError, op, "query", got, "3 each, or 2 each")
+        for name, t, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if t.shape[-1] != width:
+                check.fail(RuntimeError, op, name, f"size {t.shape[-1]}", f"{width}")
+        inputs = (query, key, value)
+        if not batched:
+            inputs = tuple(t[None] for t in inputs)
+        elif not self.batch_first:
+            inputs = tuple(t.transpose(0, 1) for t in inputs)
+        n = inputs[0].shape[0]
+        for name, t in (("key", inputs[1]), ("value", inputs[2])):
+            if t.shape[:2] != (n, inputs[1].shape[1]):
+                check.fail(RuntimeError, op, name, f"shape {list(t.shape)}", f"batch {n} and the keys of key")
+        weights: Any = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        if self._qkv_same_embed_dim:
+            weights = self.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        q, k, v = (torch.nn.functional.linear(t, w, b) for t, w, b in zip(inputs, weights, biases))
+        added = 0
+        if self.bias_k is not None and self.bias_v is not None:
+            added += 1
+            k = torch.cat([k, self.bias_k.to(k.dtype).expand(n, 1, -1)], 1)
+            v = torch.cat([v, self.bias_v.to(v.dtype).expand(n, 1, -1)], 1)
+        if self.add_zero_attn:
+            added += 1
+            k, v = (torch.cat([t, t.new_zeros(n, 1, t.shape[-1])], 1) for t in (k, v))
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
+
+        causal = is_causal and not need_weights and added == 0
+        mask = self._mask(op, key_padding_mask, None if causal else attn_mask, n, q.shape[2], k.shape[2] - added, q)
+        if added and mask is not None:
+            mask = torch.nn.functional.pad(mask, (0, added), value=True if mask.dtype == torch.bool else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        shares = None
+        if need_weights:
+            o, shares = _with_weights(q, k, v, mask, dropout)
+        else:
+            aligned: Literal["top_left"] | None = "top_left" if causal else None
+            o = scaled_dot_product_attention(q, k, v, mask, dropout, causal=aligned)
+        y = self.out_proj(o.transpose(1, 2).flatten(2))
+        if shares is not None:
+            shares = shares.mean(1) if average_attn_weights else shares
+            shares = shares if batched else shares[0]
+        return (y[0] if not batched else y if self.batch_first else y.transpose(0, 1)), shares
+
+    def _mask(self, op, padding, mask, n, queries, keys, like):
+        """Both masks as one that broadcasts to [N, H, L, S]: bool where True takes part, or added to the scores."""
+        parts = []
+        if padding is not None:
+            if tuple(padding.shape) not in ((n, keys), (keys,)) or (padding.dim() == 1 and n != 1):
+                check.fail(RuntimeError, op, "key_padding_mask", f"shape {list(padding.shape)}", f"{[n, keys]}")
+            parts.append(("key_padding_mask", padding.reshape(n, 1, 1, keys)))
+        if mask is not None:
+            full = (n * self.num_heads, queries, keys)
+            if tuple(mask.shape) not in (full[1:], full):
+                check.fail(
+                    RuntimeError, op, "attn_mask", f"shape {list(mask.shape)}", f"{list(full[1:])} or {list(full)}"
+                )
+            split = (n, self.num_heads, queries, keys) if mask.dim() == 3 else (1, 1, queries, keys)
+            parts.append(("attn_mask", mask.reshape(split)))
+        for name, part in parts:
+            if part.dtype != torch.bool and not part.is_floating_point():
+                check.fail(RuntimeError, op, name, part.dtype, "bool or a floating dtype")
+        if all(part.dtype == torch.bool for _, part in parts):
+            allowed = [~part for _, part in parts]
+            return None if not allowed else allowed[0] if len(allowed) == 1 else allowed[0] & allowed[1]
+        wide = check.accumulate_dtype(like.dtype)
+        zero = torch.zeros((), dtype=wide, device=like.device)
+        summands = [zero.masked_fill(p, -math.inf) if p.dtype == torch.bool else p.to(wide) for _, p in parts]
+        return summands[0] if len(summands) == 1 else summands[0] + summands[1]
+
+
+def _with_weights(q, k, v, mask, dropout):
+    """Attention and its weights, in plain torch: the weights have the size of the scores."""
+    wide = check.accumulate_dtype(q.dtype)
+    s = (q * (1 / math.sqrt(q.shape[-1]))) @ k.mT
+    s = s.to(wide)
+    if mask is not None:
+        s = s.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else s + mask
+    top = s.amax(-1, keepdim=True).detach() if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
+    p = torch.exp(s - torch.where(top == -math.inf, 0.0, top))
+    total = p.sum(-1, keepdim=True)
+    p = (p / torch.where(total == 0, 1.0, total)).to(q.dtype)
+    p = torch.nn.functional.dropout(p, dropout) if dropout > 0 else p
+    return p @ v, p
+
+
+def _accepts(query: Any = None, *_: Any, **__: Any) -> str | None:
+    if isinstance(query, torch.Tensor) and query.dtype not in check.FLOATING:
+        return str(query.dtype).replace("torch.", "dtype ")
+    return None
+
+
+route((torch.nn.functional.scaled_dot_product_attention,), _NAME, scaled_dot_product_attention, _accepts)
+
+
+def _oracle(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
+            causal=None, key_lengths=None, window=None, alibi_slopes=None, softcap=None, return_lse=False):  # fmt: skip
+    """scaled_dot_product_attention in plain torch; tests hold it against torch's own."""
+    return _sdpa(
+        lambda op, *arguments: _reference(*arguments), query, key, value, attn_mask, dropout_p, is_causal, scale,
+        enable_gqa, causal, key_lengths, window, alibi_slopes, softcap, return_lse,
+    )  # fmt: skip
+
+
+def _sample(q, k, v, mask=None, slopes=None, lengths=None, **options):
+    def make(t: Maker):
+        given: dict[str, Any] = dict(options)
+        arguments = (t.input(q), t.input(k), t.input(v))
+        if mask == "additive":
+            given["attn_mask"] = t.constant((q[-2], k[-2]))
+        elif mask is not None:
+            allowed = t.constant((q[0], 1, q[-2], k[-2])) > 0
+            allowed[0, 0, 1] = False  # a query that sees nothing
+            given["attn_mask"] = allowed
+        if slopes is not None:
+            given["alibi_slopes"] = t.constant(slopes, positive=True)
+        if lengths is not None:
+            given["key_lengths"] = torch.tensor(lengths, device=t.device)
+        return arguments, given
+
+    return make
+
+
+checked(
+    _NAME,
+    scaled_dot_product_attention,
+    _oracle,
+    Sample(
+        "causal, grouped heads, another value size",
+        _sample((1, 2, 2, 2), (1, 1, 3, 2), (1, 1, 3, 1), is_causal=True, enable_gqa=True, scale=0.7),
+        derivatives=True,
+    ),
+    Sample(
+        "a query that sees nothing", _sample((1, 1, 2, 2), (1, 1, 3, 2), (1, 1, 3, 2), mask="boolean"), derivatives=True
+    ),
+    Sample(
+        "everything at once, with lse",
+        _sample(
+            (2, 1, 2, 2),
+            (2, 1, 3, 2),
+            (2, 1, 3, 1),
+            "additive",
+            (1,),
+            (2, 3),
+            causal="bottom_right",
+            window=(2, 0),
+            softcap=1.5,
+            return_lse=True,
+        ),
+        derivatives=True,
+    ),
+    Sample("tail of a tile", _sample((2, 3, 9, 4), (2, 3, 7, 4), (2, 3, 7, 4), mask="boolean")),
+    Sample(
+        "grouped heads over several tiles",
+        _sample(
+            (2, 4, 20, 8),
+            (2, 2, 70, 8),
+            (2, 2, 70, 8),
+            "additive",
+            (4,),
+            (40, 70),
+            softcap=3.0,
+            enable_gqa=True,
+        ),
+    ),
+    Sample("several tiles", _sample((1, 2, 70, 32), (1, 2, 100, 32), (1, 2, 100, 24))),
+    Sample("several tiles, causal", _sample((1, 1, 100, 16), (1, 1, 100, 16), (1, 1, 100, 16), is_causal=True)),
+    Sample(
+        "window over several tiles",
+        _sample((1, 1, 90, 8), (1, 1, 130, 8), (1, 1, 130, 8), causal="bottom_right", window=(40, 0), slopes=(1, 1)),
+    ),
+    Sample("heads between two widths", _sample((1, 1, 9, 72), (1, 1, 20, 72), (1, 1, 20, 130))),
+    Sample("no keys", _sample((1, 2, 3, 4), (1, 2, 0, 4), (1, 2, 0, 4))),
+    Sample("no queries", _sample((1, 2, 0, 4), (1, 2, 3, 4), (1, 2, 3, 4))),
+    Sample("two dimensions", _sample((3, 4), (5, 4), (5, 4))),
+)
