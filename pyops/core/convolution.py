@@ -242,7 +242,6 @@ def restore(t: torch.Tensor, dims: int, channels_last: bool) -> torch.Tensor:
 ALGORITHMS = {
     "": "the default table",
     "gemm": "im2col in blocks that stay in cache, then a matrix product (CPU); implicit GEMM (GPU)",
-    "winograd": "F(4x4, 3x3), float32, 3x3 stride 1 on the CPU; 2.25 to 4 times fewer products, larger rounding error",
     "ieee": "products in float32 on CUDA cores",
     "tf32": "products of float32 rounded to 10 bits on tensor cores",
     "3xtf32": "float32 split in two TF32 parts, three products on tensor cores",
@@ -256,9 +255,8 @@ class conv_algorithm:
     """Chooses the algorithm of convolutions, process-wide, as a call or for the length of a ``with`` block.
 
     Args:
-        name: ``"gemm"``, ``"ieee"``, ``"tf32"``, ``"3xtf32"``, ``"winograd"``, or ``""`` for the default table. An
-            algorithm that does not apply to a call leaves it to ``"gemm"``; ``pyops explain conv2d`` says which one
-            runs. The environment variable PYOPS_CONV_ALGORITHM does the same at import.
+        name: ``"gemm"``, ``"ieee"``, ``"tf32"``, ``"3xtf32"``, or ``""`` for the default table. An algorithm that does
+            not apply to a call leaves it to ``"gemm"``; ``pyops explain conv2d`` says which one runs. The environment variable PYOPS_CONV_ALGORITHM does the same at import.
 
     Raises:
         ValueError: an unknown name.
@@ -285,7 +283,7 @@ def _tf32_allowed() -> bool:
 def algorithm_for(dtype: torch.dtype, backend_name: str, on_gpu: bool) -> str:
     """The algorithm of a call: the chosen one, else that of the default table."""
     if backend_name == "cpu":
-        return _algorithm if _algorithm in ("gemm", "winograd") else "gemm"
+        return "gemm"
     if dtype != torch.float32:
         return "gemm"
     if _algorithm in ("ieee", "tf32", "3xtf32"):
