@@ -256,7 +256,8 @@ class conv_algorithm:
 
     Args:
         name: ``"gemm"``, ``"ieee"``, ``"tf32"``, ``"3xtf32"``, or ``""`` for the default table. An algorithm that does
-            not apply to a call leaves it to ``"gemm"``; ``pyops explain conv2d`` says which one runs. The environment variable PYOPS_CONV_ALGORITHM does the same at import.
+            not apply to a call leaves it to ``"gemm"``; ``pyops explain conv2d`` says which one runs.
+            The environment variable PYOPS_CONV_ALGORITHM does the same at import.
 
     Raises:
         ValueError: an unknown name.
