@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/host_device.h"
+#include "common/quotient.h"
 
 #if defined(__CUDACC__)
 #define PYOPS_ROI PYOPS_HOST_DEVICE
@@ -34,7 +35,7 @@ struct Axis {
     start = from - offset;
     A length = (to - offset) - start;
     if (!aligned) length = length > A(1) ? length : A(1);
-    bin = length / static_cast<A>(bins);
+    bin = quotient(length, static_cast<A>(bins));
     size = pixels;
     grid = sampling_ratio;
     if (sampling_ratio <= 0) {
@@ -46,15 +47,17 @@ struct Axis {
   }
 
   PYOPS_ROI A position(int64_t p, int64_t i) const {
-    return start + static_cast<A>(p) * bin + (static_cast<A>(i) + A(0.5)) * bin / static_cast<A>(grid);
+    return start + static_cast<A>(p) * bin + quotient((static_cast<A>(i) + A(0.5)) * bin, static_cast<A>(grid));
   }
 
-  // The samples of bin p that may lie in [low, high] are first <= i < last; callers look again at each.
+  // The samples of bin p that may lie in [low, high] are first <= i < last; callers look again at each. All where
+  // bins are so extreme that the quotient below would not be exact.
   PYOPS_ROI void samples(int64_t p, A low, A high, int64_t& first, int64_t& last) const {
     first = 0;
     last = grid;
-    if (!(bin > A(0)) || grid < 8) return;
-    const A scale = static_cast<A>(grid) / bin, base = start + static_cast<A>(p) * bin, g = static_cast<A>(grid);
+    if (!(bin > A(1e-10) && bin < A(1e30)) || grid < 8) return;
+    const A scale = quotient(static_cast<A>(grid), bin), base = start + static_cast<A>(p) * bin,
+            g = static_cast<A>(grid);
     A a = (low - base) * scale - A(2), b = (high - base) * scale + A(2);
     a = a > A(0) ? (a < g ? a : g) : A(0);
     b = b > A(0) ? (b < g ? b : g) : A(0);
@@ -91,7 +94,7 @@ struct Axis {
       if (low == pixel) sum += A(1) - share;
       if (high == pixel) sum += share;
     }
-    return sum / static_cast<A>(grid > 0 ? grid : 1);
+    return quotient(sum, static_cast<A>(grid > 0 ? grid : 1));
   }
 };
 

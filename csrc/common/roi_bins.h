@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "common/host_device.h"
+#include "common/quotient.h"
 
 #if defined(__CUDACC__)
 #define PYOPS_BINS PYOPS_HOST_DEVICE
@@ -24,7 +25,7 @@ struct Bins {
 
   PYOPS_BINS Bins(int64_t first, int64_t last, int64_t count, int64_t pixels, bool mean) : from(first), bins(count) {
     const int64_t length = last - first + (mean ? 0 : 1);
-    size = static_cast<A>(length > 1 ? length : 1) / static_cast<A>(count);
+    size = quotient(static_cast<A>(length > 1 ? length : 1), static_cast<A>(count));
     limit = mean ? (pixels > 0 ? pixels - 1 : 0) : pixels;
   }
 
@@ -46,7 +47,7 @@ struct Bins {
   // Bins that may hold a pixel: first <= p < last; callers look again with range.
   PYOPS_BINS void holding(int64_t pixel, int64_t& first, int64_t& last) const {
     const A at = static_cast<A>(pixel - from);
-    const A a = (at - A(1)) / size - A(1), b = (at + A(1)) / size + A(2), n = static_cast<A>(bins);
+    const A a = quotient(at - A(1), size) - A(1), b = quotient(at + A(1), size) + A(2), n = static_cast<A>(bins);
     first = a > A(0) ? (a < n ? static_cast<int64_t>(a) : bins) : 0;
     last = b > A(0) ? (b < n ? static_cast<int64_t>(b) : bins) : 0;
   }

@@ -155,21 +155,26 @@ PYOPS_DEVICE bool touches(const roi::Axis<A>& axis, int64_t bins, int64_t first,
 
 // A block owns a tile of 8 rows by Columns pixels of one image of one level, warp w its row w. Channels last: a lane
 // owns V channels and keeps Columns = 8 pixels; else a lane owns one of Columns = 32 pixels and keeps V channels.
-// f(count, list) is called with the RoIs of the tile, in order.
+// Two blocks to a multiprocessor are asked for: left to itself, ptxas spills registers to fit more.
 template <class T, int V, bool ChannelsLast, bool PositionSensitive>
-__global__ void __launch_bounds__(gather_threads)
+__global__ void __launch_bounds__(gather_threads, 2)
     roi_align_bwd_kernel(const T* __restrict__ dy, const accumulate_t<T>* __restrict__ rois,
-                         const int64_t* __restrict__ levels, Maps<T> maps, Shape s, int level, int64_t tiles_x,
-                         int64_t tiles_y, int64_t channels) {
+                         const int64_t* __restrict__ levels, Maps<T> maps, Shape s, int level, unsigned tiles_x,
+                         unsigned tiles_y, int64_t channels) {
   using A = accumulate_t<T>;
   constexpr int columns = ChannelsLast ? 8 : 32, owned = ChannelsLast ? columns * V : V;
   auto& shared = shared_storage<GatherShared<A, columns>>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t H = maps.H[level], W = maps.W[level], bins = s.P * s.Q;
-  const int64_t tile = blockIdx.x % (tiles_x * tiles_y), n = blockIdx.x / (tiles_x * tiles_y);
-  const int64_t row0 = tile / tiles_x * tile_rows, column0 = tile % tiles_x * columns;
+  const unsigned tile = blockIdx.x % (tiles_x * tiles_y);
+  const int64_t n = blockIdx.x / (tiles_x * tiles_y);
+  const int64_t row0 = static_cast<int64_t>(tile / tiles_x) * tile_rows;
+  const int64_t column0 = static_cast<int64_t>(tile % tiles_x) * columns;
   const int64_t c0 =
       ChannelsLast ? (static_cast<int64_t>(blockIdx.y) * 32 + lane) * V : static_cast<int64_t>(blockIdx.y) * V;
+  // Position sensitive: plane c0 + v = k bins + b belongs to channel k and bin b alone; bins divides C < 2^20.
+  const int c0_channel = PositionSensitive ? static_cast<int>(c0) / static_cast<int>(bins) : 0;
+  const int c0_bin = static_cast<int>(c0 - c0_channel * bins);
   A sum[owned] = {};
   for (int64_t from = 0; from < s.R; from += gather_threads) {
     // Which of the next RoIs touch the tile, compacted in their order.
@@ -227,15 +232,24 @@ __global__ void __launch_bounds__(gather_threads)
               } else {
                 const A w = wy * shared.wx[q][lane];
                 if (w == A(0)) continue;
-#pragma unroll
-                for (int v = 0; v < V; ++v) {
-                  const int64_t c = c0 + v;
-                  if (c >= s.C) break;
-                  if constexpr (PositionSensitive) {
-                    if (c % bins == bin) sum[v] += w * to_acc(dy[(r * channels + c / bins) * bins + bin]);
-                  } else {
-                    sum[v] += w * to_acc(__ldg(dy + (r * s.C + c) * bins + bin));
+                if constexpr (PositionSensitive) {
+                  // The planes of this bin: the first at or after c0, then every bins-th.
+                  int next = static_cast<int>(bin) - c0_bin, k = c0_channel;
+                  if (next < 0) {
+                    next += static_cast<int>(bins);
+                    ++k;
                   }
+#pragma unroll
+                  for (int v = 0; v < V; ++v)
+                    if (v == next && k < channels) {
+                      sum[v] += w * to_acc(dy[(r * channels + k) * bins + bin]);
+                      next += static_cast<int>(bins);
+                      ++k;
+                    }
+                } else {
+#pragma unroll
+                  for (int v = 0; v < V; ++v)
+                    if (c0 + v < s.C) sum[v] += w * to_acc(__ldg(dy + (r * s.C + c0 + v) * bins + bin));
                 }
               }
             }
@@ -377,13 +391,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> roi_align_bwd(
     for (int l = 0; l < in.count; ++l) {
       if (s.N * s.C * maps.H[l] * maps.W[l] == 0) continue;
       const int64_t tiles_y = ceil_div(maps.H[l], tile_rows), tiles_x = ceil_div(maps.W[l], channels_last ? 8 : 32);
+      op.check(s.N * tiles_x * tiles_y < (int64_t{1} << 31), "x must have less than 2^31 tiles of pixels");
       const auto run = [&](auto kernel, int64_t groups, size_t smem) {
         launch(kernel,
                {.grid = dim3(static_cast<unsigned>(s.N * tiles_x * tiles_y), static_cast<unsigned>(groups)),
                 .block = dim3(gather_threads),
                 .smem = smem,
                 .stream = stream},
-               pdy, prois, plevels, maps, s, l, tiles_x, tiles_y, C);
+               pdy, prois, plevels, maps, s, l, static_cast<unsigned>(tiles_x), static_cast<unsigned>(tiles_y), C);
       };
       if (channels_last && vectors)
         run(roi_align_bwd_kernel<T, V, true, false>, ceil_div(s.C, 32 * V), sizeof(GatherShared<A, 8>));

@@ -71,19 +71,25 @@ struct GatherShared {
 };
 
 // Channels last: warp w owns pixel w of a run of 8, lanes own channels. Else warp w owns row w of 8, lanes own columns.
+// Four blocks to a multiprocessor are asked for: left to itself, ptxas spills registers to fit a fifth.
 template <class T, bool ChannelsLast, bool Mean>
-__global__ void __launch_bounds__(gather_threads)
+__global__ void __launch_bounds__(gather_threads, 4)
     roi_pool_bwd_kernel(const T* __restrict__ dy, const int* __restrict__ arg, const int64_t* __restrict__ rois,
-                        T* __restrict__ dx, Shape s, int64_t tiles_x, int64_t tiles_y) {
+                        T* __restrict__ dx, Shape s, unsigned tiles_x, unsigned tiles_y) {
   using A = accumulate_t<T>;
   constexpr int rows = ChannelsLast ? 1 : 8, columns = ChannelsLast ? 8 : 32;
   auto& shared = shared_storage<GatherShared>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t tile = blockIdx.x % (tiles_x * tiles_y), n = blockIdx.x / (tiles_x * tiles_y), bins = s.P * s.Q;
-  const int64_t row0 = tile / tiles_x * rows, column0 = tile % tiles_x * columns;
-  const int64_t h = ChannelsLast ? row0 : row0 + warp, w = column0 + (ChannelsLast ? warp : lane);
-  const int64_t c = ChannelsLast ? static_cast<int64_t>(blockIdx.y) * 32 + lane : blockIdx.y;
+  const unsigned tile = blockIdx.x % (tiles_x * tiles_y);
+  const int64_t n = blockIdx.x / (tiles_x * tiles_y);
+  const int row0 = static_cast<int>(tile / tiles_x) * rows, column0 = static_cast<int>(tile % tiles_x) * columns;
+  const int h = ChannelsLast ? row0 : row0 + warp, w = column0 + (ChannelsLast ? warp : lane);
+  const int c = static_cast<int>(blockIdx.y) * (ChannelsLast ? 32 : 1) + (ChannelsLast ? lane : 0);
+  const int pixel = static_cast<int>(static_cast<unsigned>(h) * static_cast<unsigned>(s.W) + w);  // if it is mine
   const bool mine = h < s.H && w < s.W && c < s.C;
+  // Mean: plane c = (channel P + p) Q + q; P Q divides C, which is a dimension of the grid.
+  const unsigned P = Mean ? static_cast<unsigned>(s.P) : 1, Q = Mean ? static_cast<unsigned>(s.Q) : 1;
+  const unsigned mean_q = blockIdx.y % Q, mean_p = blockIdx.y / Q % P, channel = blockIdx.y / (P * Q);
   A sum = 0;
   for (int64_t from = 0; from < s.R; from += gather_threads) {
     const int64_t candidate = from + threadIdx.x;
@@ -111,20 +117,18 @@ __global__ void __launch_bounds__(gather_threads)
       const pool::Bins<A> ys(box[2], box[4], s.P, s.H, Mean), xs(box[1], box[3], s.Q, s.W, Mean);
       int64_t p0, p1, q0, q1, h0, h1, w0, w1;
       if constexpr (Mean) {
-        p0 = c / s.Q % s.P;
-        q0 = c % s.Q;
-        ys.range(p0, h0, h1);
-        xs.range(q0, w0, w1);
+        ys.range(mean_p, h0, h1);
+        xs.range(mean_q, w0, w1);
         if (h >= h0 && h < h1 && w >= w0 && w < w1)
-          sum +=
-              to_acc(dy[((r * s.channels + c / bins) * s.P + p0) * s.Q + q0]) / static_cast<A>((h1 - h0) * (w1 - w0));
+          sum += to_acc(dy[((r * s.channels + channel) * s.P + mean_p) * s.Q + mean_q]) /
+                 static_cast<A>((h1 - h0) * (w1 - w0));
       } else {
         ys.holding(h, p0, p1);
         xs.holding(w, q0, q1);
         for (int64_t p = p0; p < p1; ++p)
           for (int64_t q = q0; q < q1; ++q) {
             const int64_t i = offset<ChannelsLast>(r, c, p, q, s.C, s.P, s.Q);
-            if (arg[i] == h * s.W + w) sum += to_acc(dy[i]);
+            if (arg[i] == pixel) sum += to_acc(dy[i]);
           }
       }
     }
@@ -196,6 +200,7 @@ Tensor roi_pool_bwd(const Tensor& dy, const Tensor& x, const Tensor& rois, const
     auto* pdx = channels_last ? op.out<T>(dx, "dx", {s.N, s.H, s.W, s.C}) : op.out<T>(dx, "dx", {s.N, s.C, s.H, s.W});
     if (s.N * s.C * s.H * s.W == 0) return dx;
     const int64_t tiles_y = channels_last ? s.H : ceil_div(s.H, 8), tiles_x = ceil_div(s.W, channels_last ? 8 : 32);
+    op.check(s.N * tiles_x * tiles_y < (int64_t{1} << 31), "x must have less than 2^31 tiles of pixels");
     const auto run = [&](auto kernel) {
       launch(kernel,
              {.grid = dim3(static_cast<unsigned>(s.N * tiles_x * tiles_y),
@@ -203,7 +208,7 @@ Tensor roi_pool_bwd(const Tensor& dy, const Tensor& x, const Tensor& rois, const
               .block = dim3(gather_threads),
               .smem = sizeof(GatherShared),
               .stream = static_cast<cudaStream_t>(op.stream())},
-             pdy, parg, prois, pdx, s, tiles_x, tiles_y);
+             pdy, parg, prois, pdx, s, static_cast<unsigned>(tiles_x), static_cast<unsigned>(tiles_y));
     };
     if (mean)
       run(roi_pool_bwd_kernel<T, false, true>);
