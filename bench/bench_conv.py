@@ -30,18 +30,25 @@ def layer(case: Case) -> tuple[int, ...]:
     return LAYERS[case.shape[1:]]
 
 
+def convolution(batch: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **fields: Any) -> Case:
+    """The case of one layer, with the shape of its output."""
+    k, taps, stride = LAYERS[shape]
+    p, q = ((s + 2 * (taps // 2) - taps) // stride + 1 for s in shape[1:])
+    return Case("conv2d", (batch, *shape), dtype, output=(batch, k, p, q), **fields)
+
+
 def cases(device: str) -> list[Case]:
     layers = [shape for shape in LAYERS if shape[-1] > 7 or shape[0] == 512][:7]
     if device == "cpu":
-        both = [Case("conv2d", (n, *shape), quick=n == 1) for shape in layers for n in (1, 8)]
+        both = [convolution(n, shape, quick=n == 1) for shape in layers for n in (1, 8)]
         return with_both_directions(both)
-    half = [Case("conv2d", (64, *shape), torch.bfloat16, device, quick=shape[0] == 64) for shape in layers]
-    half.append(Case("conv2d", (1, 256, 112, 112), torch.bfloat16, device))
-    return with_both_directions([*half, Case("conv2d", (64, 64, 56, 56), torch.float32, device)])
+    half = [convolution(64, shape, torch.bfloat16, device=device, quick=shape[0] == 64) for shape in layers]
+    half.append(convolution(1, (256, 112, 112), torch.bfloat16, device=device))
+    return with_both_directions([*half, convolution(64, (64, 56, 56), device=device)])
 
 
 def tiny(device: str) -> list[Case]:
-    return [Case("conv2d", shape, device=device, backward=True) for shape in ((2, 5, 9, 7), (1, 16, 6, 6))]
+    return [convolution(n, shape, device=device, backward=True) for n, shape in ((2, (5, 9, 7)), (1, (16, 6, 6)))]
 
 
 def shapes(case: Case) -> dict[str, tuple[int, ...]]:
@@ -50,9 +57,8 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
 
 
 def _positions(case: Case) -> int:
-    _, taps, stride = layer(case)
-    p, q = ((s + 2 * (taps // 2) - taps) // stride + 1 for s in case.shape[2:])
-    return case.shape[0] * p * q
+    n, _, p, q = case.output or case.shape
+    return n * p * q
 
 
 def bytes(case: Case) -> int:

@@ -1,5 +1,6 @@
 """depthwise_conv: layers of MobileNetV2 and ConvNeXt."""
 
+import math
 from typing import Any
 
 import torch
@@ -21,18 +22,25 @@ LAYERS: dict[tuple[int, ...], tuple[int, ...]] = {
 }
 
 
+def convolution(batch: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **fields: Any) -> Case:
+    """The case of one layer, with the shape of its output."""
+    taps, stride = LAYERS[shape]
+    p, q = ((s + 2 * (taps // 2) - taps) // stride + 1 for s in shape[1:])
+    return Case("conv2d", (batch, *shape), dtype, output=(batch, shape[0], p, q), **fields)
+
+
 def cases(device: str) -> list[Case]:
     layers = list(LAYERS)[:4]
     if device == "cpu":
-        return with_both_directions([Case("conv2d", (8, *shape), quick=shape[1] == 56) for shape in layers])
+        return with_both_directions([convolution(8, shape, quick=shape[1] == 56) for shape in layers])
     batch: dict[tuple[int, ...], int] = {(96, 56, 56): 128}
     return with_both_directions(
-        [Case("conv2d", (batch.get(s, 256), *s), torch.bfloat16, device, quick=s[1] == 56) for s in layers]
+        [convolution(batch.get(s, 256), s, torch.bfloat16, device=device, quick=s[1] == 56) for s in layers]
     )
 
 
 def tiny(device: str) -> list[Case]:
-    return [Case("conv2d", (2, *shape), device=device, backward=True) for shape in list(LAYERS)[4:]]
+    return [convolution(2, shape, device=device, backward=True) for shape in list(LAYERS)[4:]]
 
 
 def shapes(case: Case) -> dict[str, tuple[int, ...]]:
@@ -41,9 +49,7 @@ def shapes(case: Case) -> dict[str, tuple[int, ...]]:
 
 
 def _outputs(case: Case) -> int:
-    taps, stride = LAYERS[case.shape[1:]]
-    p, q = ((s + 2 * (taps // 2) - taps) // stride + 1 for s in case.shape[2:])
-    return case.shape[0] * case.shape[1] * p * q
+    return math.prod(case.output or case.shape)
 
 
 def bytes(case: Case) -> int:

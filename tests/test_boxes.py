@@ -139,7 +139,7 @@ def test_names_and_signatures_are_those_of_torchvision():
     from pathlib import Path
 
     (folder,) = importlib.util.find_spec("torchvision").submodule_search_locations
-    for path in Path(folder, "ops").glob("*.py"):
+    for path in Path(folder, "ops").glob("[!_]*.py"):
         for node in ast.parse(path.read_text()).body:
             ours = getattr(vision, getattr(node, "name", ""), None)
             if isinstance(node, ast.FunctionDef) and ours is not None:
