@@ -89,6 +89,19 @@ def family_for(in_channels: Any, weight_shape: Sequence[Any], groups: int) -> Fa
 # Pieces of the gradients
 
 
+def _product_rule(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The tangent of an op that is bilinear in its first two tensors and adds its third, the bias, where it has one."""
+
+    def tangent(ns, inputs, tangents, constants):
+        (a, b, *bias), (ta, tb, *tbias) = inputs, (None if t is None else t.contiguous() for t in tangents)
+        if ta is None:
+            return function(ns, a, torch.zeros_like(b) if tb is None else tb, *tbias, *constants)
+        moved = function(ns, ta, b, *tbias, *constants)
+        return moved if tb is None else moved + function(ns, a, tb, *(None for _ in bias), *constants)
+
+    return tangent
+
+
 def _sum_over_positions(dy: torch.Tensor, channels_last: bool) -> torch.Tensor:
     return dy.sum((0, 1, 2, 3) if channels_last else (0, 2, 3, 4))
 
@@ -144,13 +157,6 @@ def family(stem: str, kernels: ModuleType | None, serves: Callable[[Any, Any, in
             _sum_over_positions(dy, last) if needs[2] else None,
         )
 
-    def fwd_tangent(ns, inputs, tangents, constants):
-        (x, w, _), (tx, tw, tb) = inputs, (None if t is None else t.contiguous() for t in tangents)
-        if tx is None:
-            return fwd(ns, x, torch.zeros_like(w) if tw is None else tw, tb, *constants)
-        y = fwd(ns, tx, w, tb, *constants)
-        return y if tw is None else y + fwd(ns, x, tw, None, *constants)
-
     def fwd_fold(ns, batch, dims, inputs, constants):
         (x, w, b), last = inputs, constants[-2]
         if dims[1] is None and dims[2] is None:
@@ -174,13 +180,6 @@ def family(stem: str, kernels: ModuleType | None, serves: Callable[[Any, Any, in
             _sum_over_positions(dx, last) if needs[2] else None,
         )
 
-    def dgrad_tangent(ns, inputs, tangents, constants):
-        (dy, w, _), (tdy, tw, tb) = inputs, (None if t is None else t.contiguous() for t in tangents)
-        if tdy is None:
-            return dgrad(ns, dy, torch.zeros_like(w) if tw is None else tw, tb, *constants)
-        dx = dgrad(ns, tdy, w, tb, *constants)
-        return dx if tw is None else dx + dgrad(ns, dy, tw, None, *constants)
-
     def dgrad_fold(ns, batch, dims, inputs, constants):
         (dy, w, b), last = inputs, constants[-2]
         if dims[1] is None and dims[2] is None:
@@ -199,22 +198,21 @@ def family(stem: str, kernels: ModuleType | None, serves: Callable[[Any, Any, in
             dgrad(ns, dy, dw, None, space(x, last), *geometry) if needs[1] else None,
         )
 
-    def wgrad_tangent(ns, inputs, tangents, constants):
-        (dy, x), (tdy, tx) = inputs, (None if t is None else t.contiguous() for t in tangents)
-        if tdy is None:
-            return wgrad(ns, dy, torch.zeros_like(x) if tx is None else tx, *constants)
-        dw = wgrad(ns, tdy, x, *constants)
-        return dw if tx is None else dw + wgrad(ns, dy, tx, *constants)
-
     def wgrad_fold(ns, batch, dims, inputs, constants):
         last = constants[-2]
         dy, x = (_into_channels(batch, d, t, last) for d, t in zip(dims, inputs))
         dw = wgrad(ns, dy, x, *_grouped(constants, batch))
         return dw.unflatten(0, (batch, dw.shape[0] // batch)), 0
 
-    fwd = multilinear.differentiable(Multilinear(ops["fwd"], 3, fwd_gradient, fwd_tangent, fwd_fold))
-    dgrad = multilinear.differentiable(Multilinear(ops["dgrad"], 3, dgrad_gradient, dgrad_tangent, dgrad_fold))
-    wgrad = multilinear.differentiable(Multilinear(ops["wgrad"], 2, wgrad_gradient, wgrad_tangent, wgrad_fold))
+    fwd = multilinear.differentiable(
+        Multilinear(ops["fwd"], 3, fwd_gradient, _product_rule(lambda *a: fwd(*a)), fwd_fold)
+    )
+    dgrad = multilinear.differentiable(
+        Multilinear(ops["dgrad"], 3, dgrad_gradient, _product_rule(lambda *a: dgrad(*a)), dgrad_fold)
+    )
+    wgrad = multilinear.differentiable(
+        Multilinear(ops["wgrad"], 2, wgrad_gradient, _product_rule(lambda *a: wgrad(*a)), wgrad_fold)
+    )
     _families[stem] = Family(stem, serves, fwd, dgrad, wgrad)
     return _families[stem]
 
