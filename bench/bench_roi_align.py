@@ -133,7 +133,8 @@ def scalar(case: Case) -> Function:
         for m, i, r in zip(maps_of(t), index, own):
             part = torch.empty(len(i), *y.shape[1:])
             sizes = [ctypes.c_int64(v) for v in (m.shape[1], m.shape[2], m.shape[3], len(i), bins, RATIO)]
-            loops.scalar_roi_align(pointer(m.contiguous()), pointer(r), pointer(part), *sizes)
+            planes = m.contiguous()  # held while the loop reads it
+            loops.scalar_roi_align(pointer(planes), pointer(r), pointer(part), *sizes)
             y[i] = part
         return y
 

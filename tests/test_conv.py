@@ -58,6 +58,17 @@ def test_tensor_core_products_of_float32(algorithm, channels_last):
         assert algorithm != "tf32" or error > 1e-5  # it did run
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_long_sums_lose_no_more_than_those_of_torch(channels_last):
+    """4608 products in one running float32 sum would be some six times less exact."""
+    x, w = torch.randn(1, 512, 7, 7), torch.randn(64, 512, 3, 3)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
+    error, theirs = ((f.conv2d(x, w, padding=1) - exact).abs().max() for f in (F, torch.nn.functional))
+    assert error <= 2 * theirs + torch.finfo(torch.float32).eps * exact.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])

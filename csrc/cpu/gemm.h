@@ -1,6 +1,6 @@
-// Matrix product in registers: a tile of R rows and two vectors of columns is summed over all of K without touching
-// memory. The caller packs the operands and stores the tile, so that what is multiplied need not exist as a matrix:
-// a convolution packs pixels of an image (conv.cpp).
+// Matrix product in registers: a tile of R rows and two vectors of columns is summed over all of K without leaving the
+// first cache. The caller packs the operands and stores the tile, so that what is multiplied need not exist as a
+// matrix: a convolution packs pixels of an image (conv.cpp).
 //
 //   Tile<acc_t>::rows, Tile<acc_t>::columns     the largest tile
 //   tile_product(rows, columns, K, a, b, tile)  tile[m * Tile::columns + n] = sum_k A[m,k] * B[k,n]
@@ -19,6 +19,10 @@
 namespace pyops::PYOPS_CPU_CAPABILITY {
 
 inline constexpr int64_t chunk = 16;
+// A sum is taken in blocks of so many products, and the blocks are added: rounding grows with sqrt(sum_block + K /
+// sum_block) where one running sum grows with sqrt(K), 68 against 12 roundings for the 4608 products of a 3 x 3 filter
+// on 512 channels.
+inline constexpr int64_t sum_block = 64;
 
 template <class acc_t>
 struct Tile {
@@ -39,25 +43,31 @@ template <int rows, int vectors, class acc_t>
 void tile_kernel(int64_t K, const acc_t* __restrict__ a, const acc_t* __restrict__ b, acc_t* __restrict__ tile) {
   using V = Vec<acc_t>;
   constexpr int64_t columns = Tile<acc_t>::columns;
-  V sum[rows][vectors];
-  for (int64_t k0 = 0; k0 < K; k0 += chunk, a += rows * chunk) {
-    const int64_t n = K - k0 < chunk ? K - k0 : chunk;
-    for (int64_t k = 0; k < n; ++k, b += columns) {
-      V right[vectors];
+  for (int64_t start = 0; start < K || start == 0; start += sum_block) {
+    V sum[rows][vectors];
+    const int64_t end = K - start < sum_block ? K : start + sum_block;
+    for (int64_t k0 = start; k0 < end; k0 += chunk, a += rows * chunk) {
+      const int64_t n = end - k0 < chunk ? end - k0 : chunk;
+      for (int64_t k = 0; k < n; ++k, b += columns) {
+        V right[vectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) right[v] = V::load(b + v * V::width);
+        for (int v = 0; v < vectors; ++v) right[v] = V::load(b + v * V::width);
 #pragma GCC unroll 16
-      for (int m = 0; m < rows; ++m) {
-        const V left(a[m * chunk + k]);
+        for (int m = 0; m < rows; ++m) {
+          const V left(a[m * chunk + k]);
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) sum[m][v] = fma(left, right[v], sum[m][v]);
+          for (int v = 0; v < vectors; ++v) sum[m][v] = fma(left, right[v], sum[m][v]);
+        }
       }
     }
-  }
 #pragma GCC unroll 16
-  for (int m = 0; m < rows; ++m)
+    for (int m = 0; m < rows; ++m)
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) sum[m][v].store(tile + m * columns + v * V::width);
+      for (int v = 0; v < vectors; ++v) {
+        acc_t* to = tile + m * columns + v * V::width;
+        (start == 0 ? sum[m][v] : sum[m][v] + V::load(to)).store(to);
+      }
+  }
 }
 
 template <int vectors, class acc_t>
