@@ -9,7 +9,7 @@
 //          channels. Backward: a thread owns a block of channels of one image and meets its RoIs in order, so no two
 //          threads write one address
 // memory   backward: dx alone; half types one more float block per thread
-// numerics acc_t
+// numerics sums in acc_t; positions in double: an error of theirs is an error of the shares, times the step in x
 #include "common/roi.h"
 
 #include <algorithm>
@@ -44,22 +44,22 @@ struct Taps {
   std::vector<acc_t> weight;
   int64_t low = 0, high = -1;  // pixels touched
 
-  void build(const roi::Axis<acc_t>& axis, int64_t bins) {
+  void build(const roi::Axis<double>& axis, int64_t bins) {
     begin.assign(1, 0);
     pixel.clear();
     weight.clear();
     low = axis.size;
     high = -1;
-    const acc_t share_of_sample = acc_t(1) / acc_t(std::max<int64_t>(axis.grid, 1));
+    const double share_of_sample = 1.0 / double(std::max<int64_t>(axis.grid, 1));
     for (int64_t p = 0; p < bins; ++p) {
       int64_t first, last;
       axis.samples(p, first, last);
       for (int64_t i = first; i < last; ++i) {
         int64_t a, b;
-        acc_t share;
+        double share;
         if (!axis.neighbours(axis.position(p, i), a, b, share)) continue;
-        add(begin.back(), a, (acc_t(1) - share) * share_of_sample);
-        if (share > acc_t(0)) add(begin.back(), b, share * share_of_sample);
+        add(begin.back(), a, acc_t((1.0 - share) * share_of_sample));
+        if (share > 0.0) add(begin.back(), b, acc_t(share * share_of_sample));
       }
       begin.push_back(int64_t(pixel.size()));
     }
@@ -86,8 +86,8 @@ struct Region {
   std::vector<acc_t> line;  // one row of the intermediate result
 
   void build(const acc_t* roi, const Map& map, const Problem& s) {
-    y.build(roi::Axis<acc_t>(roi[2], roi[4], s.P, map.H, s.sampling_ratio, s.aligned), s.P);
-    x.build(roi::Axis<acc_t>(roi[1], roi[3], s.Q, map.W, s.sampling_ratio, s.aligned), s.Q);
+    y.build(roi::Axis<double>(roi[2], roi[4], s.P, map.H, s.sampling_ratio, s.aligned), s.P);
+    x.build(roi::Axis<double>(roi[1], roi[3], s.Q, map.W, s.sampling_ratio, s.aligned), s.Q);
     line.resize(size_t(std::max<int64_t>(x.high - x.low + 1, 1)));
   }
   bool empty() const { return y.pixel.empty() || x.pixel.empty(); }
