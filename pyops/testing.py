@@ -15,9 +15,10 @@ plain torch; run in float64 it is the truth, run in the op's dtype it sets the e
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,6 +259,17 @@ def _transforms(case: _Case, sample: Sample) -> str:
     return ""
 
 
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Without the messages of one logger."""
+    log = logging.getLogger(logger)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
 def _swapped(op: Checked) -> Checked:
     return Checked(op.name, op.reference, op.reference, op.samples)
 
@@ -287,7 +299,8 @@ def _compiled(case: _Case, sample: Sample) -> str:
 
     for name, transform in (("jvp", direction), ("grad", gradient)):
         try:
-            result = torch.compile(transform, backend="aot_eager")(x)
+            with _quiet("torch._subclasses.fake_tensor"):  # torch logs each op of forward mode that it cannot trace
+                result = torch.compile(transform, backend="aot_eager")(x)
         except Exception:
             continue  # a clear error is acceptable, a wrong number is not
         for got, expected in zip(_outputs(result), _outputs(transform(x))):
