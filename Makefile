@@ -38,7 +38,7 @@ asan: $(VENV)/.installed ## the CUDA kernels on the CPU under AddressSanitizer, 
 	PYOPS_BUILD_EMULATOR=asan $(PIP) install -q -e . --no-build-isolation --no-deps
 	$(ASAN) $(RUN) -m pytest tests -m race --backend emulator
 
-demo: $(VENV)/.demo build ## the main job: a real network on real photos, then a quick benchmark
+demo: $(VENV)/.demo build ## the main job: real networks on real photos, then a quick benchmark
 	$(RUN) -m pyops demo --out out
 
 test: $(VENV)/.demo emulator ## the whole suite, then the race detector on the smallest cases

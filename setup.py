@@ -154,7 +154,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["pyops", "pyops.compat", "pyops.core", "pyops.ops", "pyops.kernels", "pyops.bench"],
+    packages=["pyops", "pyops.compat", "pyops.core", "pyops.demo", "pyops.ops", "pyops.kernels", "pyops.bench"],
     package_dir={"pyops": "pyops", "pyops.kernels": "kernels", "pyops.bench": "bench"},
     package_data={"pyops": ["py.typed"], "pyops.bench": ["results/*.json"]},
     ext_modules=[Extension("pyops._host", sources=[])],

@@ -108,7 +108,7 @@ def parser() -> Parser:
     sub.add_argument("--backend", choices=backend.NAMES, help="this backend in place of the one that would run")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
-    sub = command("demo", run_demo, "a pretrained network on real photos, with torch and with pyops")
+    sub = command("demo", run_demo, "pretrained networks on real photos, with torch and with pyops")
     sub.add_argument("--out", metavar="DIR", default="out", help="where pictures and tables go; default out/")
     sub.add_argument("--quick", action="store_true", help="fewer photos and a shorter benchmark")
     return top

@@ -1,6 +1,9 @@
 """The parts of the demo that need neither its packages nor its minutes."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -8,6 +11,7 @@ import torch
 
 from pyops import demo
 from pyops.core.intercept import Entry, Report
+from pyops.demo import classification, times
 
 
 def test_missing_packages_end_in_one_line(monkeypatch, capsys, tmp_path):
@@ -25,8 +29,8 @@ def test_table_shows_what_ran_where():
         "conv2d": Entry("conv2d", 5, kept=Counter({"no pyops room yet": 5})),
         "batch_norm": Entry("batch_norm", 4, Counter(cpu=3), Counter({"dtype int64": 1})),
     }
-    times = {op: Entry(op, seconds_torch=0.25, seconds_pyops=0.125) for op in report.entries}
-    head, first, second = demo.op_rows(report, times, times)
+    spent = {op: Entry(op, seconds_torch=0.25, seconds_pyops=0.125) for op in report.entries}
+    head, first, second = times.op_rows(report, spent, spent)
     assert head[:3] == ["op", "calls", "backend that ran"]
     assert first == ["batch_norm", "4", "cpu, torch", "250.00 ms", "125.00 ms", "dtype int64"]
     assert second == ["conv2d", "5", "torch", "250.00 ms", "", "no pyops room yet"]
@@ -36,12 +40,34 @@ def test_table_shows_what_ran_where():
 def test_preprocessing_is_that_of_the_lite_networks():
     from PIL import Image
 
-    x = demo.preprocess(Image.new("RGB", (300, 400), (255, 127, 0)))
+    x = classification.preprocess(Image.new("RGB", (300, 400), (255, 127, 0)))
     assert x.shape == (3, 224, 224)
     torch.testing.assert_close(x[:, 100, 100], torch.tensor([1.0, 0.0, -127 / 128]))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="needs torchvision")
 def test_class_names():
-    names = demo.class_names()
+    names = classification.class_names()
     assert len(names) == 1000 and "espresso" in names
+
+
+FACES = """
+import json, pathlib, sys, torch
+from pyops.demo import faces
+
+right, numbers = faces.run(pathlib.Path(sys.argv[1]), torch.device("cpu"), repeats=1)
+print(json.dumps([right, numbers]))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("facenet_pytorch") is None, reason="needs facenet-pytorch")
+def test_the_astronaut_has_one_face(tmp_path):
+    # in a process of its own, as torchvision's ops once declared stay
+    run = subprocess.run([sys.executable, "-c", FACES, str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    right, numbers = json.loads(run.stdout.splitlines()[-1])
+    assert right and numbers["ops"]["conv2d"]["backends"]
+    for (box,) in numbers["boxes"].values():
+        left, top, right_side, bottom = box
+        assert 170 < left < 195 and 50 < top < 80 and 255 < right_side < 280 and 160 < bottom < 190
+    assert (tmp_path / "faces.png").stat().st_size > 10_000

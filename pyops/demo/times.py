@@ -1,0 +1,119 @@
+"""A network's answer with torch and with pyops, what each of its ops costs, and the table that says so."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..core.intercept import Entry, Report, counts, milliseconds, table, use
+
+
+@dataclass
+class Comparison:
+    """One call with torch and under ``pyops.use()``; times are medians of runs in turns.
+
+    Attributes:
+        by_torch, by_pyops: what the call returned.
+        report: what ran on pyops, and why not.
+        torch_ops, pyops_ops: op -> its time in a run where nothing is routed, and in one where everything is.
+        seconds_torch, seconds_pyops: of the whole call, without the clocks around each op.
+    """
+
+    by_torch: Any
+    by_pyops: Any
+    report: Report
+    torch_ops: dict[str, Entry]
+    pyops_ops: dict[str, Entry]
+    seconds_torch: float
+    seconds_pyops: float
+
+    @property
+    def ran(self) -> bool:
+        """Did any op run on pyops?"""
+        return any(entry.backends for entry in self.report.entries.values())
+
+    def show(self, device: torch.device, what: str) -> None:
+        print(table(op_rows(self.report, self.torch_ops, self.pyops_ops)))
+        where = "GPU" if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        print(f"\nMedian times of {what} ({where}).")
+        print(f"The whole: torch {milliseconds(self.seconds_torch)}, pyops {milliseconds(self.seconds_pyops)}.")
+
+    def numbers(self) -> dict[str, Any]:
+        """For demo.json."""
+        return {
+            "seconds": {"torch": self.seconds_torch, "pyops": self.seconds_pyops},
+            "ops": self.report.to_dict()["ops"],
+            "seconds_by_op": {
+                "torch": {op: e.seconds_torch for op, e in self.torch_ops.items()},
+                "pyops": {op: e.seconds_pyops + e.seconds_torch for op, e in self.pyops_ops.items()},
+            },
+        }
+
+
+def comparison(call: Callable[[], Any], device: torch.device, repeats: int) -> Comparison:
+    """Runs the call with torch and with pyops, in turns: once for its answers, then with and without clocks."""
+
+    def with_pyops() -> Any:
+        with use():
+            return call()
+
+    by_torch = call()
+    with use() as report:
+        by_pyops = call()
+    kept: list[Report] = []
+    routed: list[Report] = []
+    whole: tuple[list[float], list[float]] = ([], [])
+    for _ in bar(range(repeats), "time per op, and of the whole"):
+        for reports, ops in ((kept, ()), (routed, None)):
+            with use(ops, timing=True) as timed:
+                call()
+            reports.append(timed)
+        for spent, run in zip(whole, (call, with_pyops)):
+            spent.append(seconds_of(run, device))
+    medians = [statistics.median(spent) for spent in whole]
+    return Comparison(by_torch, by_pyops, report, median_entries(kept), median_entries(routed), *medians)
+
+
+def median_entries(reports: list[Report]) -> dict[str, Entry]:
+    """The entries of reports of equal runs, with the median of their times."""
+    entries = {}
+    for op, entry in reports[0].entries.items():
+        same = [report.entries[op] for report in reports]
+        entry.seconds_torch = statistics.median(e.seconds_torch for e in same)
+        entry.seconds_pyops = statistics.median(e.seconds_pyops for e in same)
+        entries[op] = entry
+    return entries
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def bar(items: Iterable[Any], what: str) -> Iterable[Any]:
+    """A progress bar once it takes longer than two seconds."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, delay=2, leave=False, disable=not sys.stderr.isatty())
+
+
+def op_rows(report: Report, torch_report: dict[str, Entry], pyops_report: dict[str, Entry]) -> list[list[str]]:
+    """The table of ops: those on pyops first, then by time."""
+    rows = [["op", "calls", "backend that ran", "time torch", "time pyops", "why not, where torch kept it"]]
+    for e in sorted(report.entries.values(), key=lambda e: (not e.backends, -torch_report[e.op].seconds_torch)):
+        ours = pyops_report[e.op].seconds_pyops if e.backends else 0.0
+        ran = ", ".join([*e.backends, *(["torch"] if e.kept else [])])
+        theirs = torch_report[e.op].seconds_torch
+        rows.append([e.op, str(e.calls), ran, milliseconds(theirs), milliseconds(ours), counts(e.kept)])
+    return rows
