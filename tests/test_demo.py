@@ -53,6 +53,7 @@ def test_class_names():
 
 FACES = """
 import json, pathlib, sys, torch
+torch.set_num_threads(1)
 from pyops.demo import faces
 
 right, numbers = faces.run(pathlib.Path(sys.argv[1]), torch.device("cpu"), repeats=1)
