@@ -97,7 +97,8 @@ class Room(Protocol):
         """Floating-point operations of the plain formula."""
 
     # A room may also state `traffic(case) -> (bytes, launches)`, what its CUDA kernels move and in how many launches,
-    # where that is more than the least; and `MATRIX = True` where its flops run on tensor cores.
+    # where that is more than the least; `MATRIX = True` where its flops run on tensor cores; and `CENTRED`, names of
+    # weights that are drawn around zero and scaled by their row, so that gates do not saturate.
 
     def bind(self, functional: Any, case: Case) -> Function:
         """The call of the case on a namespace with the signatures of ``torch.nn.functional``."""

@@ -94,7 +94,8 @@ def fresh_inputs(room: Room, case: Case) -> Tensors:
     # Beside running statistics, which are never in half precision, torch takes its fast path with float32 parameters.
     dtype = at_least_float32(case.dtype) if any(name in STATE for name in shapes) else case.dtype
     for name, shape in shapes.items():
-        tensors[name] = (normal(shape) * 0.2 + 1.0).abs().to(dtype)
+        centred = name in getattr(room, "CENTRED", ())
+        tensors[name] = (normal(shape) / shape[-1] ** 0.5 if centred else (normal(shape) * 0.2 + 1.0).abs()).to(dtype)
     tensors["dy"] = normal(case.output or case.shape).to(case.dtype)
     return in_layout(tensors, case.channels_last)
 

@@ -35,9 +35,12 @@ from .ops.batch_norm import batch_norm
 from .ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .ops.depthwise_conv import depthwise_conv
 from .ops.group_norm import group_norm, instance_norm
+from .ops.gru import gru_cell
 from .ops.im2col import fold, unfold
 from .ops.layer_norm import layer_norm
+from .ops.lstm import lstm_cell
 from .ops.rms_norm import rms_norm
+from .ops.rnn import rnn_relu_cell, rnn_tanh_cell
 from .ops.softmax import log_softmax, softmax, softmin
 
 __all__ = [
@@ -57,6 +60,7 @@ __all__ = [
     "gelu",
     "glu",
     "group_norm",
+    "gru_cell",
     "hardshrink",
     "hardsigmoid",
     "hardswish",
@@ -66,12 +70,15 @@ __all__ = [
     "leaky_relu",
     "log_softmax",
     "logsigmoid",
+    "lstm_cell",
     "mish",
     "prelu",
     "relu",
     "relu6",
     "relu_",
     "rms_norm",
+    "rnn_relu_cell",
+    "rnn_tanh_cell",
     "rrelu",
     "scaled_dot_product_attention",
     "selu",

@@ -30,9 +30,12 @@ from .ops.attention import MultiheadAttention
 from .ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .ops.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .ops.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from .ops.gru import GRUCell
 from .ops.im2col import Fold, Unfold
 from .ops.layer_norm import LayerNorm
+from .ops.lstm import LSTMCell
 from .ops.rms_norm import RMSNorm
+from .ops.rnn import RNNCell
 from .ops.softmax import LogSoftmax, Softmax, Softmax2d, Softmin
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "ConvTranspose2d",
     "ConvTranspose3d",
     "Fold",
+    "GRUCell",
     "GroupNorm",
     "Hardshrink",
     "Hardsigmoid",
@@ -59,6 +63,7 @@ __all__ = [
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "LSTMCell",
     "LayerNorm",
     "LeakyReLU",
     "LogSigmoid",
@@ -67,6 +72,7 @@ __all__ = [
     "MultiheadAttention",
     "PReLU",
     "RMSNorm",
+    "RNNCell",
     "RReLU",
     "ReLU",
     "ReLU6",

@@ -24,6 +24,7 @@ LOW_ON: dict[str, tuple[str, ...]] = {
     **{f"{name}{n}d": ("cpu", "cuda") for name in ("conv", "conv_transpose") for n in (1, 2, 3)},
     "depthwise_conv": ("cpu", "cuda"),
     "prelu": ("cpu", "cuda"),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), ("cuda",)),
 }
 
 

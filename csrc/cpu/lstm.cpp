@@ -1,0 +1,15 @@
+// lstm · CPU
+//   i, f, o = sigmoid, g = tanh of the four gates;  c' = f c + i g,  h' = o tanh(c')
+// layout   gates: [B, 4, H] in the order i f g o · c, h', c': [B, H]
+// mapping  threads over rows and blocks of hidden units, lanes over hidden units
+// memory   every input read once, every output written once; backward computes the gates again from their inputs
+// numerics sigmoid and tanh of cpu/math.h in fp32 (fp64 for fp64), c' not rounded on its way to h'
+#include "cpu/recurrent_cell.h"
+
+#include "common/lstm_binding.h"
+
+PYOPS_LIBRARY(m) {
+  using namespace pyops::PYOPS_CPU_CAPABILITY;
+  PYOPS_IMPL(m, lstm_gates_fwd);
+  PYOPS_IMPL(m, lstm_gates_bwd);
+}

@@ -1,0 +1,16 @@
+// gru · CUDA
+//   r, z = sigmoid(x + y),  n = tanh(x_n + r y_n);  h' = (1 - z) n + z h,  x and y the gates from input and hidden
+//   state
+// layout   x_gates, h_gates: [B, 3, H] in the order r z n · h, h': [B, H]
+// mapping  a thread takes hidden units, grid-stride; neighbouring threads neighbouring units
+// memory   every input read once, every output written once; backward computes the gates again from their inputs
+// numerics sigmoid and tanh in fp32 (fp64 for fp64)
+#include "cuda/recurrent_cell.cuh"
+
+#include "common/gru_binding.h"
+
+PYOPS_LIBRARY(m) {
+  using namespace pyops;
+  PYOPS_IMPL(m, gru_gates_fwd);
+  PYOPS_IMPL(m, gru_gates_bwd);
+}
