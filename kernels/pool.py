@@ -62,11 +62,11 @@ def pool_fwd_kernel(
     result = tl.full((BLOCK,), float("-inf"), acc_t) if IS_MAX else tl.zeros((BLOCK,), acc_t)
     # Where every value is -inf the first position is kept.
     at = tl.full((BLOCK,), -1, tl.int64)
-    for kd in range(0, KD):
+    for kd in range(KD):
         z = d0 + kd * LD
-        for kh in range(0, KH):
+        for kh in range(KH):
             r = h0 + kh * LH
-            for kw in range(0, KW):
+            for kw in range(KW):
                 s = w0 + kw * LW
                 inside = live & (z >= 0) & (z < d1) & (r >= 0) & (r < h1) & (s >= 0) & (s < w1)
                 position = (z * H + r) * W + s
@@ -114,15 +114,15 @@ def pool_bwd_kernel(
         first_h = (tl.maximum(r + PH - (KH - 1) * LH, 0) + SH - 1) // SH
         first_w = (tl.maximum(s + PW - (KW - 1) * LW, 0) + SW - 1) // SW
     total_dx = tl.zeros((BLOCK,), acc_t)
-    for a in range(0, RD):
+    for a in range(RD):
         od = first_d + a
         d0, d1 = window(od, D, OD, KD, SD, PD, LD, ADAPTIVE)
         in_d = live & (od < OD) & (z >= d0) & (z < d1) & ((z - d0) % LD == 0)
-        for b in range(0, RH):
+        for b in range(RH):
             oh = first_h + b
             h0, h1 = window(oh, H, OH, KH, SH, PH, LH, ADAPTIVE)
             in_h = in_d & (oh < OH) & (r >= h0) & (r < h1) & ((r - h0) % LH == 0)
-            for e in range(0, RW):
+            for e in range(RW):
                 ow = first_w + e
                 w0, w1 = window(ow, W, OW, KW, SW, PW, LW, ADAPTIVE)
                 inside = in_h & (ow < OW) & (s >= w0) & (s < w1) & ((s - w0) % LW == 0)

@@ -7,278 +7,201 @@
 //          contiguous load; C > 1: lanes over channels; adaptive or tall windows: one window at a time
 // memory   x read once while its rows stay in cache, y written once; positions of maxima as one byte each
 // numerics acc_t; the first maximum wins, NaN wins always, as in torch; backward adds in the order of the outputs
-#include "common/pool.h"
+#include <vector>
 
 #include "common/pool_binding.h"
 #include "common/registry.h"
-#include "cpu/math.h"
-#include "cpu/parallel.h"
+#include "cpu/elementwise.h"
+#include "cpu/pool_rows.h"
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
 
 // ---- kernels
 
-using pool::Keep;
-using pool::Range;
-using pool::Shape;
-
-template <class acc_t>
-struct Best {
-  Vec<acc_t> value;
-  Mask<acc_t> tap;
-  PYOPS_INLINE void meet(const Vec<acc_t>& v, int64_t number) {
-    const Mask<acc_t> wins = (v.v > value.v) | (v.v != v.v);
-    value.v = wins ? v.v : value.v;
-    tap = wins ? Mask<acc_t>{} + std::conditional_t<sizeof(acc_t) == 4, int32_t, int64_t>(number) : tap;
-  }
-};
-
-// The taps of a vector of outputs, as one byte or as positions.
-template <class acc_t, class index_t, class Position>
-PYOPS_INLINE void store_taps(const Mask<acc_t>& tap, index_t* to, int64_t count, const Position& position) {
-  for (int64_t j = 0; j < count; ++j) to[j] = index_t(position(j, int64_t(tap[j])));
-}
-
-// Row x[0..in) into s.w.stride rows of `phase`: phase[c % stride][c / stride] = x[c - padding], `outside` beyond.
-template <class acc_t, class scalar_t>
-void split_row(const scalar_t* x, acc_t* phase, int64_t length, const pool::Dimension& w, acc_t outside) {
-  using V = Vec<acc_t>;
-  constexpr int64_t W = V::width;
-  const int64_t used = w.in < w.stride * length - w.padding ? w.in : w.stride * length - w.padding;
-  for (int64_t r = 0; r < w.stride; ++r) {
-    acc_t* row = phase + r * length;
-    const int64_t before = (w.padding - r + w.stride - 1) / w.stride;
-    for (int64_t j = 0; j < before; ++j) row[j] = outside;
-    const int64_t after = used + w.padding - r <= 0 ? 0 : (used + w.padding - r + w.stride - 1) / w.stride;
-    for (int64_t j = after > before ? after : before; j < length; ++j) row[j] = outside;
-  }
-  if (w.stride == 1) {
-    each_vector<acc_t>(used, [&](int64_t i, auto lanes) { V::load(x + i, lanes).store(phase + w.padding + i, lanes); });
-    return;
-  }
-  int64_t i = 0;
-  if (w.stride == 2) {
-    acc_t* even = phase + (w.padding % 2) * length + w.padding / 2;
-    acc_t* odd = phase + ((w.padding + 1) % 2) * length + (w.padding + 1) / 2;
-    for (; i + 2 * W <= used; i += 2 * W) {
-      const V a = V::load(x + i), b = V::load(x + i + W);
-      [&]<size_t... k>(std::index_sequence<k...>) {
-        V(__builtin_shufflevector(a.v, b.v, int(2 * k)...)).store(even + i / 2);
-        V(__builtin_shufflevector(a.v, b.v, int(2 * k + 1)...)).store(odd + i / 2);
-      }(std::make_index_sequence<size_t(W)>());
-    }
-  }
-  for (; i < used; ++i) {
-    const int64_t c = i + w.padding;
-    phase[c % w.stride * length + c / w.stride] = acc_t(x[i]);
-  }
-}
-
-// Sizes of the split rows of one window.
-struct Split {
-  int64_t length, rows;
-  int64_t size(const Shape& s) const { return rows * s.w.stride * length; }
-};
-template <class acc_t>
-Split split_of(const Shape& s) {
-  const int64_t span = (s.w.kernel - 1) * s.w.dilation / s.w.stride + 1;
-  return {ceil_div(s.w.out, Vec<acc_t>::width) * Vec<acc_t>::width + span, s.d.kernel * s.h.kernel};
-}
-
-// One output row, channels first: take(rows, ow, lanes) sees the split rows of the window.
-template <class acc_t, class scalar_t, class Take>
-void split_window_rows(const scalar_t* plane, const Shape& s, const Range& rd, const Range& rh, acc_t outside,
-                       acc_t* buffer, const Split& split, const Take& take) {
-  int64_t row = 0;
-  for (int64_t z = rd.start; z < rd.stop; z += rd.step)
-    for (int64_t y = rh.start; y < rh.stop; y += rh.step, ++row)
-      split_row(plane + (z * s.h.in + y) * s.w.in, buffer + row * s.w.stride * split.length, split.length, s.w,
-                outside);
-  constexpr int64_t W = Vec<acc_t>::width;
-  int64_t ow = 0;
-  for (; ow + W <= s.w.out; ow += W) take(ow, AllLanes{});
-  if (ow < s.w.out) take(ow, FirstLanes{s.w.out - ow});
-}
-
-// f(row of the buffer, kd, kh) for the window's rows.
-template <class F>
-PYOPS_INLINE void each_row_of(const Range& rd, const Range& rh, F&& f) {
-  int64_t row = 0, kd = rd.first;
-  for (int64_t z = rd.start; z < rd.stop; z += rd.step, ++kd) {
-    int64_t kh = rh.first;
-    for (int64_t y = rh.start; y < rh.stop; y += rh.step, ++kh, ++row) f(row, kd, kh);
-  }
-}
-
-inline int64_t lanes_of(AllLanes, int64_t width) { return width; }
-inline int64_t lanes_of(FirstLanes lanes, int64_t) { return lanes.count; }
-
-template <bool keep, class scalar_t, class index_t, class acc_t>
-void max_row_split(const scalar_t* plane, const Shape& s, int64_t od, int64_t oh, scalar_t* y, index_t* index,
-                   acc_t* buffer, const Split& split) {
-  using V = Vec<acc_t>;
-  const Range rd = s.d.window(od), rh = s.h.window(oh);
-  split_window_rows(plane, s, rd, rh, -std::numeric_limits<acc_t>::infinity(), buffer, split,
-                    [&](int64_t ow, auto lanes) {
-                      Best<acc_t> best{V(-std::numeric_limits<acc_t>::infinity()), {}};
-                      if constexpr (keep)
-                        for (int64_t j = 0; j < lanes_of(lanes, V::width); ++j)
-                          best.tap[j] = int32_t(s.tap(rd.first, rh.first, s.w.window(ow + j).first));
-                      each_row_of(rd, rh, [&](int64_t row, int64_t kd, int64_t kh) {
-                        const acc_t* rows = buffer + row * s.w.stride * split.length + ow;
-                        for (int64_t kw = 0, c = 0; kw < s.w.kernel; ++kw, c += s.w.dilation) {
-                          const V v = V::load(rows + c % s.w.stride * split.length + c / s.w.stride);
-                          if constexpr (keep)
-                            best.meet(v, s.tap(kd, kh, kw));
-                          else
-                            best.value = max(v, best.value);
-                        }
-                      });
-                      best.value.store(y + ow, lanes);
-                      if constexpr (keep)
-                        store_taps<acc_t>(best.tap, index + ow, lanes_of(lanes, V::width), [&](int64_t j, int64_t tap) {
-                          return sizeof(index_t) == 1 ? tap : s.position(od, oh, ow + j, tap);
-                        });
-                    });
-}
-
-template <class scalar_t, class acc_t>
-void avg_row_split(const scalar_t* plane, const Shape& s, int64_t od, int64_t oh, scalar_t* y, const acc_t* scale,
-                   acc_t* buffer, const Split& split) {
-  using V = Vec<acc_t>;
-  const Range rd = s.d.window(od), rh = s.h.window(oh);
-  split_window_rows(plane, s, rd, rh, acc_t(0), buffer, split, [&](int64_t ow, auto lanes) {
-    V total;
-    each_row_of(rd, rh, [&](int64_t row, int64_t, int64_t) {
-      const acc_t* rows = buffer + row * s.w.stride * split.length + ow;
-      for (int64_t kw = 0, c = 0; kw < s.w.kernel; ++kw, c += s.w.dilation)
-        total += V::load(rows + c % s.w.stride * split.length + c / s.w.stride);
-    });
-    (total * V::load(scale + ow, lanes)).store(y + ow, lanes);
-  });
-}
-
-// f(position in the plane, tap) over a window.
-template <class F>
-PYOPS_INLINE void each_tap(const Shape& s, const Range& rd, const Range& rh, const Range& rw, F&& f) {
-  int64_t kd = rd.first;
-  for (int64_t z = rd.start; z < rd.stop; z += rd.step, ++kd) {
-    int64_t kh = rh.first;
-    for (int64_t y = rh.start; y < rh.stop; y += rh.step, ++kh) {
-      int64_t kw = rw.first;
-      for (int64_t x = rw.start; x < rw.stop; x += rw.step, ++kw) f((z * s.h.in + y) * s.w.in + x, s.tap(kd, kh, kw));
-    }
-  }
-}
-
 inline int64_t taps_of(const Range& r) { return r.stop > r.start ? (r.stop - r.start + r.step - 1) / r.step : 0; }
 
-// One window of one plane (C = 1), or of all channels.
-template <bool keep, class scalar_t, class index_t, class acc_t = accumulate_t<scalar_t>>
-void max_window(const scalar_t* plane, const Shape& s, int64_t od, int64_t oh, int64_t ow, scalar_t* y,
-                index_t* index) {
+// f(row of the input, number of the row in the window), for the rows of a window.
+template <class F>
+PYOPS_INLINE void each_row(const Shape& s, const Range& rd, const Range& rh, F&& f) {
+  int64_t number = 0;
+  for (int64_t z = rd.start; z < rd.stop; z += rd.step)
+    for (int64_t y = rh.start; y < rh.stop; y += rh.step) f(z * s.h.in + y, number++);
+}
+
+// C = 1, windows that share little: their rows are reduced column by column, lanes over columns, then each window's
+// columns one by one. Of equal maxima the one in the first row wins, then in the first column; of NaN the last.
+template <bool keep, class scalar_t, class index_t, class acc_t>
+void max_row_columns(const scalar_t* plane, const Shape& s, const Windows<acc_t>& t, int64_t od, int64_t oh,
+                     scalar_t* y, index_t* index, acc_t* value, LaneOf<acc_t>* row) {
   using V = Vec<acc_t>;
-  const Range rd = s.d.window(od), rh = s.h.window(oh), rw = s.w.window(ow);
-  const auto kept = [&](int64_t position, int64_t tap) { return index_t(sizeof(index_t) == 1 ? tap : position); };
-  if (s.C == 1) {
-    acc_t best = -std::numeric_limits<acc_t>::infinity();
-    index_t at = kept((rd.start * s.h.in + rh.start) * s.w.in + rw.start, s.tap(rd.first, rh.first, rw.first));
-    each_tap(s, rd, rh, rw, [&](int64_t position, int64_t tap) {
-      const acc_t v = acc_t(plane[position]);
-      if (v > best || v != v) best = v, at = kept(position, tap);
-    });
-    *y = scalar_t(best);
-    if constexpr (keep) *index = at;
-    return;
-  }
-  each_vector<acc_t>(s.C, [&](int64_t c, auto lanes) {
-    // For positions the lanes count taps in order: a tap's number fits a float lane's integer, a position may not.
+  const Range rd = t.d.window[size_t(od)], rh = t.h.window[size_t(oh)];
+  const int64_t from = t.w.window.front().start, to = t.w.window.back().stop;
+  each_vector<acc_t>(to - from, [&](int64_t i, auto lanes) {
     Best<acc_t> best{V(-std::numeric_limits<acc_t>::infinity()), {}};
-    int64_t order = 0;
-    each_tap(s, rd, rh, rw, [&](int64_t position, int64_t) {
-      const V v = V::load(plane + position * s.C + c, lanes);
+    each_row(s, rd, rh, [&](int64_t r, int64_t number) {
+      const V v = V::load(plane + r * s.w.in + from + i, lanes);
       if constexpr (keep)
-        best.meet(v, order++);
+        best.meet(v, number);
       else
         best.value = max(v, best.value);
     });
+    best.value.store(value + from + i, lanes);
+    if constexpr (keep)
+      for (int64_t j = 0; j < lanes_of(lanes, V::width); ++j) row[from + i + j] = best.tap[j];
+  });
+  const int64_t nh = taps_of(rh) > 0 ? taps_of(rh) : 1;
+  for (int64_t ow = 0; ow < s.w.out; ++ow) {
+    const Range rw = t.w.window[size_t(ow)];
+    const bool none = taps_of(rw) == 0 || taps_of(rh) == 0 || taps_of(rd) == 0;
+    acc_t best = none ? -std::numeric_limits<acc_t>::infinity() : value[rw.start];
+    int64_t column = rw.start;
+    LaneOf<acc_t> at = keep && !none ? row[rw.start] : 0;
+    for (int64_t x = rw.start + rw.step; !none && x < rw.stop; x += rw.step) {
+      const acc_t v = value[x];
+      if constexpr (keep) {
+        const bool later_nan = v != v && (best == best || row[x] >= at);
+        if (v > best || (v == best && row[x] < at) || later_nan) best = v, column = x, at = row[x];
+      } else {
+        best = v > best || v != v ? v : best;
+      }
+    }
+    y[ow] = scalar_t(best);
+    if constexpr (keep) {
+      const int64_t id = at / nh, ih = at % nh, iw = (column - rw.start) / rw.step;
+      index[ow] = index_t(sizeof(index_t) == 1
+                              ? s.tap(rd.first + id, rh.first + ih, rw.first + iw)
+                              : ((rd.start + id * rd.step) * s.h.in + rh.start + ih * rh.step) * s.w.in + column);
+    }
+  }
+}
+
+template <class scalar_t, class acc_t>
+void avg_row_columns(const scalar_t* plane, const Shape& s, const Windows<acc_t>& t, int64_t od, int64_t oh,
+                     scalar_t* y, const acc_t* scale, acc_t* value) {
+  using V = Vec<acc_t>;
+  const Range rd = t.d.window[size_t(od)], rh = t.h.window[size_t(oh)];
+  const int64_t from = t.w.window.front().start, to = t.w.window.back().stop;
+  each_vector<acc_t>(to - from, [&](int64_t i, auto lanes) {
+    V total;
+    each_row(s, rd, rh, [&](int64_t r, int64_t) { total += V::load(plane + r * s.w.in + from + i, lanes); });
+    total.store(value + from + i, lanes);
+  });
+  for (int64_t ow = 0; ow < s.w.out; ++ow) {
+    acc_t total = 0;
+    for (int64_t x = t.w.window[size_t(ow)].start; x < t.w.window[size_t(ow)].stop; ++x) total += value[x];
+    y[ow] = scalar_t(total * scale[ow]);
+  }
+}
+
+// C > 1: one window, lanes over channels.
+template <bool keep, class scalar_t, class index_t, class acc_t>
+void max_window(const scalar_t* plane, const Shape& s, const Windows<acc_t>& t, int64_t od, int64_t oh, int64_t ow,
+                scalar_t* y, index_t* index) {
+  using V = Vec<acc_t>;
+  const Range rd = t.d.window[size_t(od)], rh = t.h.window[size_t(oh)], rw = t.w.window[size_t(ow)];
+  const int64_t nh = taps_of(rh) > 0 ? taps_of(rh) : 1, nw = taps_of(rw) > 0 ? taps_of(rw) : 1;
+  each_vector<acc_t>(s.C, [&](int64_t c, auto lanes) {
+    // The lanes count taps in order: a tap's number fits a float lane's integer, a position may not.
+    Best<acc_t> best{V(-std::numeric_limits<acc_t>::infinity()), {}};
+    int64_t order = 0;
+    each_row(s, rd, rh, [&](int64_t r, int64_t) {
+      for (int64_t x = rw.start; x < rw.stop; x += rw.step) {
+        const V v = V::load(plane + (r * s.w.in + x) * s.C + c, lanes);
+        if constexpr (keep)
+          best.meet(v, order++);
+        else
+          best.value = max(v, best.value);
+      }
+    });
     best.value.store(y + c, lanes);
     if constexpr (keep) {
-      const int64_t nh = taps_of(rh), nw = taps_of(rw);
-      store_taps<acc_t>(best.tap, index + c, lanes_of(lanes, V::width), [&](int64_t, int64_t k) {
-        const int64_t iw = k % nw, ih = k / nw % nh, id = k / (nw * nh);
-        const int64_t position =
-            ((rd.start + id * rd.step) * s.h.in + rh.start + ih * rh.step) * s.w.in + rw.start + iw * rw.step;
-        return kept(position, s.tap(rd.first + id, rh.first + ih, rw.first + iw));
-      });
+      if constexpr (sizeof(index_t) == 1)
+        if (order == s.d.kernel * s.h.kernel * s.w.kernel) return store_taps<acc_t>(best.tap, index + c, lanes);
+      for (int64_t j = 0; j < lanes_of(lanes, V::width); ++j) {
+        const int64_t k = int64_t(best.tap[j]), iw = k % nw, ih = k / nw % nh, id = k / (nw * nh);
+        index[c + j] =
+            index_t(sizeof(index_t) == 1 ? s.tap(rd.first + id, rh.first + ih, rw.first + iw)
+                                         : ((rd.start + id * rd.step) * s.h.in + rh.start + ih * rh.step) * s.w.in +
+                                               rw.start + iw * rw.step);
+      }
     }
   });
 }
 
-template <class scalar_t, class acc_t = accumulate_t<scalar_t>>
-void avg_window(const scalar_t* plane, const Shape& s, int64_t od, int64_t oh, int64_t ow, scalar_t* y, acc_t scale) {
+template <class scalar_t, class acc_t>
+void avg_window(const scalar_t* plane, const Shape& s, const Windows<acc_t>& t, int64_t od, int64_t oh, int64_t ow,
+                scalar_t* y, acc_t scale) {
   using V = Vec<acc_t>;
-  const Range rd = s.d.window(od), rh = s.h.window(oh), rw = s.w.window(ow);
-  if (s.C == 1 && rw.step == 1 && rw.stop - rw.start >= V::width) {
-    // Whole planes and other wide windows: runs of columns; a window as wide as the input is one run.
-    const bool whole = rw.stop - rw.start == s.w.in && rh.step == 1;
-    const int64_t rows = taps_of(rh), width = (rw.stop - rw.start) * (whole ? rows : 1);
-    Totals<acc_t, 1> total;
-    for (int64_t z = rd.start; z < rd.stop; z += rd.step)
-      for (int64_t k = 0; k < (whole ? int64_t(rows > 0) : rows); ++k) {
-        const scalar_t* run = plane + (z * s.h.in + rh.start + k * rh.step) * s.w.in + rw.start;
-        accumulate(total, width, [&](int64_t i, auto lanes, auto& t) { t[0] += V::load(run + i, lanes); });
-      }
-    *y = scalar_t(sum(total[0]) * scale);
-    return;
-  }
-  if (s.C == 1) {
-    acc_t total = 0;
-    each_tap(s, rd, rh, rw, [&](int64_t position, int64_t) { total += acc_t(plane[position]); });
-    *y = scalar_t(total * scale);
-    return;
-  }
+  const Range rd = t.d.window[size_t(od)], rh = t.h.window[size_t(oh)], rw = t.w.window[size_t(ow)];
   each_vector<acc_t>(s.C, [&](int64_t c, auto lanes) {
     V total;
-    each_tap(s, rd, rh, rw, [&](int64_t position, int64_t) { total += V::load(plane + position * s.C + c, lanes); });
+    each_row(s, rd, rh, [&](int64_t r, int64_t) {
+      for (int64_t x = rw.start; x < rw.stop; ++x) total += V::load(plane + (r * s.w.in + x) * s.C + c, lanes);
+    });
     (total * V(scale)).store(y + c, lanes);
   });
 }
 
-// f(p, od, oh, scratch) over all output rows, on all threads; `scratch` acc_t numbers for each thread.
+// f(p, od, oh, scratch, lanes' scratch) over all output rows, on all threads.
 template <class acc_t, class F>
-void each_output_row(const Shape& s, int64_t scratch, const F& f) {
-  const int64_t work = s.w.out * s.C * s.d.kernel * s.h.kernel * s.w.kernel;
+void each_output_row(const Shape& s, int64_t scratch, int64_t lane_scratch, const F& f) {
+  const int64_t kernel = s.d.adaptive ? s.inputs() / s.outputs() + 1 : s.d.kernel * s.h.kernel * s.w.kernel;
+  const int64_t work = s.w.out * s.C * kernel;
   parallel_for(s.P * s.d.out * s.h.out, ceil_div(32768, work > 0 ? work : 1), [&](int64_t begin, int64_t end) {
     Buffer<acc_t> buffer(scratch);
-    for (int64_t k = begin; k < end; ++k) f(k / (s.d.out * s.h.out), k / s.h.out % s.d.out, k % s.h.out, buffer.get());
+    std::vector<LaneOf<acc_t>> lanes(static_cast<size_t>(lane_scratch));
+    int64_t oh = begin % s.h.out, od = begin / s.h.out % s.d.out, p = begin / (s.h.out * s.d.out);
+    for (int64_t k = begin; k < end; ++k) {
+      f(p, od, oh, buffer.get(), lanes.data());
+      if (++oh == s.h.out) oh = 0, ++od;
+      if (od == s.d.out) od = 0, ++p;
+    }
   });
 }
 
-// Split rows pay where several outputs share them and they stay in the first-level cache.
+// Split rows pay where windows overlap or lie close, and while they stay in the first-level cache.
 template <class acc_t>
 bool by_split(const Shape& s) {
-  return s.C == 1 && !s.d.adaptive && s.w.out >= 4 && split_of<acc_t>(s).size(s) <= 8192;
+  return s.C == 1 && !s.d.adaptive && s.w.out >= 4 && s.w.stride <= 4 && split_of<acc_t>(s).size(s) <= 8192;
 }
 
 template <bool keep, class scalar_t, class index_t>
 void max_forward(const scalar_t* x, scalar_t* y, index_t* index, const Shape& s) {
   using acc_t = accumulate_t<scalar_t>;
-  const bool split_rows = by_split<acc_t>(s);
+  const bool split_rows = by_split<acc_t>(s), columns = s.C == 1 && !split_rows;
   const Split split = split_of<acc_t>(s);
-  each_output_row<acc_t>(s, split_rows ? split.size(s) : 0, [&](int64_t p, int64_t od, int64_t oh, acc_t* buffer) {
-    const scalar_t* plane = x + p * s.inputs() * s.C;
-    const int64_t out = ((p * s.d.out + od) * s.h.out + oh) * s.w.out * s.C;
-    if (split_rows) return max_row_split<keep>(plane, s, od, oh, y + out, index + out, buffer, split);
-    for (int64_t ow = 0; ow < s.w.out; ++ow)
-      max_window<keep>(plane, s, od, oh, ow, y + out + ow * s.C, index + out + ow * s.C);
-  });
+  const Windows<acc_t> t(s, false);
+  const int64_t scratch = split_rows ? split.size(s) : columns ? s.w.in : 0;
+  each_output_row<acc_t>(s, scratch, columns && keep ? s.w.in : 0,
+                         [&](int64_t p, int64_t od, int64_t oh, acc_t* buffer, auto* lanes) {
+                           const scalar_t* plane = x + p * s.inputs() * s.C;
+                           const int64_t out = ((p * s.d.out + od) * s.h.out + oh) * s.w.out * s.C;
+                           if (split_rows)
+                             return max_row_split<keep>(plane, s, od, oh, y + out, index + out, buffer, split);
+                           if (columns)
+                             return max_row_columns<keep>(plane, s, t, od, oh, y + out, index + out, buffer, lanes);
+                           for (int64_t ow = 0; ow < s.w.out; ++ow)
+                             max_window<keep>(plane, s, t, od, oh, ow, y + out + ow * s.C, index + out + ow * s.C);
+                         });
 }
 
+// One window that is the whole plane.
 template <class acc_t>
-acc_t scale_of(const Shape& s, int64_t od, int64_t oh, int64_t ow, bool include_padding, int64_t override_by) {
-  const int64_t valid = taps_of(s.d.window(od)) * taps_of(s.h.window(oh)) * taps_of(s.w.window(ow));
-  return acc_t(1) / acc_t(s.divisor(od, oh, ow, valid, include_padding, override_by));
+bool is_global(const Shape& s, const Windows<acc_t>& t) {
+  return s.C == 1 && s.outputs() == 1 &&
+         taps_of(t.d.window[0]) * taps_of(t.h.window[0]) * taps_of(t.w.window[0]) == s.inputs();
+}
+
+template <class scalar_t>
+void avg_planes(const scalar_t* x, scalar_t* y, int64_t P, int64_t n, accumulate_t<scalar_t> scale) {
+  using acc_t = accumulate_t<scalar_t>;
+  parallel_for(P, ceil_div(32768, n), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      Totals<acc_t, 1> total;
+      accumulate(total, n, [&](int64_t i, auto lanes, auto& v) { v[0] += Vec<acc_t>::load(x + p * n + i, lanes); });
+      y[p] = scalar_t(sum(total[0]) * scale);
+    }
+  });
 }
 
 template <class scalar_t>
@@ -286,33 +209,105 @@ void avg_forward(const scalar_t* x, scalar_t* y, const Shape& s, bool include_pa
   using acc_t = accumulate_t<scalar_t>;
   const bool split_rows = by_split<acc_t>(s);
   const Split split = split_of<acc_t>(s);
-  each_output_row<acc_t>(s, s.w.out + (split_rows ? split.size(s) : 0),
-                         [&](int64_t p, int64_t od, int64_t oh, acc_t* buffer) {
-                           const scalar_t* plane = x + p * s.inputs() * s.C;
-                           scalar_t* out = y + ((p * s.d.out + od) * s.h.out + oh) * s.w.out * s.C;
-                           for (int64_t ow = 0; ow < s.w.out; ++ow)
-                             buffer[ow] = scale_of<acc_t>(s, od, oh, ow, include_padding, override_by);
-                           if (split_rows) return avg_row_split(plane, s, od, oh, out, buffer, buffer + s.w.out, split);
-                           for (int64_t ow = 0; ow < s.w.out; ++ow)
-                             avg_window(plane, s, od, oh, ow, out + ow * s.C, buffer[ow]);
-                         });
+  const Windows<acc_t> t(s, false, include_padding, override_by);
+  if (is_global(s, t)) {
+    acc_t scale;
+    t.scales(0, 0, &scale);
+    return avg_planes(x, y, s.P, s.inputs(), scale);
+  }
+  const int64_t scratch = split_rows ? split.size(s) : s.C == 1 ? s.w.in : 0;
+  each_output_row<acc_t>(s, s.w.out + scratch, 0, [&](int64_t p, int64_t od, int64_t oh, acc_t* scale, auto*) {
+    const scalar_t* plane = x + p * s.inputs() * s.C;
+    scalar_t* out = y + ((p * s.d.out + od) * s.h.out + oh) * s.w.out * s.C;
+    t.scales(od, oh, scale);
+    if (split_rows) return avg_row_split(plane, s, od, oh, out, scale, scale + s.w.out, split);
+    if (s.C == 1) return avg_row_columns(plane, s, t, od, oh, out, scale, scale + s.w.out);
+    for (int64_t ow = 0; ow < s.w.out; ++ow) avg_window(plane, s, t, od, oh, ow, out + ow * s.C, scale[ow]);
+  });
 }
 
-// Adds into planes of acc_t: in dx itself, or in a buffer that is narrowed afterwards.
+// f(p, plane, scratch) adds into planes of acc_t: in dx itself, or in a buffer that is narrowed afterwards.
 template <class scalar_t, class F>
-void each_gradient_plane(scalar_t* dx, const Shape& s, const F& f) {
+void each_gradient_plane(scalar_t* dx, const Shape& s, int64_t scratch, const F& f) {
   using acc_t = accumulate_t<scalar_t>;
+  constexpr bool in_place = std::is_same_v<scalar_t, acc_t>;
   const int64_t size = s.inputs() * s.C;
   parallel_for(s.P, ceil_div(32768, size), [&](int64_t begin, int64_t end) {
-    Buffer<acc_t> buffer(std::is_same_v<scalar_t, acc_t> ? 0 : size);
+    Buffer<acc_t> buffer(in_place ? 0 : size), rows(scratch);
     for (int64_t p = begin; p < end; ++p) {
       acc_t* plane = buffer.get();
-      if constexpr (std::is_same_v<scalar_t, acc_t>) plane = dx + p * size;
+      if constexpr (in_place) plane = dx + p * size;
       std::memset(plane, 0, size_t(size) * sizeof(acc_t));
-      f(p, plane);
-      if constexpr (!std::is_same_v<scalar_t, acc_t>)
-        each_vector<acc_t>(
-            size, [&](int64_t i, auto lanes) { Vec<acc_t>::load(plane + i, lanes).store(dx + p * size + i, lanes); });
+      f(p, plane, rows.get());
+      if constexpr (!in_place) narrowed(dx + p * size, plane, size);
+    }
+  });
+}
+
+// C = 1, or positions: each output adds to the place of its maximum.
+template <class scalar_t, class index_t>
+void max_scatter(const scalar_t* dy, const index_t* index, scalar_t* dx, const Shape& s) {
+  using acc_t = accumulate_t<scalar_t>;
+  constexpr bool taps = sizeof(index_t) == 1;
+  int64_t offset[256] = {};
+  if (taps)
+    for (int64_t k = 0; k < 256 && k < s.d.kernel * s.h.kernel * s.w.kernel; ++k)
+      offset[k] = s.position(0, 0, 0, k) - s.position(0, 0, 0, 0);
+  const uint64_t inputs = uint64_t(s.inputs());
+  const int64_t channels = s.C, outs = s.w.out, step = taps ? s.w.stride : 0;
+  each_gradient_plane(dx, s, 0, [&](int64_t p, acc_t* plane, acc_t*) {
+    int64_t k = p * s.outputs() * s.C;
+    for (int64_t od = 0; od < s.d.out; ++od)
+      for (int64_t oh = 0; oh < s.h.out; ++oh) {
+        int64_t origin = taps ? s.position(od, oh, 0, 0) : 0;
+        for (int64_t ow = 0; ow < outs; ++ow, origin += step)
+          for (int64_t c = 0; c < channels; ++c, ++k) {
+            const int64_t at = taps ? origin + offset[index[k]] : int64_t(index[k]);
+            if (uint64_t(at) < inputs) plane[at * channels + c] += acc_t(dy[k]);
+          }
+      }
+  });
+}
+
+// C > 1: each input position gathers from the windows that reach it, lanes over channels.
+// term(element of dy, tap, scale, lanes) is the contribution of one window.
+template <class scalar_t, class acc_t, class Term>
+void gather_channels(scalar_t* dx, const Shape& s, const Windows<acc_t>& t, const Term& term) {
+  using V = Vec<acc_t>;
+  struct Part {
+    int64_t from, tap;
+    acc_t scale;
+  };
+  parallel_for(s.P * s.d.in * s.h.in, ceil_div(8192, s.w.in * s.C), [&](int64_t begin, int64_t end) {
+    std::vector<Part> parts;
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t y = k % s.h.in, z = k / s.h.in % s.d.in, p = k / (s.h.in * s.d.in);
+      for (int64_t x = 0; x < s.w.in; ++x) {
+        parts.clear();
+        for (int64_t od = t.d.reach[size_t(z)].first; od <= t.d.reach[size_t(z)].last; ++od) {
+          const Range& rd = t.d.window[size_t(od)];
+          if (!s.d.reaches(rd, z)) continue;
+          for (int64_t oh = t.h.reach[size_t(y)].first; oh <= t.h.reach[size_t(y)].last; ++oh) {
+            const Range& rh = t.h.window[size_t(oh)];
+            if (!s.h.reaches(rh, y)) continue;
+            for (int64_t ow = t.w.reach[size_t(x)].first; ow <= t.w.reach[size_t(x)].last; ++ow) {
+              const Range& rw = t.w.window[size_t(ow)];
+              if (!s.w.reaches(rw, x)) continue;
+              const int64_t tap = s.tap(rd.first + (z - rd.start) / rd.step, rh.first + (y - rh.start) / rh.step,
+                                        rw.first + (x - rw.start) / rw.step);
+              const acc_t divisor =
+                  t.override_by != acc_t(0) ? t.override_by : t.row_count(od, oh) * t.w.count[size_t(ow)];
+              parts.push_back({(((p * s.d.out + od) * s.h.out + oh) * s.w.out + ow) * s.C, tap, acc_t(1) / divisor});
+            }
+          }
+        }
+        scalar_t* to = dx + (k * s.w.in + x) * s.C;
+        each_vector<acc_t>(s.C, [&](int64_t c, auto lanes) {
+          V total;
+          for (const Part& part : parts) total += term(part.from + c, part.tap, part.scale, lanes);
+          total.store(to + c, lanes);
+        });
+      }
     }
   });
 }
@@ -320,41 +315,61 @@ void each_gradient_plane(scalar_t* dx, const Shape& s, const F& f) {
 template <class scalar_t, class index_t>
 void max_backward(const scalar_t* dy, const index_t* index, scalar_t* dx, const Shape& s) {
   using acc_t = accumulate_t<scalar_t>;
-  each_gradient_plane(dx, s, [&](int64_t p, acc_t* plane) {
-    int64_t k = p * s.outputs() * s.C;
-    for (int64_t od = 0; od < s.d.out; ++od)
-      for (int64_t oh = 0; oh < s.h.out; ++oh)
-        for (int64_t ow = 0; ow < s.w.out; ++ow)
-          for (int64_t c = 0; c < s.C; ++c, ++k) {
-            const int64_t at = sizeof(index_t) == 1 ? s.position(od, oh, ow, int64_t(index[k])) : int64_t(index[k]);
-            if (at >= 0 && at < s.inputs()) plane[at * s.C + c] += acc_t(dy[k]);
-          }
-  });
+  using V = Vec<acc_t>;
+  if constexpr (sizeof(index_t) == 1) {
+    if (s.C > 1) {
+      gather_channels(dx, s, Windows<acc_t>(s, true), [&](int64_t k, int64_t tap, acc_t, auto lanes) -> V {
+        const Mask<acc_t> mine = load_taps<acc_t>(index + k, lanes) == Mask<acc_t>{} + LaneOf<acc_t>(tap);
+        return select(mine, V::load(dy + k, lanes), V());
+      });
+      return;
+    }
+  }
+  max_scatter(dy, index, dx, s);
 }
 
 template <class scalar_t>
 void avg_backward(const scalar_t* dy, scalar_t* dx, const Shape& s, bool include_padding, int64_t override_by) {
   using acc_t = accumulate_t<scalar_t>;
   using V = Vec<acc_t>;
-  each_gradient_plane(dx, s, [&](int64_t p, acc_t* plane) {
-    const scalar_t* from = dy + p * s.outputs() * s.C;
+  const Windows<acc_t> t(s, true, include_padding, override_by);
+  if (s.C > 1) {
+    gather_channels(dx, s, t,
+                    [&](int64_t k, int64_t, acc_t scale, auto lanes) { return V::load(dy + k, lanes) * V(scale); });
+    return;
+  }
+  if (is_global(s, t)) {
+    acc_t scale;
+    t.scales(0, 0, &scale);
+    const int64_t n = s.inputs();
+    parallel_for(s.P, ceil_div(32768, n), [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const V share(acc_t(dy[p]) * scale);
+        each_vector<acc_t>(n, [&](int64_t i, auto lanes) { share.store(dx + p * n + i, lanes); });
+      }
+    });
+    return;
+  }
+  // A row of shares is spread over the columns once, and the spread row added to every row of the windows.
+  const int64_t from = t.w.window.front().start, to = t.w.window.back().stop;
+  each_gradient_plane(dx, s, s.w.out + s.w.in, [&](int64_t p, acc_t* plane, acc_t* scale) {
+    acc_t* spread = scale + s.w.out;
+    const scalar_t* row = dy + p * s.outputs();
     for (int64_t od = 0; od < s.d.out; ++od)
-      for (int64_t oh = 0; oh < s.h.out; ++oh)
-        for (int64_t ow = 0; ow < s.w.out; ++ow, from += s.C) {
-          const acc_t scale = scale_of<acc_t>(s, od, oh, ow, include_padding, override_by);
-          const Range rd = s.d.window(od), rh = s.h.window(oh), rw = s.w.window(ow);
-          if (s.C == 1) {
-            const acc_t share = acc_t(*from) * scale;
-            each_tap(s, rd, rh, rw, [&](int64_t position, int64_t) { plane[position] += share; });
-            continue;
-          }
-          each_tap(s, rd, rh, rw, [&](int64_t position, int64_t) {
-            acc_t* to = plane + position * s.C;
-            each_vector<acc_t>(s.C, [&](int64_t c, auto lanes) {
-              fma(V::load(from + c, lanes), V(scale), V::load(to + c, lanes)).store(to + c, lanes);
-            });
-          });
+      for (int64_t oh = 0; oh < s.h.out; ++oh, row += s.w.out) {
+        t.scales(od, oh, scale);
+        std::memset(spread, 0, size_t(s.w.in) * sizeof(acc_t));
+        for (int64_t ow = 0; ow < s.w.out; ++ow) {
+          const acc_t share = acc_t(row[ow]) * scale[ow];
+          for (int64_t x = t.w.window[size_t(ow)].start; x < t.w.window[size_t(ow)].stop; ++x) spread[x] += share;
         }
+        each_row(s, t.d.window[size_t(od)], t.h.window[size_t(oh)], [&](int64_t r, int64_t) {
+          acc_t* line = plane + r * s.w.in;
+          each_vector<acc_t>(to - from, [&](int64_t i, auto lanes) {
+            (V::load(line + from + i, lanes) + V::load(spread + from + i, lanes)).store(line + from + i, lanes);
+          });
+        });
+      }
   });
 }
 

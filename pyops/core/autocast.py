@@ -17,6 +17,8 @@ FLOAT32_ON: dict[str, tuple[str, ...]] = {
     "softmax": ("cuda",),
     "softmin": ("cuda",),
     "softplus": ("cuda",),
+    **dict.fromkeys((f"{kind}_pool3d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg")), ("cpu",)),
+    **dict.fromkeys((f"max_unpool{n}d" for n in (1, 2, 3)), ("cpu",)),
 }
 
 # op -> device types on which autocast runs it in its low precision: what torch counts with the matrix products.

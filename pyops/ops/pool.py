@@ -8,8 +8,8 @@
 
 Sources: torch.nn.functional.max_pool2d and its family. The gradients are derived in docs/math/pooling.md.
 
-What all of them share: Tensor of float32, float64, bfloat16 or float16; channels last stays channels last, for gradients
-too; sums in float32 (float64 for float64); the first of equal maxima wins and NaN wins always, as in torch; bitwise
+What all share: Tensor of float32, float64, bfloat16 or float16; channels last stays channels last, for gradients too;
+sums in float32 (float64 for float64); the first of equal maxima wins and NaN wins always, as in torch; bitwise
 deterministic, forward and backward; gradients of every order, forward mode, vmap and torch.compile. Where nobody asks
 for indices the positions of the maxima take one byte each. They raise what torch raises: RuntimeError for sizes that do
 not fit, TypeError for what is no number, NotImplementedError for an input that is not floating point.
@@ -150,8 +150,8 @@ def _window(
     window = [1, 1, 1, 0, 1] * (3 - rank)
     for i, k, s, p, d in zip(x.shape[x.dim() - rank :], kernel, strides, paddings, dilations):
         span = d * (k - 1) + 1
-        if not 0 <= 2 * p <= span:
-            check.fail(RuntimeError, op, "padding", p, f"between 0 and {span // 2}, half of the window")
+        if not 0 <= 2 * p <= k:
+            check.fail(RuntimeError, op, "padding", p, f"between 0 and {k // 2}, half of the kernel")
         out = (i + 2 * p - span + (s - 1 if ceil_mode else 0)) // s + 1
         if ceil_mode and (out - 1) * s >= i + p:
             out -= 1  # the last window would begin in the padding
@@ -200,10 +200,15 @@ def _restore(y: torch.Tensor, x: torch.Tensor, rank: int, channels_last: bool) -
     return y.view(*x.shape[: x.dim() - rank], *spatial)
 
 
+def _nothing(x: torch.Tensor, rank: int, outs: list[int]) -> torch.Tensor:
+    """An output without elements, which still hangs on x."""
+    return x.flatten()[:0].reshape(*x.shape[: x.dim() - rank], *outs)
+
+
 def _pool_max(op: str, x: torch.Tensor, rank: int, window: list[int], return_indices: bool) -> Any:
     planes, channels_last = _planes(x, rank)
     small = not window[0] and math.prod(window[2::5]) <= 256
-    asked = torch.is_grad_enabled() and x.requires_grad or torch._C._are_functorch_transforms_active()
+    asked = (torch.is_grad_enabled() and x.requires_grad) or torch._C._are_functorch_transforms_active()
     keep = POSITIONS if return_indices else NOTHING if not asked else TAPS if small else POSITIONS
     y, index = _apply_max(backend.namespace_for(op, x), planes, window, keep)
     y = _restore(y, x, rank, channels_last)
@@ -268,13 +273,25 @@ def _avg_pool(rank: int) -> Any:
         divisor_override: int | None = None,
     ) -> torch.Tensor:
         x = _check_input(op, input, rank)
+        if divisor_override is not None and not isinstance(divisor_override, int):
+            check.fail(TypeError, op, "divisor_override", repr(divisor_override), "an int or None")
         if divisor_override == 0:
             check.fail(RuntimeError, op, "divisor_override", 0, "an int that is not 0, or None")
         window = _window(op, x, rank, kernel_size, stride, padding, 1, ceil_mode)
         return _pool_avg(op, x, rank, window, count_include_pad, divisor_override or 0)
 
+    def avg_pool1d(
+        input: torch.Tensor,
+        kernel_size: Size,
+        stride: Size | None = None,
+        padding: Size = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+    ) -> torch.Tensor:
+        return avg_pool(input, kernel_size, stride, padding, ceil_mode, count_include_pad)
+
     return _named(
-        avg_pool,
+        avg_pool1d if rank == 1 else avg_pool,
         op,
         f"""The mean of each window; drops in for torch.nn.functional.{op}.
 
@@ -285,7 +302,7 @@ def _avg_pool(rank: int) -> Any:
         padding: zeros on both sides, at most half of the window.
         ceil_mode: keeps a last window that reaches beyond the input.
         count_include_pad: the padding counts in the divisor.
-        divisor_override: what sums are divided by instead.
+        divisor_override: what sums are divided by instead (2d and 3d).
 
     Returns:
         Tensor[N, C, *out].
@@ -300,8 +317,8 @@ def _adaptive_max_pool(rank: int) -> Any:
         x = _check_input(op, input, rank)
         window, outs = _adaptive_window(op, x, rank, output_size)
         if 0 in outs:
-            y = x.new_empty((*x.shape[: x.dim() - rank], *outs))
-            return (y, y.long()) if return_indices else y
+            y = _nothing(x, rank, outs)
+            return (y, y.detach().long()) if return_indices else y
         return _pool_max(op, x, rank, window, return_indices)
 
     return _named(
@@ -327,7 +344,7 @@ def _adaptive_avg_pool(rank: int) -> Any:
         x = _check_input(op, input, rank)
         window, outs = _adaptive_window(op, x, rank, output_size)
         if 0 in outs:
-            return x.new_empty((*x.shape[: x.dim() - rank], *outs))
+            return _nothing(x, rank, outs)
         return _pool_avg(op, x, rank, window, False, 0)
 
     return _named(
@@ -345,7 +362,7 @@ def _adaptive_avg_pool(rank: int) -> Any:
     )
 
 
-def _lp_pool(rank: int, average: Any) -> Any:
+def _lp_pool(rank: int, average: Any, maximum: Any) -> Any:
     op = f"lp_pool{rank}d"
 
     def lp_pool(
@@ -355,6 +372,10 @@ def _lp_pool(rank: int, average: Any) -> Any:
         stride: Size | None = None,
         ceil_mode: bool = False,
     ) -> torch.Tensor:
+        check.floating(op, "input", input)
+        if isinstance(norm_type, (int, float)) and math.isinf(norm_type):
+            sign = math.copysign(1.0, norm_type)
+            return maximum(input.abs() * sign, kernel_size, stride, 0, 1, ceil_mode) * sign
         count = math.prod(_numbers(op, "kernel_size", kernel_size, rank))
         mean = average(input.pow(norm_type), kernel_size, stride, 0, ceil_mode)
         return (torch.sign(mean) * torch.relu(torch.abs(mean))).mul(count).pow(1.0 / norm_type)
@@ -366,11 +387,13 @@ def _lp_pool(rank: int, average: Any) -> Any:
 
     Args:
         input: Tensor[N, C, *] or Tensor[C, *] with {rank} spatial dimensions.
-        norm_type: p, not 0; infinity is max pooling.
+        norm_type: p, not 0; infinity is max pooling of ``|x|``.
         kernel_size, stride, ceil_mode: as of avg_pool{rank}d.
 
     Returns:
         Tensor[N, C, *out].
+
+    Put together from powers and the average, as torch's own: negative sums and gradients at 0 are torch's too.
     """,
     )
 
@@ -386,7 +409,8 @@ avg_pool1d, avg_pool2d, avg_pool3d = (_avg_pool(rank) for rank in (1, 2, 3))
 adaptive_max_pool1d, adaptive_max_pool2d, adaptive_max_pool3d = (_adaptive_max_pool(rank) for rank in (1, 2, 3))
 adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d = (_adaptive_avg_pool(rank) for rank in (1, 2, 3))
 lp_pool1d, lp_pool2d, lp_pool3d = (
-    _lp_pool(rank, average) for rank, average in ((1, avg_pool1d), (2, avg_pool2d), (3, avg_pool3d))
+    _lp_pool(*pools)
+    for pools in ((1, avg_pool1d, max_pool1d), (2, avg_pool2d, max_pool2d), (3, avg_pool3d, max_pool3d))
 )
 
 
@@ -407,7 +431,7 @@ def _max_forward(pool: Any) -> Any:
 def _avg_forward(pool: Any) -> Any:
     return lambda self, input: pool(
         input, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad,
-        getattr(self, "divisor_override", None),
+        *((self.divisor_override,) if hasattr(self, "divisor_override") else ()),
     )  # fmt: skip
 
 
@@ -447,21 +471,30 @@ AdaptiveAvgPool3d = _module(
 # Routes and samples
 
 
-def _with_indices(pool: Any) -> Any:
+def _both(pool: Any) -> Any:
+    """The spelling that returns indices always."""
+
+    at = 2 if "adaptive" in pool.__name__ else 6  # where return_indices stands among the arguments
+
     def pool_with_indices(*args: Any, **kwargs: Any) -> Any:
-        return pool(*args, **{**kwargs, "return_indices": True})
+        return pool(*args[:at], **{**kwargs, "return_indices": True})
 
     return pool_with_indices
 
 
-for _rank, _max, _avg, _adaptive_max, _adaptive_avg in (
-    (1, max_pool1d, avg_pool1d, adaptive_max_pool1d, adaptive_avg_pool1d),
-    (2, max_pool2d, avg_pool2d, adaptive_max_pool2d, adaptive_avg_pool2d),
-    (3, max_pool3d, avg_pool3d, adaptive_max_pool3d, adaptive_avg_pool3d),
+for _pool in (
+    *(max_pool1d, max_pool2d, max_pool3d, adaptive_max_pool1d, adaptive_max_pool2d, adaptive_max_pool3d),
+    *(avg_pool1d, avg_pool2d, avg_pool3d, adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d),
+    *(lp_pool1d, lp_pool2d, lp_pool3d),
 ):
-    for _pool in (_max, _avg, _adaptive_max, _adaptive_avg):
-        _spellings = [getattr(_torch, _pool.__name__), getattr(torch, _pool.__name__, None)]
-        route([f for f in _spellings if f is not None], _pool.__name__, _pool)
+    _name = _pool.__name__
+    route((getattr(_torch, _name),), _name, _pool)
+    if "max" in _name:
+        route((getattr(_torch, f"{_name}_with_indices"),), _name, _both(_pool))
+for _name, _pool in (("max_pool1d", max_pool1d), ("max_pool2d", max_pool2d), ("max_pool3d", max_pool3d)):
+    route((getattr(torch, _name),), _name, _pool)
+route((torch.max_pool1d_with_indices,), "max_pool1d", _both(max_pool1d))
+route((torch.adaptive_max_pool1d,), "adaptive_max_pool1d", _both(adaptive_max_pool1d))
 
 _MAX = {"kernel_size": 3, "stride": 2, "padding": 1}
 

@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+from pyops import backend as forced
+from pyops import functional as F
+from pyops import nn, testing, use
+
+from .harness import passes, refuses, same_refusal
+
+torch_F = torch.nn.functional
+
+
+@pytest.mark.parametrize("check", testing.checks())
+def test_checks(backend, check):
+    if backend != "cpu" and check not in ("accuracy", "gradcheck", "opcheck"):
+        pytest.skip("transforms and higher derivatives are the same Python on every backend")
+    passes("max_unpool2d", backend, check)
+
+
+@pytest.mark.race
+def test_race(backend):
+    passes("max_unpool2d", backend, "accuracy")
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_undoes_max_pool(backend, rank):
+    x = torch.randperm(2 * 3 * 6**rank).float().reshape(2, 3, *(6,) * rank)
+    y, index = getattr(F, f"max_pool{rank}d")(x, 2, return_indices=True)
+    module = getattr(nn, f"MaxUnpool{rank}d")(2)
+    with forced(backend):
+        back, alone = module(y, index), module(y[0], index[0], output_size=x.shape[2:])
+    expected = getattr(torch_F, f"max_unpool{rank}d")(y, index, 2)
+    assert torch.equal(back, expected) and torch.equal(alone, expected[0])
+
+
+def test_the_last_of_equal_places_stays(backend):
+    x, index = torch.arange(1.0, 9).reshape(1, 1, 2, 4), torch.tensor([[[[3, 3, 0, 5], [3, 5, 5, 7]]]])
+    x.requires_grad_()
+    with forced(backend):
+        y = F.max_unpool2d(x, index, 2)
+        (dx,) = torch.autograd.grad(y, x, torch.arange(32.0).reshape(y.shape))
+    assert y.flatten()[:8].tolist() == [3, 0, 0, 5, 0, 7, 0, 8]
+    assert torch.equal(dx.flatten(), index.flatten().float())  # each gets the gradient of its place, as in torch
+
+
+def test_index_outside_the_output():
+    x, index = torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 16)
+    refuses(RuntimeError, ("max_unpool", "'indices'"), F.max_unpool2d, x, index, 2)
+    same_refusal(F.max_unpool2d, torch_F.max_unpool2d, x, -index, 2)
+    for name in ("emulator", "triton"):
+        try:
+            force = forced(name)
+        except RuntimeError:
+            continue
+        with force:
+            assert not F.max_unpool2d(x, index, 2).any()
+
+
+@pytest.mark.parametrize(
+    ("index", "how"),
+    [
+        (torch.zeros(1, 1, 2, 2, dtype=torch.int32), {}),
+        (torch.zeros(1, 1, 2, 3, dtype=torch.int64), {}),
+        (torch.zeros(1, 1, 2, 2, dtype=torch.int64), {"output_size": (7, 4)}),
+        (torch.zeros(1, 1, 2, 2, dtype=torch.int64), {"output_size": (4,)}),
+    ],
+)
+def test_refuses_as_torch(index, how):
+    same_refusal(F.max_unpool2d, torch_F.max_unpool2d, torch.ones(1, 1, 2, 2), index, 2, **how)
+
+
+def test_is_routed():
+    x = torch.randn(1, 2, 4, 4)
+    y, index = torch_F.max_pool2d(x, 2, return_indices=True)
+    with use() as report:
+        torch.nn.MaxUnpool2d(2)(y, index), torch_F.max_unpool1d(y[0, 0], index[0, 0] % 4, 2)
+    assert report.entries["max_unpool2d"].backends == {"cpu": 1} and not report.unrouted()
