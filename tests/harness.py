@@ -1,11 +1,16 @@
 """What the tests of every room share."""
 
+import csv
+import gzip
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,3 +153,18 @@ def modules_agree(ours: torch.nn.Module, theirs: torch.nn.Module, x: torch.Tenso
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
     for (name, a), (_, b) in zip(ours.state_dict().items(), theirs.state_dict().items()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@lru_cache
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """The 1797 handwritten digits of scikit-learn: pixels [1797, 64] in [0, 1], float64, and labels [1797].
+
+    Read from its file, because the package itself needs SciPy.
+    """
+    found = importlib.util.find_spec("sklearn")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("scikit-learn's digits are not installed (requirements/demo-no-deps.txt)")
+    path = Path(found.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+    with gzip.open(path, "rt") as file:
+        table = torch.tensor([[float(v) for v in row] for row in csv.reader(file)], dtype=torch.float64)
+    return table[:, :64] / 16.0, table[:, 64].long()
