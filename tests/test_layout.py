@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pyops.functional
+import pyops.optim
 import pyops.vision  # noqa: F401  declares every op
 from pyops.core import library
 
