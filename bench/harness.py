@@ -96,7 +96,7 @@ def fresh_inputs(room: Room, case: Case) -> Tensors:
     for name, shape in shapes.items():
         centred = name in getattr(room, "CENTRED", ())
         tensors[name] = (normal(shape) / shape[-1] ** 0.5 if centred else (normal(shape) * 0.2 + 1.0).abs()).to(dtype)
-    tensors["dy"] = normal(case.output or case.shape).to(case.dtype)
+    tensors["dy"] = normal(case.shape if case.output is None else case.output).to(case.dtype)
     return in_layout(tensors, case.channels_last)
 
 

@@ -33,13 +33,24 @@ from .ops.activation import (
 from .ops.attention import attention_varlen, scaled_dot_product_attention
 from .ops.batch_norm import batch_norm
 from .ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from .ops.cross_entropy import cross_entropy, linear_cross_entropy, nll_loss
 from .ops.depthwise_conv import depthwise_conv
+from .ops.dropout import (
+    alpha_dropout,
+    dropconnect_linear,
+    dropout,
+    dropout1d,
+    dropout2d,
+    dropout3d,
+    feature_alpha_dropout,
+)
 from .ops.group_norm import group_norm, instance_norm
 from .ops.gru import gru_cell
 from .ops.im2col import fold, unfold
 from .ops.layer_norm import layer_norm
 from .ops.lstm import lstm_cell
 from .ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
+from .ops.mixup import cutmix, mixup
 from .ops.pool import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -68,6 +79,7 @@ __all__ = [
     "adaptive_max_pool1d",
     "adaptive_max_pool2d",
     "adaptive_max_pool3d",
+    "alpha_dropout",
     "attention_varlen",
     "avg_pool1d",
     "avg_pool2d",
@@ -81,8 +93,16 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "cross_entropy",
+    "cutmix",
     "depthwise_conv",
+    "dropconnect_linear",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
     "elu",
+    "feature_alpha_dropout",
     "fold",
     "gelu",
     "glu",
@@ -95,6 +115,7 @@ __all__ = [
     "instance_norm",
     "layer_norm",
     "leaky_relu",
+    "linear_cross_entropy",
     "log_softmax",
     "logsigmoid",
     "lp_pool1d",
@@ -108,6 +129,8 @@ __all__ = [
     "max_unpool2d",
     "max_unpool3d",
     "mish",
+    "mixup",
+    "nll_loss",
     "prelu",
     "relu",
     "relu6",

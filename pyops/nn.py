@@ -29,6 +29,8 @@ from .ops.activation import (
 from .ops.attention import MultiheadAttention
 from .ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .ops.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from .ops.cross_entropy import CrossEntropyLoss, NLLLoss
+from .ops.dropout import AlphaDropout, DropConnectLinear, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
 from .ops.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .ops.gru import GRUCell
 from .ops.im2col import Fold, Unfold
@@ -68,6 +70,7 @@ __all__ = [
     "AdaptiveMaxPool1d",
     "AdaptiveMaxPool2d",
     "AdaptiveMaxPool3d",
+    "AlphaDropout",
     "AvgPool1d",
     "AvgPool2d",
     "AvgPool3d",
@@ -80,6 +83,13 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "CrossEntropyLoss",
+    "DropConnectLinear",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "FeatureAlphaDropout",
     "Fold",
     "GRUCell",
     "GroupNorm",
@@ -106,6 +116,7 @@ __all__ = [
     "MaxUnpool3d",
     "Mish",
     "MultiheadAttention",
+    "NLLLoss",
     "PReLU",
     "RMSNorm",
     "RNNCell",

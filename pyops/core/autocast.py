@@ -17,6 +17,7 @@ FLOAT32_ON: dict[str, tuple[str, ...]] = {
     "softmax": ("cuda",),
     "softmin": ("cuda",),
     "softplus": ("cuda",),
+    **dict.fromkeys(("cross_entropy", "nll_loss", "linear_cross_entropy"), ("cpu", "cuda")),
     **dict.fromkeys((f"{kind}_pool3d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg")), ("cpu",)),
     **dict.fromkeys((f"max_unpool{n}d" for n in (1, 2, 3)), ("cpu",)),
 }

@@ -31,6 +31,8 @@ class Multilinear:
             made of differentiable functions.
         tangent: ``(namespace, inputs, tangents, constants) -> tangent of the output``; a tangent may be None.
         fold: ``(namespace, batch, dims, inputs, constants) -> (output, dim)``: the vmap rule.
+        kept: positions of the inputs that ``gradient`` and ``tangent`` read; they see None in the place of the others,
+            which are not kept alive for the backward pass. All if not stated.
     """
 
     op: Op
@@ -38,31 +40,34 @@ class Multilinear:
     gradient: Callable[[str, torch.Tensor, Tensors, Tensors, tuple[bool, ...]], Tensors]
     tangent: Callable[[str, Tensors, Tensors, Tensors], torch.Tensor]
     fold: Callable[[str, int, Tensors, Tensors, Tensors], tuple[torch.Tensor, int]]
+    kept: tuple[int, ...] | None = None
 
 
 def differentiable(formula: Multilinear) -> Callable[..., Any]:
     """Builds ``apply(namespace, *inputs, *constants)``."""
     n = formula.inputs
+    kept_at = range(n) if formula.kept is None else formula.kept
 
     def save(ctx: Any, args: Tensors, forward_mode: bool) -> None:
         inputs, ctx.constants = args[:n], args[n:]
         ctx.present = tuple(t is not None for t in inputs)
+        ctx.kept = tuple(t is not None and i in kept_at for i, t in enumerate(inputs))
         ctx.set_materialize_grads(False)
-        kept = [t for t in inputs if t is not None]
+        kept = [t for t, needed in zip(inputs, ctx.kept) if needed]
         ctx.save_for_backward(*kept)
         if forward_mode:
             ctx.save_for_forward(*kept)
 
     def restore(ctx: Any) -> Tensors:
         remaining = iter(ctx.saved_tensors)
-        return tuple(next(remaining) if present else None for present in ctx.present)
+        return tuple(next(remaining) if kept else None for kept in ctx.kept)
 
     def gradients(ctx: Any, namespace: str, dy: torch.Tensor | None, needs: Tensors) -> Tensors:
         nothing = (None,) * len(ctx.constants)
         if dy is None:
             return (None,) * n + nothing
         inputs = restore(ctx)
-        wanted = tuple(need and t is not None for need, t in zip(needs, inputs))
+        wanted = tuple(need and present for need, present in zip(needs, ctx.present))
         return (*formula.gradient(namespace, dy.contiguous(), inputs, ctx.constants, wanted), *nothing)
 
     class Apply(torch.autograd.Function):
