@@ -12,6 +12,8 @@ numerics each thread sums differences to the first element it saw: such a shift 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -400,6 +402,13 @@ class Plan:
             self.strips, self.strip = strips_of(s, programs, self.block, sms)
             self.grid = (programs * self.strips,)
         self.warps = warps(self.block * self.block_m)
+
+
+def sizes(x: torch.Tensor, channels_last: bool) -> tuple[int, int, int]:
+    """(N, C, S) of x [N, C, *] or, channels last, [N, *, C]: S positions."""
+    n, *rest = x.shape
+    c = rest.pop(-1 if channels_last else 0)
+    return n, c, math.prod(rest)
 
 
 def combine_tile(k: int, d: int, sets: int) -> dict[str, int]:

@@ -3,7 +3,7 @@
   training:   dx = rstd * (w * dy - mean(w * dy) - xhat * mean(w * dy * xhat))
   inference:  dx = rstd * w * dy
   dw[c] = sum dy * xhat,  db[c] = sum dy
-layout   x, y, dy, dx: [N, C, S], or [N, S, C] with channels last · the rest: [C]
+layout   x, y, dy, dx: [N, C, *], or [N, *, C] with channels last, S positions · the rest: [C]
 mapping  many programs per channel: partial moments of (sample, channel, strip), combined, then applied: _channels.py
 memory   forward 2 reads and 1 write, backward 4 reads and 1 write; the second read starts in L2
 numerics shifted sums in fp32 (fp64 for fp64) per thread, combined by Chan's formula
@@ -18,10 +18,9 @@ from . import _channels
 
 def shape_of(x: torch.Tensor, channels_last: bool) -> tuple[int, int, int, bool]:
     """(N, C, S, channels_last): samples of channels-last data follow one another, and so does data without space."""
+    n, c, s = _channels.sizes(x, channels_last)
     if channels_last:
-        n, s, c = x.shape
         return 1, c, n * s, True
-    n, c, s = x.shape
     return (1, c, n, True) if s == 1 else (n, c, s, False)
 
 
@@ -39,10 +38,12 @@ def batch_norm_infer(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     mean: torch.Tensor,
-    rstd: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
     channels_last: bool,
 ) -> torch.Tensor:
     n, c, s, last = shape_of(x, channels_last)
+    rstd = (var + eps).rsqrt()
     return _channels.normalize(x, weight, bias, mean, rstd, n, c, s, c, False, last)
 
 

@@ -65,7 +65,7 @@ def group_norm_fwd(
     eps: float,
     channels_last: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    n, c, s = (x.shape[0], x.shape[2], x.shape[1]) if channels_last else x.shape
+    n, c, s = _channels.sizes(x, channels_last)
     length = c // groups * s
     sms = multiprocessors(x)
     limit = ROW_LIMIT // 2 if x.dtype == torch.float64 else ROW_LIMIT
@@ -98,7 +98,7 @@ def group_norm_bwd(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    n, c, s = (x.shape[0], x.shape[2], x.shape[1]) if channels_last else x.shape
+    n, c, s = _channels.sizes(x, channels_last)
     return _channels.backward(
         dy, x, weight, mean, rstd, n, c, s, groups, True, False, channels_last, need_dx, need_dw
     )  # fmt: skip

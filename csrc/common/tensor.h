@@ -48,12 +48,29 @@ inline constexpr ScalarType scalar_type_of<int64_t> = ScalarType::Long;
 template <>
 inline constexpr ScalarType scalar_type_of<bool> = ScalarType::Bool;
 
+// ShapeRef as an argument: {N, C} as written, or those of a tensor. They live as long as what they were made from.
+class ShapeRef {
+ public:
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Winit-list-lifetime"  // as an argument it outlives the call
+  ShapeRef(std::initializer_list<int64_t> sizes) : data_(sizes.begin()), rank_(sizes.size()) {}
+#pragma GCC diagnostic pop
+  explicit ShapeRef(const Tensor& like) : data_(like.sizes().data()), rank_(like.sizes().size()) {}
+  const int64_t* data() const { return data_; }
+  size_t rank() const { return rank_; }
+  int64_t operator[](size_t i) const { return data_[i]; }
+
+ private:
+  const int64_t* data_;
+  size_t rank_;
+};
+
 namespace detail {
 
-inline std::string shape_text(const int64_t* sizes, size_t rank) {
+inline std::string shape_text(ShapeRef sizes) {
   std::ostringstream text;
   text << '[';
-  for (size_t i = 0; i < rank; ++i) text << (i ? ", " : "") << sizes[i];
+  for (size_t i = 0; i < sizes.rank(); ++i) text << (i ? ", " : "") << sizes[i];
   text << ']';
   return text.str();
 }
@@ -104,7 +121,7 @@ class OpScope {
 
   // Pointer to a contiguous tensor of exactly this dtype and shape, for reading.
   template <class T>
-  const T* in(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) const {
+  const T* in(const Tensor& tensor, const char* name, ShapeRef shape) const {
     check_layout<T>(tensor, name, shape);
     auto* pointer = static_cast<const T*>(tensor.const_data_ptr());
 #if defined(PYOPS_EMULATOR)
@@ -115,13 +132,13 @@ class OpScope {
 
   // As `in`; null where the argument was None.
   template <class T>
-  const T* in_optional(const OptionalTensor& tensor, const char* name, std::initializer_list<int64_t> shape) const {
+  const T* in_optional(const OptionalTensor& tensor, const char* name, ShapeRef shape) const {
     return tensor.has_value() ? in<T>(*tensor, name, shape) : nullptr;
   }
 
   // Pointer to a contiguous tensor of exactly this dtype and shape, for writing.
   template <class T>
-  T* out(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) const {
+  T* out(const Tensor& tensor, const char* name, ShapeRef shape) const {
     check_layout<T>(tensor, name, shape);
     auto* pointer = static_cast<T*>(tensor.mutable_data_ptr());
 #if defined(PYOPS_EMULATOR)
@@ -132,14 +149,14 @@ class OpScope {
 
   // Uninitialised contiguous tensor on the device of the call.
   // Through the C shim, which costs a fifth of torch::stable::empty's look-up of aten::empty by name.
-  Tensor empty(std::initializer_list<int64_t> shape, ScalarType dtype) const {
+  Tensor empty(ShapeRef shape, ScalarType dtype) const {
     using torch::stable::detail::from, torch::stable::detail::to;
-    std::array<int64_t, 8> strides;
-    check(shape.size() <= strides.size(), "a result of more than ", strides.size(), " dimensions");
+    std::array<int64_t, 64> strides;
+    check(shape.rank() <= strides.size(), "a result of more than ", strides.size(), " dimensions");
     int64_t stride = 1;
-    for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape.begin()[i], 1)) strides[i] = stride;
+    for (size_t i = shape.rank(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
     AtenTensorHandle tensor = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(), strides.data(),
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.rank()), shape.data(), strides.data(),
                                                            to<int32_t>(from(dtype)), to<int32_t>(from(device_.type())),
                                                            device_.index(), &tensor));
     Tensor result(tensor);
@@ -149,7 +166,7 @@ class OpScope {
     return result;
   }
   template <class T>
-  Tensor empty(std::initializer_list<int64_t> shape) const {
+  Tensor empty(ShapeRef shape) const {
     return empty(shape, scalar_type_of<T>);
   }
 
@@ -161,16 +178,16 @@ class OpScope {
 
  private:
   template <class T>
-  void check_layout(const Tensor& tensor, const char* name, std::initializer_list<int64_t> shape) const {
+  void check_layout(const Tensor& tensor, const char* name, ShapeRef shape) const {
     const auto dtype = tensor.scalar_type();
     check(dtype == scalar_type_of<T>, name, " has the wrong dtype: got ", dtype, ", expected ", scalar_type_of<T>);
-    const auto sizes = tensor.sizes();
-    bool same = sizes.size() == shape.size();
-    for (size_t i = 0; same && i < shape.size(); ++i) same = sizes[i] == shape.begin()[i];
+    const ShapeRef sizes(tensor);
+    bool same = sizes.rank() == shape.rank();
+    for (size_t i = 0; same && i < shape.rank(); ++i) same = sizes[i] == shape[i];
     // the texts are built for the message alone: a call has ten tensors and microseconds
     if (!same)
-      check(false, name, " has the wrong shape: got ", detail::shape_text(sizes.data(), sizes.size()), ", expected ",
-            detail::shape_text(shape.begin(), shape.size()));
+      check(false, name, " has the wrong shape: got ", detail::shape_text(sizes), ", expected ",
+            detail::shape_text(shape));
     check(tensor.is_contiguous(), name, " must be contiguous");
     check(tensor.device() == device_, name, " is on another device than the first argument");
   }

@@ -2,11 +2,12 @@
 //   y[n,c,s] = (x[n,c,s] - mean[c]) * rstd[c] * w[c] + b[c]
 //   training: dx = w * rstd * (dy - mean(dy) - xhat * mean(dy * xhat));  inference: dx = dy * w * rstd
 //   dw[c] = sum dy * xhat,  db[c] = sum dy
-// layout   x, y, dy, dx: [N, C, S] or, channels_last, [N, S, C] · w, b, mean, rstd, var: [C]
+// layout   x, y, dy, dx: [N, C, *] or, channels_last, [N, *, C], S positions · w, b, mean, rstd, var: [C]
 // mapping  planes: a thread takes whole channels, or threads share one where channels are few; rows: lanes over
 //          channels
 // memory   planes: a channel of all samples is read twice, the second time from cache; rows: read twice; written once
 // numerics mean and variance as in moments.h
+#include "common/channels.h"
 #include "common/registry.h"
 #include "cpu/norm_channels.h"
 
@@ -63,13 +64,13 @@ void batch_norm_fwd_kernel(const scalar_t* x, const acc_t* w, const acc_t* b, sc
 }
 
 template <class scalar_t, class acc_t>
-void batch_norm_infer_kernel(const scalar_t* x, const acc_t* w, const acc_t* b, const acc_t* mean, const acc_t* rstd,
-                             scalar_t* y, BatchShape shape) {
+void batch_norm_infer_kernel(const scalar_t* x, const acc_t* w, const acc_t* b, const acc_t* mean, const acc_t* var,
+                             scalar_t* y, BatchShape shape, double eps) {
   const auto [N, C, S, rows] = shape;
   const bool streamed = is_streamed(N * C * S, sizeof(scalar_t));
   ChannelTable<acc_t, 3> table(C);
   for (int64_t c = 0; c < C; ++c)
-    table.set(c, Affine<acc_t>(double(mean[c]), double(rstd[c]) * double(w[c]), double(b[c])));
+    table.set(c, Affine<acc_t>(double(mean[c]), reciprocal_std(double(var[c]), eps) * double(w[c]), double(b[c])));
   if (rows) return affine_rows(x, table, y, N * S, C, streamed);
   parallel_for(N * C, item_grain(N * C, S), [&, C = C, S = S](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
@@ -136,43 +137,41 @@ void batch_norm_bwd_kernel(const scalar_t* dy, const scalar_t* x, const acc_t* w
 // ---- binding
 
 BatchShape batch_shape(const OpScope& op, const Tensor& x, bool channels_last) {
-  op.check(x.dim() == 3, channels_last ? "x must be [N, S, C]" : "x must be [N, C, S]");
-  const int64_t C = x.size(channels_last ? 2 : 1), S = x.size(channels_last ? 1 : 2);
-  return {x.size(0), C, S, channels_last || S == 1};
+  const auto [N, C, S] = channel_sizes(op, x, channels_last);
+  return {N, C, S, channels_last || S == 1};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor& x, const OptionalTensor& weight,
                                                           const OptionalTensor& bias, double eps, bool channels_last) {
   OpScope op("batch_norm_fwd", x);
   const BatchShape shape = batch_shape(op, x, channels_last);
-  const int64_t C = shape.C, first = x.size(0), second = x.size(1), third = x.size(2);
+  const int64_t C = shape.C;
   return dispatch_floating_mixed(op, x.scalar_type(), dtype_of(weight, bias), [&]<class scalar_t, class weight_t>() {
     using acc_t = accumulate_t<scalar_t>;
-    Tensor y = op.empty<scalar_t>({first, second, third});
+    Tensor y = op.empty<scalar_t>(ShapeRef(x));
     Tensor mean = op.empty<acc_t>({C}), rstd = op.empty<acc_t>({C}), var = op.empty<acc_t>({C});
-    auto* px = op.in<scalar_t>(x, "x", {first, second, third});
+    auto* px = op.in<scalar_t>(x, "x", ShapeRef(x));
     const Parameter<acc_t, weight_t> w(op.in_optional<weight_t>(weight, "weight", {C}), C, 1);
     const Parameter<acc_t, weight_t> b(op.in_optional<weight_t>(bias, "bias", {C}), C, 0);
-    batch_norm_fwd_kernel(px, w.get(), b.get(), op.out<scalar_t>(y, "y", {first, second, third}),
-                          op.out<acc_t>(mean, "mean", {C}), op.out<acc_t>(rstd, "rstd", {C}),
-                          op.out<acc_t>(var, "var", {C}), shape, eps);
+    batch_norm_fwd_kernel(px, w.get(), b.get(), op.out<scalar_t>(y, "y", ShapeRef(x)), op.out<acc_t>(mean, "mean", {C}),
+                          op.out<acc_t>(rstd, "rstd", {C}), op.out<acc_t>(var, "var", {C}), shape, eps);
     return std::tuple(y, mean, rstd, var);
   });
 }
 
 Tensor batch_norm_infer(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
-                        const Tensor& rstd, bool channels_last) {
+                        const Tensor& var, double eps, bool channels_last) {
   OpScope op("batch_norm_infer", x);
   const BatchShape shape = batch_shape(op, x, channels_last);
-  const int64_t C = shape.C, first = x.size(0), second = x.size(1), third = x.size(2);
+  const int64_t C = shape.C;
   return dispatch_floating_mixed(op, x.scalar_type(), dtype_of(weight, bias), [&]<class scalar_t, class weight_t>() {
     using acc_t = accumulate_t<scalar_t>;
-    Tensor y = op.empty<scalar_t>({first, second, third});
-    auto* px = op.in<scalar_t>(x, "x", {first, second, third});
+    Tensor y = op.empty<scalar_t>(ShapeRef(x));
+    auto* px = op.in<scalar_t>(x, "x", ShapeRef(x));
     const Parameter<acc_t, weight_t> w(op.in_optional<weight_t>(weight, "weight", {C}), C, 1);
     const Parameter<acc_t, weight_t> b(op.in_optional<weight_t>(bias, "bias", {C}), C, 0);
-    batch_norm_infer_kernel(px, w.get(), b.get(), op.in<acc_t>(mean, "mean", {C}), op.in<acc_t>(rstd, "rstd", {C}),
-                            op.out<scalar_t>(y, "y", {first, second, third}), shape);
+    batch_norm_infer_kernel(px, w.get(), b.get(), op.in<acc_t>(mean, "mean", {C}), op.in<acc_t>(var, "var", {C}),
+                            op.out<scalar_t>(y, "y", ShapeRef(x)), shape, eps);
     return y;
   });
 }
@@ -182,14 +181,14 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_bwd(const Tensor& dy, const Tensor
                                                   bool channels_last, bool need_dx, bool need_dw) {
   OpScope op("batch_norm_bwd", dy);
   const BatchShape shape = batch_shape(op, x, channels_last);
-  const int64_t C = shape.C, first = x.size(0), second = x.size(1), third = x.size(2);
+  const int64_t C = shape.C;
   return dispatch_floating_mixed(op, x.scalar_type(), dtype_of(weight), [&]<class scalar_t, class weight_t>() {
     using acc_t = accumulate_t<scalar_t>;
-    Tensor dx = need_dx ? op.empty<scalar_t>({first, second, third}) : op.empty<scalar_t>({0});
+    Tensor dx = need_dx ? op.empty<scalar_t>(ShapeRef(x)) : op.empty<scalar_t>({0});
     Tensor dw = op.empty<weight_t>({need_dw ? C : 0}), db = op.empty<weight_t>({need_dw ? C : 0});
-    auto* pdy = op.in<scalar_t>(dy, "dy", {first, second, third});
-    auto* px = op.in<scalar_t>(x, "x", {first, second, third});
-    auto* pdx = need_dx ? op.out<scalar_t>(dx, "dx", {first, second, third}) : nullptr;
+    auto* pdy = op.in<scalar_t>(dy, "dy", ShapeRef(x));
+    auto* px = op.in<scalar_t>(x, "x", ShapeRef(x));
+    auto* pdx = need_dx ? op.out<scalar_t>(dx, "dx", ShapeRef(x)) : nullptr;
     const Parameter<acc_t, weight_t> w(op.in_optional<weight_t>(weight, "weight", {C}), C, 1);
     Buffer<acc_t> sum_w(C), sum_b(C);
     batch_norm_bwd_kernel(pdy, px, w.get(), op.in<acc_t>(mean, "mean", {C}), op.in<acc_t>(rstd, "rstd", {C}), pdx,

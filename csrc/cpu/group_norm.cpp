@@ -2,11 +2,12 @@
 //   y[n,c,s] = (x[n,c,s] - mean[n,g]) * rstd[n,g] * w[c] + b[c],  g = c / D,  D = C / groups
 //   dx = rstd * (dy * w - mean_g(dy * w) - xhat * mean_g(dy * w * xhat)), mean_g over the D * S elements of a group
 //   dw[c] = sum_{n,s} dy * xhat,  db[c] = sum_{n,s} dy
-// layout   x, y, dy, dx: [N, C, S] or, channels_last, [N, S, C] · w, b: [C] · mean, rstd, var: [N, groups]
+// layout   x, y, dy, dx: [N, C, *] or, channels_last, [N, *, C], S positions · w, b: [C] · mean, rstd, var: [N, groups]
 // mapping  planes: a thread takes whole groups; rows: a thread takes whole samples, lanes over channels; threads share
 //          a group or a sample where there are few
 // memory   x is read twice, the second time from cache while a group (planes) or a sample (rows) fits; y written once
 // numerics mean and variance as in moments.h; sums of a channel over samples: in order, in double
+#include "common/channels.h"
 #include "common/registry.h"
 #include "cpu/norm_channels.h"
 
@@ -144,10 +145,9 @@ void group_norm_bwd_kernel(const scalar_t* dy, const scalar_t* x, const acc_t* w
 // ---- binding
 
 GroupShape group_shape(const OpScope& op, const Tensor& x, int64_t groups, bool channels_last) {
-  op.check(x.dim() == 3, channels_last ? "x must be [N, S, C]" : "x must be [N, C, S]");
-  const int64_t C = x.size(channels_last ? 2 : 1), S = x.size(channels_last ? 1 : 2);
+  const auto [N, C, S] = channel_sizes(op, x, channels_last);
   op.check(groups > 0 && C % groups == 0, "groups must divide the channels: got ", groups, " groups, ", C, " channels");
-  return {x.size(0), C, S, groups, channels_last || S == 1};
+  return {N, C, S, groups, channels_last || S == 1};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_fwd(const Tensor& x, const OptionalTensor& weight,
@@ -155,15 +155,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_fwd(const Tensor& x, const
                                                           bool channels_last) {
   OpScope op("group_norm_fwd", x);
   const GroupShape shape = group_shape(op, x, groups, channels_last);
-  const int64_t N = shape.N, C = shape.C, second = x.size(1), third = x.size(2);
+  const int64_t N = shape.N, C = shape.C;
   return dispatch_floating_mixed(op, x.scalar_type(), dtype_of(weight, bias), [&]<class scalar_t, class weight_t>() {
     using acc_t = accumulate_t<scalar_t>;
-    Tensor y = op.empty<scalar_t>({N, second, third});
+    Tensor y = op.empty<scalar_t>(ShapeRef(x));
     Tensor mean = op.empty<acc_t>({N, groups}), rstd = op.empty<acc_t>({N, groups}), var = op.empty<acc_t>({N, groups});
-    auto* px = op.in<scalar_t>(x, "x", {N, second, third});
+    auto* px = op.in<scalar_t>(x, "x", ShapeRef(x));
     const Parameter<acc_t, weight_t> w(op.in_optional<weight_t>(weight, "weight", {C}), C, 1);
     const Parameter<acc_t, weight_t> b(op.in_optional<weight_t>(bias, "bias", {C}), C, 0);
-    group_norm_fwd_kernel(px, w.get(), b.get(), op.out<scalar_t>(y, "y", {N, second, third}),
+    group_norm_fwd_kernel(px, w.get(), b.get(), op.out<scalar_t>(y, "y", ShapeRef(x)),
                           op.out<acc_t>(mean, "mean", {N, groups}), op.out<acc_t>(rstd, "rstd", {N, groups}),
                           op.out<acc_t>(var, "var", {N, groups}), shape, eps);
     return std::tuple(y, mean, rstd, var);
@@ -175,14 +175,14 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_bwd(const Tensor& dy, const Tensor
                                                   bool channels_last, bool need_dx, bool need_dw) {
   OpScope op("group_norm_bwd", dy);
   const GroupShape shape = group_shape(op, x, groups, channels_last);
-  const int64_t N = shape.N, C = shape.C, second = x.size(1), third = x.size(2);
+  const int64_t N = shape.N, C = shape.C;
   return dispatch_floating_mixed(op, x.scalar_type(), dtype_of(weight), [&]<class scalar_t, class weight_t>() {
     using acc_t = accumulate_t<scalar_t>;
-    Tensor dx = need_dx ? op.empty<scalar_t>({N, second, third}) : op.empty<scalar_t>({0});
+    Tensor dx = need_dx ? op.empty<scalar_t>(ShapeRef(x)) : op.empty<scalar_t>({0});
     Tensor dw = op.empty<weight_t>({need_dw ? C : 0}), db = op.empty<weight_t>({need_dw ? C : 0});
-    auto* pdy = op.in<scalar_t>(dy, "dy", {N, second, third});
-    auto* px = op.in<scalar_t>(x, "x", {N, second, third});
-    auto* pdx = need_dx ? op.out<scalar_t>(dx, "dx", {N, second, third}) : nullptr;
+    auto* pdy = op.in<scalar_t>(dy, "dy", ShapeRef(x));
+    auto* px = op.in<scalar_t>(x, "x", ShapeRef(x));
+    auto* pdx = need_dx ? op.out<scalar_t>(dx, "dx", ShapeRef(x)) : nullptr;
     const Parameter<acc_t, weight_t> w(op.in_optional<weight_t>(weight, "weight", {C}), C, 1);
     Buffer<acc_t> sum_w(C), sum_b(C);
     group_norm_bwd_kernel(pdy, px, w.get(), op.in<acc_t>(mean, "mean", {N, groups}),

@@ -1,7 +1,7 @@
 // group_norm · CUDA (instance norm: one channel per group)
 //   y = (x - mean[n,g]) * rstd[n,g] * w[c] + b[c], statistics of group g over its C/G channels and S, biased variance
 //   dx = rstd * (g - mean(g) - xhat * mean(g * xhat)),  g = dy * w,  dw = sum dy * xhat,  db = sum dy
-// layout   x, y, dy, dx: [N, C, S], or [N, S, C] if channels_last · w, b: [C] · mean, rstd, var: [N, G]
+// layout   x, y, dy, dx: [N, C, *], or [N, *, C] if channels_last, S positions · w, b: [C] · mean, rstd, var: [N, G]
 // mapping  [N, C, S]: a group of up to 128 KB, backward 56 KB, in the registers of 2..32 lanes or of one block, where
 //          there are 64 groups or a group is at most 8 KB; everything else in slices (norm_channels.cuh)
 // memory   registers: 2*N*C*S*sizeof(T), backward 3 times; slices: x (and dy) once more, less what is found in L2
@@ -255,16 +255,16 @@ bool group_bwd_fits(const ChannelShape& shape, std::initializer_list<const void*
 
 // binding
 
+#include "common/channels.h"
 #include "common/registry.h"
 
 namespace pyops {
 namespace {
 
 norm::ChannelShape shape_of(const OpScope& op, const Tensor& x, int64_t groups, bool channels_last) {
-  op.check(x.dim() == 3, "x must be [N, C, S] or [N, S, C]");
-  const int64_t C = x.size(channels_last ? 2 : 1), S = x.size(channels_last ? 1 : 2);
+  const auto [N, C, S] = channel_sizes(op, x, channels_last);
   op.check(groups > 0 && C % groups == 0, "groups must divide the channels, got ", groups, " for ", C);
-  return {x.size(0), C, S, groups, false, channels_last};
+  return {N, C, S, groups, false, channels_last};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_fwd(const Tensor& x, const OptionalTensor& weight,
@@ -272,10 +272,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_fwd(const Tensor& x, const
                                                           bool channels_last) {
   OpScope op("group_norm_fwd", x);
   const norm::ChannelShape shape = shape_of(op, x, groups, channels_last);
-  const int64_t N = shape.N, C = shape.C, d1 = x.size(1), d2 = x.size(2);
+  const int64_t N = shape.N, C = shape.C;
   return dispatch_floating_mixed(op, x.scalar_type(), dtype_of(weight, bias), [&]<class T, class W>() {
     using A = accumulate_t<T>;
-    Tensor y = op.empty<T>({N, d1, d2}), mean = op.empty<A>({N, groups}), rstd = op.empty<A>({N, groups});
+    Tensor y = op.empty<T>(ShapeRef(x)), mean = op.empty<A>({N, groups}), rstd = op.empty<A>({N, groups});
     Tensor var = op.empty<A>({N, groups});
     std::vector<Tensor> held;
     const auto workspace = [&](int64_t n) {
@@ -283,10 +283,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_norm_fwd(const Tensor& x, const
       return op.out<A>(held.back(), "workspace", {n});
     };
     const auto stream = static_cast<cudaStream_t>(op.stream());
-    const T* from = op.in<T>(x, "x", {N, d1, d2});
+    const T* from = op.in<T>(x, "x", ShapeRef(x));
     const W* w = op.in_optional<W>(weight, "weight", {C});
     const W* b = op.in_optional<W>(bias, "bias", {C});
-    T* to = op.out<T>(y, "y", {N, d1, d2});
+    T* to = op.out<T>(y, "y", ShapeRef(x));
     A* m = op.out<A>(mean, "mean", {N, groups});
     A* r = op.out<A>(rstd, "rstd", {N, groups});
     A* v = op.out<A>(var, "var", {N, groups});
@@ -301,10 +301,10 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_bwd(const Tensor& dy, const Tensor
                                                   bool channels_last, bool need_dx, bool need_dw) {
   OpScope op("group_norm_bwd", x);
   const norm::ChannelShape shape = shape_of(op, x, groups, channels_last);
-  const int64_t N = shape.N, C = shape.C, d1 = x.size(1), d2 = x.size(2);
+  const int64_t N = shape.N, C = shape.C;
   return dispatch_floating_mixed(op, x.scalar_type(), dtype_of(weight), [&]<class T, class W>() {
     using A = accumulate_t<T>;
-    Tensor dx = need_dx ? op.empty<T>({N, d1, d2}) : op.empty<T>({0});
+    Tensor dx = need_dx ? op.empty<T>(ShapeRef(x)) : op.empty<T>({0});
     Tensor dw = op.empty<W>({need_dw ? C : 0}), db = op.empty<W>({need_dw ? C : 0});
     std::vector<Tensor> held;
     const auto workspace = [&](int64_t n) {
@@ -312,12 +312,12 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_bwd(const Tensor& dy, const Tensor
       return op.out<A>(held.back(), "workspace", {n});
     };
     const auto stream = static_cast<cudaStream_t>(op.stream());
-    const T* from_dy = op.in<T>(dy, "dy", {N, d1, d2});
-    const T* from_x = op.in<T>(x, "x", {N, d1, d2});
+    const T* from_dy = op.in<T>(dy, "dy", ShapeRef(x));
+    const T* from_x = op.in<T>(x, "x", ShapeRef(x));
     const W* w = op.in_optional<W>(weight, "weight", {C});
     const A* m = op.in<A>(mean, "mean", {N, groups});
     const A* r = op.in<A>(rstd, "rstd", {N, groups});
-    T* to_dx = need_dx ? op.out<T>(dx, "dx", {N, d1, d2}) : nullptr;
+    T* to_dx = need_dx ? op.out<T>(dx, "dx", ShapeRef(x)) : nullptr;
     W* to_dw = need_dw ? op.out<W>(dw, "dw", {C}) : nullptr;
     W* to_db = need_dw ? op.out<W>(db, "db", {C}) : nullptr;
     if constexpr (sizeof(T) < 8) {

@@ -72,15 +72,17 @@ __global__ void __launch_bounds__(128)
   }
 }
 
-// Coefficients from given statistics: inference, and the backward of it (no mean terms).
+// Coefficients from given statistics: inference, from the variance, and the backward of it (no mean terms).
 template <class A, class W>
 __global__ void __launch_bounds__(128)
-    channels_coefficients_kernel(const A* __restrict__ mean, const A* __restrict__ rstd, const W* __restrict__ w,
-                                 const W* __restrict__ b, Coefficients<A>* __restrict__ coefficients, int64_t C) {
+    channels_coefficients_kernel(const A* __restrict__ mean, const A* __restrict__ spread, const W* __restrict__ w,
+                                 const W* __restrict__ b, Coefficients<A>* __restrict__ coefficients, int64_t C,
+                                 bool is_variance, A eps) {  // spread: rstd or the variance
   const int64_t c = static_cast<int64_t>(blockIdx.x) * 128 + threadIdx.x;
   if (c >= C) return;
+  const A rstd = is_variance ? inverse_root(spread[c] + eps) : spread[c];
   coefficients[c] = {
-      {mean[c], rstd[c] * (w != nullptr ? convert<A>(w[c]) : A(1)), b != nullptr ? convert<A>(b[c]) : A(0), A(0)}};
+      {mean[c], rstd * (w != nullptr ? convert<A>(w[c]) : A(1)), b != nullptr ? convert<A>(b[c]) : A(0), A(0)}};
 }
 
 // Sums of slices -> sums of channels [outer, C] (as dw, db where outer is 1) and the coefficients of dx.
@@ -589,7 +591,7 @@ void channels_bwd(const T* dy, const T* x, const W* w, const accumulate_t<T>* me
   if (constant) {
     launch(channels_coefficients_kernel<A, W>,
            {.grid = grid_of(divide_up(shape.C, 128)), .block = dim3(128), .stream = stream}, mean, rstd, w,
-           static_cast<const W*>(nullptr), as_coefficients(coefficients), shape.C);
+           static_cast<const W*>(nullptr), as_coefficients(coefficients), shape.C, false, A(0));
   }
   channels_apply<Pass::backward, T>(x, dy, as_coefficients(coefficients), dx, shape, constant, stream);
 }

@@ -1,4 +1,4 @@
-"""How tensors reach a kernel: ``[*, N]`` as rows ``[M, N]``; ``[N, C, *]`` as ``[N, C, S]`` or ``[N, S, C]``.
+"""How tensors reach a kernel: ``[*, N]`` as rows ``[M, N]``; ``[N, C, *]`` as it is or as ``[N, *, C]``.
 
 A view costs a microsecond, and as much again in the backward pass: none is made of what has its shape already.
 """
@@ -33,22 +33,27 @@ def is_channels_last(x: torch.Tensor) -> bool:
     return x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
-def flatten(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """``(x3, channels_last)``: the kernel's view of x, a copy only where x is neither contiguous nor channels last."""
-    n, c = x.shape[0], x.shape[1]
-    if x.dim() == 2:
-        return x.contiguous().reshape(n, 1, c), True
+def channels(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """``(x, False)`` or, in the order of a channels-last memory, ``(x as [N, *, C], True)``: contiguous either way.
+
+    A copy only where x is neither contiguous nor channels last. Without space both orders are one, and it counts as
+    the latter.
+    """
+    if x.is_contiguous():
+        return x, x.dim() == 2
     if is_channels_last(x):
-        return x.movedim(1, -1).reshape(n, _count(x), c), True
-    x = x.contiguous()
-    return (x if x.dim() == 3 else x.reshape(n, c, _count(x))), False
+        return x.movedim(1, -1), True
+    return x.contiguous(), x.dim() == 2
 
 
-def restore(y: torch.Tensor, shape: torch.Size, channels_last: bool) -> torch.Tensor:
-    """The inverse of ``flatten``: ``shape`` again, in the memory layout that ``channels_last`` says."""
-    if not channels_last or len(shape) == 2:
-        return y if len(shape) == 3 else y.reshape(shape)
-    return y.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+def restore(y: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """The inverse of ``channels``: [N, C, *] again."""
+    return y.movedim(-1, 1) if channels_last and y.dim() > 2 else y
+
+
+def along_channels(t: torch.Tensor, dims: int) -> torch.Tensor:
+    """A tensor [C] that broadcasts against [N, C, *] of ``dims`` dimensions."""
+    return t.reshape(-1, *(1,) * (dims - 2))
 
 
 def flatten_dense(x: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
@@ -66,11 +71,3 @@ def flatten_dense(x: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor
         return x.contiguous().view(-1), lambda y: y.view(shape)
     inverse = sorted(range(x.dim()), key=order.__getitem__)
     return moved.view(-1), lambda y: y.view(moved.shape).permute(inverse)
-
-
-def _count(x: torch.Tensor) -> int:
-    """Number of spatial positions; spelled out because ``-1`` is ambiguous for empty tensors."""
-    count = 1
-    for size in x.shape[2:]:
-        count = count * size
-    return count

@@ -3,7 +3,7 @@
     training   y = (x - mean[c]) * rstd[c] * w[c] + b[c]      mean, var over N and S; rstd = 1 / sqrt(var + eps)
     inference  the same with the running statistics in place of mean and var
 
-    x, y: [N, C, S], channels last [N, S, C]   w, b, mean, rstd, var: [C]
+    x, y: [N, C, *], channels last [N, *, C], S positions   w, b, mean, rstd, var: [C]
 
 Source: Ioffe, Szegedy 2015, https://arxiv.org/abs/1502.03167; torch.nn.functional.batch_norm.
 The gradient is derived in docs/math/norms.md.
@@ -23,7 +23,7 @@ _kernels = library.triton_kernels("batch_norm")
 
 
 def _channels(x, channels_last):
-    return x.shape[2] if channels_last else x.shape[1]
+    return x.shape[-1 if channels_last else 1]
 
 
 def _fwd_fake(x, weight, bias, eps, channels_last):
@@ -31,7 +31,7 @@ def _fwd_fake(x, weight, bias, eps, channels_last):
     return torch.empty_like(x), statistic, torch.empty_like(statistic), torch.empty_like(statistic)
 
 
-def _infer_fake(x, weight, bias, mean, rstd, channels_last):
+def _infer_fake(x, weight, bias, mean, var, eps, channels_last):
     return torch.empty_like(x)
 
 
@@ -48,7 +48,8 @@ _fwd = library.declare(
     _kernels,
 )
 _infer = library.declare(
-    "batch_norm_infer(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool channels_last) -> Tensor",
+    "batch_norm_infer(Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, bool channels_last)"
+    " -> Tensor",
     _infer_fake,
     _kernels,
 )
@@ -60,29 +61,27 @@ _bwd = library.declare(
 )
 
 
-def _per_channel(t, channels_last):
-    return t if channels_last else t[:, None]
-
-
-def _scale_shift(xhat, weight, bias, channels_last):
-    y = xhat if weight is None else xhat * _per_channel(weight.to(xhat.dtype), channels_last)
-    return y if bias is None else y + _per_channel(bias.to(xhat.dtype), channels_last)
+def _affine(x, mean, rstd, weight, bias, channels_last):
+    """The norm in the dtype of its statistics."""
+    along = (lambda t: t) if channels_last else lambda t: layout.along_channels(t, x.dim())
+    y = (x - along(mean)) * along(rstd)
+    y = y if weight is None else y * along(weight.to(y.dtype))
+    return y if bias is None else y + along(bias.to(y.dtype))
 
 
 def _reference(x, weight, bias, eps, channels_last):
-    over = (0, 1) if channels_last else (0, 2)
+    channel = x.dim() - 1 if channels_last else 1
+    over = [d for d in range(x.dim()) if d != channel]
     wide = x.to(check.accumulate_dtype(x.dtype))
     mean = wide.mean(over)
-    centred = wide - _per_channel(mean, channels_last)
-    var = centred.square().mean(over)
+    var = (wide - wide.mean(over, keepdim=True)).square().mean(over)
     rstd = (var + eps).rsqrt()
-    y = _scale_shift(centred * _per_channel(rstd, channels_last), weight, bias, channels_last)
+    y = _affine(wide, mean, rstd, weight, bias, channels_last)
     return y.to(x.dtype), mean.detach(), rstd.detach(), var.detach()
 
 
-def _infer_reference(x, weight, bias, mean, rstd, channels_last):
-    centred = x.to(mean.dtype) - _per_channel(mean, channels_last)
-    y = _scale_shift(centred * _per_channel(rstd, channels_last), weight, bias, channels_last)
+def _infer_reference(x, weight, bias, mean, var, eps, channels_last):
+    y = _affine(x.to(mean.dtype), mean, (var + eps).rsqrt(), weight, bias, channels_last)
     return (y.to(x.dtype),)
 
 
@@ -92,9 +91,9 @@ def _fold(forward, batch, dims, inputs, constants):
         return None
     channels_last = constants[-1]
     x, *per_channel = inputs
-    x = x.movedim(dims[0], 2 if channels_last else 1)
+    start = x.dim() - 2 if channels_last else 1
+    x = x.movedim(dims[0], start)
     shape = x.shape
-    start = 2 if channels_last else 1
     wide = [
         None if t is None else (t.expand(batch, *t.shape) if d is None else t.movedim(d, 0)).reshape(-1)
         for t, d in zip(per_channel, dims[1:])
@@ -113,8 +112,9 @@ def _backward_arguments(dy, inputs: Tensors, statistics: Tensors, constants: Ten
 
 
 def _infer_backward_arguments(dy, inputs: Tensors, statistics: Tensors, constants: Tensors, needs) -> Tensors:
-    x, weight, _, mean, rstd = inputs
-    return dy, x, weight, mean, rstd, False, constants[-1], needs[0], needs[1] or needs[2]
+    x, weight, _, mean, var = inputs
+    eps, channels_last = constants
+    return dy, x, weight, mean, (var + eps).rsqrt(), False, channels_last, needs[0], needs[1] or needs[2]
 
 
 _apply = differentiable(Formula(_fwd, _bwd, 3, 3, _backward_arguments, _reference, _fold))
@@ -181,19 +181,24 @@ def batch_norm(
         check.fail(ValueError, op, "input", f"shape {list(input.shape)}", "more than 1 value per channel in training")
 
     namespace = backend.namespace_for(op, input)
-    x, channels_last = layout.flatten(input)
+    x, channels_last = layout.channels(input)
     if not training and running_mean is not None and running_var is not None:
         wide = check.accumulate_dtype(input.dtype)
-        mean = running_mean.detach().to(wide)
-        rstd = (running_var.detach().to(wide) + eps).rsqrt()
-        y = _apply_infer(namespace, x, weight, bias, mean, rstd, channels_last)
-        return layout.restore(y, input.shape, channels_last)
+        mean, var = _statistic(running_mean, wide), _statistic(running_var, wide)
+        y = _apply_infer(namespace, x, weight, bias, mean, var, float(eps), channels_last)
+        return layout.restore(y, channels_last)
     y, mean, _, var = _apply(namespace, x, weight, bias, float(eps), channels_last)
     if running_mean is not None and running_var is not None and count > 0:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
-    return layout.restore(y, input.shape, channels_last)
+    return layout.restore(y, channels_last)
+
+
+def _statistic(running: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A running statistic as a kernel reads it: without gradient, contiguous, in the dtype of sums."""
+    running = running.detach() if running.requires_grad else running
+    return (running if running.dtype == dtype else running.to(dtype)).contiguous()
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):

@@ -2,13 +2,15 @@
 
     y[n,c,s] = (x[n,c,s] - mean[n,g]) * rstd[n,g] * w[c] + b[c]        g = c // (C/G), statistics over (C/G, S)
 
-    x, y: [N, C, S], channels last [N, S, C]   w, b: [C]   mean, rstd, var: [N, G]
+    x, y: [N, C, *], channels last [N, *, C], S positions   w, b: [C]   mean, rstd, var: [N, G]
 
 Source: Wu, He 2018, https://arxiv.org/abs/1803.08494; Ulyanov et al. 2016, https://arxiv.org/abs/1607.08022;
 torch.nn.functional.group_norm and instance_norm. The gradient is derived in docs/math/norms.md.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -28,7 +30,7 @@ def _fwd_fake(x, weight, bias, groups, eps, channels_last):
 
 def _bwd_fake(dy, x, weight, mean, rstd, groups, channels_last, need_dx, need_dw):
     dtype = weight.dtype if weight is not None else mean.dtype
-    dw = x.new_empty(x.shape[2 if channels_last else 1] if need_dw else 0, dtype=dtype)
+    dw = x.new_empty(x.shape[-1 if channels_last else 1] if need_dw else 0, dtype=dtype)
     return torch.empty_like(x) if need_dx else x.new_empty(0), dw, torch.empty_like(dw)
 
 
@@ -47,17 +49,17 @@ _bwd = library.declare(
 
 
 def _reference(x, weight, bias, groups, eps, channels_last):
-    x3 = x.transpose(1, 2) if channels_last else x
-    n, c, s = x3.shape
-    wide = x3.to(check.accumulate_dtype(x.dtype)).reshape(n, groups, c // groups, s)
+    first = x.movedim(-1, 1) if channels_last else x
+    n, c = first.shape[:2]
+    wide = first.to(check.accumulate_dtype(x.dtype)).reshape(n, groups, c // groups, math.prod(first.shape[2:]))
     mean = wide.mean((2, 3))
     centred = wide - mean[:, :, None, None]
     var = centred.square().mean((2, 3))
     rstd = (var + eps).rsqrt()
-    y = (centred * rstd[:, :, None, None]).reshape(n, c, s)
-    y = y if weight is None else y * weight.to(y.dtype)[:, None]
-    y = y if bias is None else y + bias.to(y.dtype)[:, None]
-    y = (y.transpose(1, 2) if channels_last else y).to(x.dtype)
+    y = (centred * rstd[:, :, None, None]).reshape(first.shape)
+    y = y if weight is None else y * layout.along_channels(weight.to(y.dtype), x.dim())
+    y = y if bias is None else y + layout.along_channels(bias.to(y.dtype), x.dim())
+    y = (y.movedim(1, -1) if channels_last else y).to(x.dtype)
     return y, mean.detach(), rstd.detach(), var.detach()
 
 
@@ -125,9 +127,9 @@ def group_norm(
         check.fail(ValueError, op, "input", f"shape {list(input.shape)}", "more than 1 value per group")
     input, weight, bias = autocast.cast(op, input, weight, bias)
     check.affine(op, input, (input.shape[1],), weight=weight, bias=bias)
-    x, channels_last = layout.flatten(input)
+    x, channels_last = layout.channels(input)
     y, *_ = _apply(backend.namespace_for(op, input), x, weight, bias, int(num_groups), float(eps), channels_last)
-    return layout.restore(y, input.shape, channels_last)
+    return layout.restore(y, channels_last)
 
 
 class GroupNorm(torch.nn.GroupNorm):
@@ -195,14 +197,14 @@ def instance_norm(
     if not use_input_stats:
         return _scale_by_running(input, running_mean, running_var, weight, bias, eps)
     namespace = backend.namespace_for(op, input)
-    x, channels_last = layout.flatten(input)
+    x, channels_last = layout.channels(input)
     y, mean, _, var = _apply(namespace, x, weight, bias, input.shape[1], float(eps), channels_last)
     if running_mean is not None and running_var is not None and input.numel() > 0:
         with torch.no_grad():
             unbiased = var.mean(0) * (positions / (positions - 1))
             running_mean.lerp_(mean.mean(0).to(running_mean.dtype), momentum)
             running_var.lerp_(unbiased.to(running_var.dtype), momentum)
-    return layout.restore(y, input.shape, channels_last)
+    return layout.restore(y, channels_last)
 
 
 def _scale_by_running(input, running_mean, running_var, weight, bias, eps):

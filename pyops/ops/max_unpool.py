@@ -18,7 +18,7 @@ import torch
 from ..core import autocast, backend, check, library
 from ..core.autograd import Formula, differentiable
 from ..core.intercept import route
-from ..core.layout import flatten, is_channels_last, restore
+from ..core.layout import is_channels_last
 from ..core.samples import Maker, Sample, checked
 
 _kernels = library.triton_kernels("max_unpool")
@@ -99,13 +99,13 @@ def _unpool(
         x, indices = x[None], indices[None]
     last = is_channels_last(x)
     n, c = x.shape[:2]
-    shape = torch.Size((n, c, *out))
     if last:
-        planes, index = flatten(x)[0], flatten(indices.contiguous(memory_format=_format(rank)))[0]
+        indices = indices.contiguous(memory_format=_format(rank))
+        planes, index = (t.movedim(1, -1).flatten(1, -2) for t in (x, indices))
     else:
         planes, index = (t.contiguous().reshape(n * c, math.prod(t.shape[2:]), 1) for t in (x, indices))
     y = _apply(backend.namespace_for(op, x), planes, index, math.prod(out))
-    y = restore(y, shape, True) if last else y.reshape(shape)
+    y = y.reshape(n, *out, c).movedim(-1, 1) if last else y.reshape(n, c, *out)
     return y[0] if alone else y
 
 
