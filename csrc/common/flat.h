@@ -22,10 +22,9 @@ void check_flat(const OpScope& op, const Tensor& tensor, const char* name, const
     extent += (sizes[i] - 1) * strides[i];
   }
   if (!same)
-    op.check(false, name, " has the wrong shape or strides: got ", detail::shape_text(sizes.data(), sizes.size()),
-             " by ", detail::shape_text(strides.data(), strides.size()), ", expected ",
-             detail::shape_text(wanted.data(), wanted.size()), " by ",
-             detail::shape_text(pattern.data(), pattern.size()));
+    op.check(false, name, " has the wrong shape or strides: got ", detail::shape_text(ShapeRef(sizes)), " by ",
+             detail::shape_text(ShapeRef(strides)), ", expected ", detail::shape_text(ShapeRef(wanted)), " by ",
+             detail::shape_text(ShapeRef(pattern)));
   op.check(numel == 0 || (gapless && extent == numel), name, " must fill its memory without a gap");
 }
 

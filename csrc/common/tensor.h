@@ -55,7 +55,8 @@ class ShapeRef {
 #pragma GCC diagnostic ignored "-Winit-list-lifetime"  // as an argument it outlives the call
   ShapeRef(std::initializer_list<int64_t> sizes) : data_(sizes.begin()), rank_(sizes.size()) {}
 #pragma GCC diagnostic pop
-  explicit ShapeRef(const Tensor& like) : data_(like.sizes().data()), rank_(like.sizes().size()) {}
+  explicit ShapeRef(const Tensor& like) : ShapeRef(like.sizes()) {}
+  explicit ShapeRef(torch::headeronly::IntHeaderOnlyArrayRef values) : data_(values.data()), rank_(values.size()) {}
   const int64_t* data() const { return data_; }
   size_t rank() const { return rank_; }
   int64_t operator[](size_t i) const { return data_[i]; }
