@@ -44,11 +44,21 @@ from .ops.dropout import (
     dropout3d,
     feature_alpha_dropout,
 )
+from .ops.elementwise_loss import (
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
+    huber_loss,
+    kl_div,
+    l1_loss,
+    mse_loss,
+    smooth_l1_loss,
+)
 from .ops.group_norm import group_norm, instance_norm
 from .ops.gru import gru_cell
 from .ops.im2col import fold, unfold
 from .ops.layer_norm import layer_norm
 from .ops.lstm import lstm_cell
+from .ops.margin_loss import multi_margin_loss
 from .ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
 from .ops.mixup import cutmix, mixup
 from .ops.pool import (
@@ -85,6 +95,8 @@ __all__ = [
     "avg_pool2d",
     "avg_pool3d",
     "batch_norm",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
     "celu",
     "conv1d",
     "conv2d",
@@ -112,7 +124,10 @@ __all__ = [
     "hardsigmoid",
     "hardswish",
     "hardtanh",
+    "huber_loss",
     "instance_norm",
+    "kl_div",
+    "l1_loss",
     "layer_norm",
     "leaky_relu",
     "linear_cross_entropy",
@@ -130,6 +145,8 @@ __all__ = [
     "max_unpool3d",
     "mish",
     "mixup",
+    "mse_loss",
+    "multi_margin_loss",
     "nll_loss",
     "prelu",
     "relu",
@@ -144,6 +161,7 @@ __all__ = [
     "sigmoid",
     "sigmoid_",
     "silu",
+    "smooth_l1_loss",
     "softmax",
     "softmin",
     "softplus",

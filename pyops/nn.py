@@ -31,11 +31,13 @@ from .ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .ops.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .ops.cross_entropy import CrossEntropyLoss, NLLLoss
 from .ops.dropout import AlphaDropout, DropConnectLinear, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
+from .ops.elementwise_loss import BCELoss, BCEWithLogitsLoss, HuberLoss, KLDivLoss, L1Loss, MSELoss, SmoothL1Loss
 from .ops.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .ops.gru import GRUCell
 from .ops.im2col import Fold, Unfold
 from .ops.layer_norm import LayerNorm
 from .ops.lstm import LSTMCell
+from .ops.margin_loss import MultiMarginLoss
 from .ops.max_unpool import MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
 from .ops.pool import (
     AdaptiveAvgPool1d,
@@ -74,6 +76,8 @@ __all__ = [
     "AvgPool1d",
     "AvgPool2d",
     "AvgPool3d",
+    "BCELoss",
+    "BCEWithLogitsLoss",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -97,9 +101,12 @@ __all__ = [
     "Hardsigmoid",
     "Hardswish",
     "Hardtanh",
+    "HuberLoss",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "KLDivLoss",
+    "L1Loss",
     "LPPool1d",
     "LPPool2d",
     "LPPool3d",
@@ -108,6 +115,7 @@ __all__ = [
     "LeakyReLU",
     "LogSigmoid",
     "LogSoftmax",
+    "MSELoss",
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",
@@ -115,6 +123,7 @@ __all__ = [
     "MaxUnpool2d",
     "MaxUnpool3d",
     "Mish",
+    "MultiMarginLoss",
     "MultiheadAttention",
     "NLLLoss",
     "PReLU",
@@ -125,6 +134,7 @@ __all__ = [
     "ReLU6",
     "SiLU",
     "Sigmoid",
+    "SmoothL1Loss",
     "Softmax",
     "Softmax2d",
     "Softmin",

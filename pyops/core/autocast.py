@@ -18,6 +18,9 @@ FLOAT32_ON: dict[str, tuple[str, ...]] = {
     "softmin": ("cuda",),
     "softplus": ("cuda",),
     **dict.fromkeys(("cross_entropy", "nll_loss", "linear_cross_entropy"), ("cpu", "cuda")),
+    **dict.fromkeys((f"{name}_loss" for name in ("mse", "l1", "smooth_l1", "huber", "multi_margin")), ("cpu", "cuda")),
+    **dict.fromkeys(("binary_cross_entropy_with_logits", "kl_div"), ("cpu", "cuda")),
+    "binary_cross_entropy": ("cpu",),
     **dict.fromkeys((f"{kind}_pool3d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg")), ("cpu",)),
     **dict.fromkeys((f"max_unpool{n}d" for n in (1, 2, 3)), ("cpu",)),
 }

@@ -1,0 +1,185 @@
+"""elementwise_loss · Triton
+  y[b] = Σ_{i in block b} l(x[i], t[i]);  dx[i] = dy[b] l_x(x[i], t[i]),  dt[i] = dy[b] l_t(x[i], t[i]);
+  l by number, as in csrc/common/elementwise_loss.h; blocks of one element: no sum
+layout   x, t, c, dx, dt: [n] · y, dy: [ceil(n / block)]
+mapping  a program takes one block of a sum, or TILE elements
+memory   every input read once, every output written once; a sum writes one number for a block
+numerics in fp32 (fp64 for fp64); y in that type where it is a sum
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._toolbox import Specimen, accumulate_dtype, cdiv
+
+TILE = 1024
+
+
+@triton.jit
+def sign_of(d):
+    """0 for 0 and, as torch has it, for NaN."""
+    return (d > 0).to(d.dtype) - (d < 0).to(d.dtype)
+
+
+@triton.jit
+def log1p_unit(e):
+    """log(1 + e) for e in [0, 1], without the loss of small e: log(u) e / (u - 1), u = 1 + e as rounded."""
+    u = 1.0 + e
+    return tl.where(u == 1.0, e, tl.log(u) * (e / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def log_of_rest(x):
+    """log(1 - x) for x in [0, 1]."""
+    small = tl.where(x > 0.5, 0.0, x)
+    return tl.where(x > 0.5, tl.log(1.0 - x), -log1p_unit(small / (1.0 - small)))
+
+
+@triton.jit
+def at_least(v, low):
+    return tl.where(v < low, low, v)
+
+
+@triton.jit
+def soft_of(x):
+    """log(1 + exp(-x))"""
+    return tl.where(x < 0, -x, x - x) + log1p_unit(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def value(x, t, c, KIND: tl.constexpr, A: tl.constexpr):
+    d = x - t
+    size = tl.abs(d)
+    if KIND == 0:
+        y = d * d
+    elif KIND == 1:
+        y = size
+    elif KIND == 2:
+        y = tl.where(size < A, 0.5 * d * d / A, size - 0.5 * A)
+    elif KIND == 3:
+        y = tl.where(size <= A, 0.5 * d * d, A * (size - 0.5 * A))
+    elif KIND == 4:
+        y = (t - 1.0) * at_least(log_of_rest(x), -100.0) - t * at_least(tl.log(x), -100.0)
+    elif KIND == 5:
+        y = (1.0 - t) * x + (1.0 + (c - 1.0) * t) * soft_of(x)
+    elif KIND == 6:
+        y = tl.where(t > 0, t * tl.log(tl.where(t > 0, t, 1.0)), tl.where(t < 0, float("nan"), t)) - t * x
+    else:
+        y = tl.exp(t) * (t - x)
+    return y
+
+
+@triton.jit
+def slope(x, t, c, KIND: tl.constexpr, A: tl.constexpr):
+    d = x - t
+    if KIND == 0:
+        dx = 2.0 * d
+        dt = -dx
+    elif KIND == 1:
+        dx = sign_of(d)
+        dt = -dx
+    elif KIND == 2:
+        dx = tl.where(tl.abs(d) >= A, sign_of(d), d / A)
+        dt = -dx
+    elif KIND == 3:
+        dx = tl.where(tl.abs(d) >= A, A * sign_of(d), d)
+        dt = -dx
+    elif KIND == 4:
+        dx = d / at_least((1.0 - x) * x, 1e-12)
+        dt = at_least(log_of_rest(x), -100.0) - at_least(tl.log(x), -100.0)
+    elif KIND == 5:
+        e = tl.exp(-tl.abs(x))
+        dx = (1.0 - t) - (1.0 + (c - 1.0) * t) * (tl.where(x >= 0, e, 1.0) / (1.0 + e))
+        dt = (c - 1.0) * soft_of(x) - x
+    elif KIND == 6:
+        dx = -t
+        dt = tl.log(t) + 1.0 - x
+    else:
+        dx = -tl.exp(t)
+        dt = -dx * (d * -1.0 + 1.0)
+    return dx, dt
+
+
+@triton.jit
+def elementwise_loss_fwd_kernel(
+    x, t, c, y, n, KIND: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
+):
+    acc_t: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    program = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((TILE,), acc_t)
+    for k in range(0, BLOCK if BLOCK > 1 else TILE, TILE):
+        i = program * (BLOCK if BLOCK > 1 else TILE) + k + tl.arange(0, TILE)
+        xv = tl.load(x + i, mask=i < n, other=0.0).to(acc_t)
+        tv = tl.load(t + i, mask=i < n, other=0.0).to(acc_t)
+        cv = xv * 0.0 + 1.0
+        if c is not None:
+            cv = tl.load(c + i, mask=i < n, other=0.0).to(acc_t)
+        v = value(xv, tv, cv, KIND, A)
+        if BLOCK > 1:
+            total += tl.where(i < n, v, 0.0)
+        else:
+            tl.store(y + i, v.to(y.dtype.element_ty), mask=i < n)
+    if BLOCK > 1:
+        tl.store(y + program, tl.sum(total, 0))
+
+
+@triton.jit
+def elementwise_loss_bwd_kernel(
+    dy, x, t, c, dx, dt, n, KIND: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
+):
+    acc_t: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    xv = tl.load(x + i, mask=i < n, other=0.0).to(acc_t)
+    tv = tl.load(t + i, mask=i < n, other=0.0).to(acc_t)
+    cv = xv * 0.0 + 1.0
+    if c is not None:
+        cv = tl.load(c + i, mask=i < n, other=0.0).to(acc_t)
+    g = tl.load(dy + i // BLOCK, mask=i < n, other=0.0).to(acc_t)
+    in_x, in_t = slope(xv, tv, cv, KIND, A)
+    if dx is not None:
+        tl.store(dx + i, (g * in_x).to(dx.dtype.element_ty), mask=i < n)
+    if dt is not None:
+        tl.store(dt + i, (g * in_t).to(dt.dtype.element_ty), mask=i < n)
+
+
+def elementwise_loss_fwd(
+    x: torch.Tensor, t: torch.Tensor, c: torch.Tensor | None, kind: int, a: float, block: int
+) -> torch.Tensor:
+    n = x.numel()
+    y = torch.empty_like(x) if block == 1 else x.new_empty(cdiv(n, block), dtype=accumulate_dtype(x.dtype))
+    if n:
+        grid = (cdiv(n, TILE if block == 1 else block),)
+        elementwise_loss_fwd_kernel[grid](x, t, c, y, n, KIND=kind, A=a, BLOCK=block, TILE=TILE)
+    return y
+
+
+def elementwise_loss_bwd(
+    dy: torch.Tensor, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor | None, kind: int, a: float, block: int,
+    need_dx: bool, need_dt: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    n = x.numel()
+    dx, dt = x.new_empty(n if need_dx else 0), x.new_empty(n if need_dt else 0)
+    if n:
+        elementwise_loss_bwd_kernel[(cdiv(n, TILE),)](
+            dy, x, t, c, dx if need_dx else None, dt if need_dt else None, n, KIND=kind, A=a, BLOCK=block, TILE=TILE
+        )
+    return dx, dt
+
+
+def specimens() -> list[Specimen]:
+    """What tests/triton_compile.py compiles: every loss as a sum in fp32, one in all types and without sum."""
+    found = []
+    for kind in range(8):
+        for t in ("fp32", "bf16", "fp64") if kind in (0, 5) else ("fp32",):
+            for block in (1, 4096):
+                total = t if block == 1 or t == "fp64" else "fp32"
+                inputs = {"x": f"*{t}", "t": f"*{t}", "c": f"*{t}"}
+                constants = {"KIND": kind, "A": 0.5, "BLOCK": block, "TILE": TILE}
+                forward = inputs | {"y": f"*{total}", "n": "i32"}
+                backward = {"dy": f"*{total}"} | inputs | {"dx": f"*{t}", "dt": f"*{t}", "n": "i32"}
+                found.append(Specimen(elementwise_loss_fwd_kernel, forward, constants, 4, t != "fp64"))
+                found.append(Specimen(elementwise_loss_bwd_kernel, backward, constants, 4, t != "fp64"))
+    return found
