@@ -176,3 +176,27 @@ def test_workspace_stays_small():
     before = memory("VmRSS")
     y = F.conv2d(x, w, padding=1)
     assert memory("VmHWM") - before < (32 << 20) + y.nbytes
+
+
+@pytest.mark.parametrize(
+    ("shape", "filters", "how"),
+    [
+        ((1, 48, 40, 70), (20, 48, 3, 3), {"padding": 1}),  # rows in several blocks
+        ((2, 24, 61, 53), (30, 24, 5, 3), {"padding": (2, 0), "stride": 2, "dilation": (1, 2)}),  # phases
+        ((1, 40, 9001), (9, 40, 5), {"padding": 3, "stride": 3, "dilation": 2}),  # one row in several blocks
+        ((1, 6, 9, 20, 33), (8, 6, 2, 3, 3), {"padding": (1, 1, 0), "stride": (2, 1, 1)}),
+        ((2, 70, 45, 47), (16, 70, 1, 1), {}),  # the image is its own copy, with a rest of a panel
+        ((2, 12, 30, 31), (18, 4, 3, 3), {"groups": 3, "padding": 2, "dilation": 2}),
+    ],
+)
+def test_shifted_rows_on_the_cpu(shape, filters, how):
+    """Planes too large for one block, strides, spaces between taps: forward and both gradients."""
+    rank = len(filters) - 2
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64).requires_grad_()
+    inputs = draw(*shape), draw(*filters), draw(filters[0])
+    results = []
+    for functional in (F, torch.nn.functional):
+        y = getattr(functional, f"conv{rank}d")(*inputs, **how)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), inputs)))
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)

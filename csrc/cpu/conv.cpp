@@ -2,12 +2,15 @@
 //   fwd    y[n,k,p] = b[k] + sum_{c,r} w[k,c,r] * x[n,c, p*stride - padding + r*dilation]
 //   dgrad  dx[n,c,h] = b[c] + sum of w[k,c,r] * dy[n,k,p] over k and the (p, r) that meet in h
 //   wgrad  dw[k,c,r] = sum_{n,p} dy[n,k,p] * x[n,c, p*stride - padding + r*dilation]
-// layout   x: [N, C, D, H, W] · w: [K, C/G, taps] · y: [N, K, space]; channels last x: [N, D, H, W, C] · w: [K, taps,
-// C/G] mapping  products of blocks in registers (gemm.h) of pixels packed as they are needed (conv_gemm.h) threads
-// blocks of pixels, then of output channels; wgrad: blocks of dw and ranges of pixels memory   packed blocks of at most
-// 512 KiB a thread, weights in portions of 16 MiB numerics sums in fp32 (fp64 for fp64), in an order that depends on
-// the shape alone
-#include "cpu/conv_gemm.h"
+// layout   x: [N, C, D, H, W] · w: [K, C/G, taps] · y: [N, K, space]
+//          channels last: x: [N, D, H, W, C] · w: [K, taps, C/G]
+// mapping  products of blocks in registers (gemm.h). Planes: lanes over pixels, which read a padded copy of a block of
+//          the image, shifted by the tap (conv_planes.h), or columns where images are tiny (conv_gemm.h); channels
+//          last: lanes over output channels (conv_gemm.h). Threads over blocks of pixels, then of output channels;
+//          wgrad: blocks of dw and ranges of pixels
+// memory   blocks of at most 512 KiB a thread, weights in portions of 16 MiB
+// numerics sums in fp32 (fp64 for fp64), in an order that depends on the shape alone
+#include "cpu/conv_planes.h"
 
 #include "common/conv_binding.h"
 #include "common/registry.h"

@@ -113,16 +113,27 @@ inline int64_t row_of(const Space& s, const Run& r, int32_t jd, int32_t jh) {
 // Weights of all groups as rows [(g, m)][(c, tap)] of acc_t: in place where they stand so already.
 template <class scalar_t, class acc_t>
 const acc_t* weight_rows(const Problem& p, const scalar_t* w, Buffer<acc_t>& buffer, int64_t first_m, int64_t count_m) {
-  const int64_t T = p.space.taps();
+  const int64_t T = p.space.taps(), near = 16;
+  std::vector<int64_t> tap(static_cast<size_t>(T));
+  for (int64_t j = 0; j < T; ++j) tap[size_t(j)] = p.tap(j) * p.at.tap;
   parallel_for(p.G * count_m, ceil_div(4096, std::max<int64_t>(p.K(), 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const scalar_t* from = w + i / count_m * p.at.g + (first_m + i % count_m) * p.at.m;
-      acc_t* to = buffer.get() + i * p.K();
-      for (int64_t c = 0; c < p.C; ++c)
-        for (int64_t j = 0; j < T; ++j) to[c * T + j] = acc_t(from[c * p.at.c + p.tap(j) * p.at.tap]);
-    }
+    // a few c of all rows at a time: where rows of the buffer are columns of w, what is read stays in a cache line
+    for (int64_t c0 = 0; c0 < p.C; c0 += near)
+      for (int64_t i = begin; i < end; ++i) {
+        const scalar_t* from = w + i / count_m * p.at.g + (first_m + i % count_m) * p.at.m;
+        acc_t* to = buffer.get() + i * p.K();
+        for (int64_t c = c0; c < std::min(c0 + near, p.C); ++c)
+          for (int64_t j = 0; j < T; ++j) to[c * T + j] = acc_t(from[c * p.at.c + tap[size_t(j)]]);
+      }
   });
   return buffer.get();
+}
+
+// Do the rows [(g, m)][(c, tap)] stand in w itself? So it is in the forward of float.
+template <class scalar_t>
+bool stands_in_rows(const Problem& p) {
+  return std::is_same_v<scalar_t, accumulate_t<scalar_t>> && p.at.tap == 1 && p.at.c == p.space.taps() &&
+         p.at.m == p.K();
 }
 
 template <class scalar_t>
@@ -133,8 +144,8 @@ void planes(const Problem& p, const scalar_t* x, const scalar_t* w, const scalar
   const Space& s = p.space;
   const int64_t K = p.K(), T = s.taps(), pixels = p.N * s.positions();
   const int64_t in_plane = s.in_plane(), out_plane = s.out_plane();
-  // Rows (c, tap) of w are used as they stand in the forward of float; else they are copied, a portion of m at a time.
-  const bool in_place = std::is_same_v<scalar_t, acc_t> && p.at.tap == 1 && p.at.c == T && p.at.m == K;
+  // Rows of w that do not stand so are copied, a portion of m at a time.
+  const bool in_place = stands_in_rows<scalar_t>(p);
   const int64_t fits = std::max<int64_t>(weight_bytes / int64_t(sizeof(acc_t)) / std::max<int64_t>(K * p.G, 1), R);
   const int64_t portion = in_place ? p.M : std::min(p.M, fits);
   Buffer<acc_t> arranged(in_place ? 0 : p.G * portion * K);
@@ -315,15 +326,6 @@ void channels_last(const Problem& p, const scalar_t* x, const scalar_t* w, const
         }
       });
     }
-}
-
-template <class scalar_t>
-void product(const Problem& p, bool channels_last_layout, const scalar_t* x, const scalar_t* w, const scalar_t* bias,
-             scalar_t* y) {
-  if (channels_last_layout)
-    channels_last(p, x, w, bias, y);
-  else
-    planes(p, x, w, bias, y);
 }
 
 // ---- gradient in the weight

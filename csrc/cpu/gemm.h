@@ -8,7 +8,7 @@
 // packed operands
 //   A  a chunk of 16 k at a time, row after row within a chunk: a[(k / 16) * rows * 16 + m * 16 + k % 16]. A chunk of a
 //      row is one cache line of float, so packing copies lines, and the product reads one stream.
-//   B  row after row of Tile::columns: b[k * Tile::columns + n]
+//   B  row after row of Tile::columns: b[k * Tile::columns + n]; or not packed, row k at b + offset[k] (OffsetRows)
 // `rows` is one of Tile::round(m), of which the rows past m are computed and never looked at.
 #pragma once
 
@@ -34,13 +34,30 @@ struct Tile {
   static constexpr int64_t rows = 6;
 #endif
   static constexpr int64_t round(int64_t m) { return m <= 1 ? 1 : (m + 1) / 2 * 2; }
+  // Where tile i of the tiles that cover m rows begins: sides as equal as they can be, for a thin last tile would read
+  // as much of B as a full one.
+  static constexpr int64_t tiles(int64_t m) { return ceil_div(m, rows); }
+  static constexpr int64_t begin(int64_t m, int64_t i) { return i == tiles(m) ? m : (m * i / tiles(m) + 1) / 2 * 2; }
   static constexpr int64_t packed_a(int64_t rows, int64_t K) { return ceil_div(K, chunk) * chunk * rows; }
+};
+
+// Where the rows of B stand.
+template <class acc_t>
+struct PackedRows {
+  const acc_t* b;
+  PYOPS_INLINE const acc_t* row(int64_t k) const { return b + k * Tile<acc_t>::columns; }
+};
+template <class acc_t>
+struct OffsetRows {
+  const acc_t* b;
+  const int32_t* offset;
+  PYOPS_INLINE const acc_t* row(int64_t k) const { return b + offset[k]; }
 };
 
 namespace gemm {
 
-template <int rows, int vectors, class acc_t>
-void tile_kernel(int64_t K, const acc_t* __restrict__ a, const acc_t* __restrict__ b, acc_t* __restrict__ tile) {
+template <int rows, int vectors, class Rows, class acc_t>
+void tile_kernel(int64_t K, const acc_t* __restrict__ a, const Rows b, acc_t* __restrict__ tile) {
   using V = Vec<acc_t>;
   constexpr int64_t columns = Tile<acc_t>::columns;
   for (int64_t start = 0; start < K || start == 0; start += sum_block) {
@@ -48,10 +65,11 @@ void tile_kernel(int64_t K, const acc_t* __restrict__ a, const acc_t* __restrict
     const int64_t end = K - start < sum_block ? K : start + sum_block;
     for (int64_t k0 = start; k0 < end; k0 += chunk, a += rows * chunk) {
       const int64_t n = end - k0 < chunk ? end - k0 : chunk;
-      for (int64_t k = 0; k < n; ++k, b += columns) {
+      for (int64_t k = 0; k < n; ++k) {
         V right[vectors];
+        const acc_t* from = b.row(k0 + k);
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) right[v] = V::load(b + v * V::width);
+        for (int v = 0; v < vectors; ++v) right[v] = V::load(from + v * V::width);
 #pragma GCC unroll 16
         for (int m = 0; m < rows; ++m) {
           const V left(a[m * chunk + k]);
@@ -70,8 +88,8 @@ void tile_kernel(int64_t K, const acc_t* __restrict__ a, const acc_t* __restrict
   }
 }
 
-template <int vectors, class acc_t>
-void tile_rows(int64_t rows, int64_t K, const acc_t* a, const acc_t* b, acc_t* tile) {
+template <int vectors, class Rows, class acc_t>
+void tile_rows(int64_t rows, int64_t K, const acc_t* a, const Rows& b, acc_t* tile) {
   switch (rows) {
     case 1:
       return tile_kernel<1, vectors>(K, a, b, tile);
@@ -96,12 +114,18 @@ void tile_rows(int64_t rows, int64_t K, const acc_t* a, const acc_t* b, acc_t* t
 
 }  // namespace gemm
 
-template <class acc_t>
-inline void tile_product(int64_t rows, int64_t columns, int64_t K, const acc_t* a, const acc_t* b, acc_t* tile) {
+template <class Rows, class acc_t>
+  requires std::is_class_v<Rows>
+inline void tile_product(int64_t rows, int64_t columns, int64_t K, const acc_t* a, const Rows& b, acc_t* tile) {
   if (columns <= Vec<acc_t>::width)
     gemm::tile_rows<1>(rows, K, a, b, tile);
   else
     gemm::tile_rows<2>(rows, K, a, b, tile);
+}
+
+template <class acc_t>
+inline void tile_product(int64_t rows, int64_t columns, int64_t K, const acc_t* a, const acc_t* b, acc_t* tile) {
+  tile_product(rows, columns, K, a, PackedRows<acc_t>{b}, tile);
 }
 
 // Packs row m of A (n elements at `from`, contiguous, from position k on) into a panel of `rows` rows.

@@ -239,7 +239,7 @@ def restore(t: torch.Tensor, dims: int, channels_last: bool) -> torch.Tensor:
 
 ALGORITHMS = {
     "": "the default table",
-    "gemm": "im2col in blocks that stay in cache, then a matrix product (CPU); implicit GEMM (GPU)",
+    "gemm": "a matrix product whose columns are shifted rows or packed blocks, never whole (CPU); implicit GEMM (GPU)",
     "ieee": "products in float32 on CUDA cores",
     "tf32": "products of float32 rounded to 10 bits on tensor cores",
     "3xtf32": "float32 split in two TF32 parts, three products on tensor cores",
