@@ -1,6 +1,7 @@
 """Mends Triton's interpreter, which runs the kernels where there is no GPU.
 
-Up to Triton 3.9 its ``tl.dot`` of bfloat16 multiplies the raw bits. Imported by every module that uses ``tl.dot``.
+Up to Triton 3.9 its ``tl.dot`` of bfloat16 multiplies the raw bits, and float32 becomes bfloat16 by cutting bits off,
+where a GPU rounds to nearest even. Imported by every module that uses ``tl.dot``.
 """
 
 from __future__ import annotations
@@ -31,6 +32,17 @@ def _mend() -> None:
 
     create_dot.widens_bfloat16 = True  # type: ignore[attr-defined]
     builder.create_dot = create_dot
+
+    cut = interpreter._convert_float
+
+    def rounded(input: Any, input_dtype: Any, output_dtype: Any, rounding_mode: Any) -> Any:
+        if (input_dtype, output_dtype, rounding_mode) != (tl.float32, tl.bfloat16, None):
+            return cut(input, input_dtype, output_dtype, rounding_mode)
+        bits = np.ascontiguousarray(input).view(np.uint32)
+        nearest = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
+        return np.where(np.isnan(input), np.uint32(0x7FC0), nearest).astype(np.uint16)
+
+    interpreter._convert_float = rounded
 
 
 if triton.knobs.runtime.interpret:

@@ -54,10 +54,10 @@ from .ops.elementwise_loss import (
     smooth_l1_loss,
 )
 from .ops.group_norm import group_norm, instance_norm
-from .ops.gru import gru_cell
+from .ops.gru import gru, gru_cell
 from .ops.im2col import fold, unfold
 from .ops.layer_norm import layer_norm
-from .ops.lstm import lstm_cell
+from .ops.lstm import lstm, lstm_cell
 from .ops.margin_loss import multi_margin_loss
 from .ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
 from .ops.mixup import cutmix, mixup
@@ -79,7 +79,7 @@ from .ops.pool import (
     max_pool3d,
 )
 from .ops.rms_norm import rms_norm
-from .ops.rnn import rnn_relu_cell, rnn_tanh_cell
+from .ops.rnn import rnn_relu, rnn_relu_cell, rnn_tanh, rnn_tanh_cell
 from .ops.softmax import log_softmax, softmax, softmin
 
 __all__ = [
@@ -119,6 +119,7 @@ __all__ = [
     "gelu",
     "glu",
     "group_norm",
+    "gru",
     "gru_cell",
     "hardshrink",
     "hardsigmoid",
@@ -136,6 +137,7 @@ __all__ = [
     "lp_pool1d",
     "lp_pool2d",
     "lp_pool3d",
+    "lstm",
     "lstm_cell",
     "max_pool1d",
     "max_pool2d",
@@ -153,7 +155,9 @@ __all__ = [
     "relu6",
     "relu_",
     "rms_norm",
+    "rnn_relu",
     "rnn_relu_cell",
+    "rnn_tanh",
     "rnn_tanh_cell",
     "rrelu",
     "scaled_dot_product_attention",

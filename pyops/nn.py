@@ -33,10 +33,10 @@ from .ops.cross_entropy import CrossEntropyLoss, NLLLoss
 from .ops.dropout import AlphaDropout, DropConnectLinear, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
 from .ops.elementwise_loss import BCELoss, BCEWithLogitsLoss, HuberLoss, KLDivLoss, L1Loss, MSELoss, SmoothL1Loss
 from .ops.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
-from .ops.gru import GRUCell
+from .ops.gru import GRU, GRUCell
 from .ops.im2col import Fold, Unfold
 from .ops.layer_norm import LayerNorm
-from .ops.lstm import LSTMCell
+from .ops.lstm import LSTM, LSTMCell
 from .ops.margin_loss import MultiMarginLoss
 from .ops.max_unpool import MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
 from .ops.pool import (
@@ -57,7 +57,7 @@ from .ops.pool import (
     MaxPool3d,
 )
 from .ops.rms_norm import RMSNorm
-from .ops.rnn import RNNCell
+from .ops.rnn import RNN, RNNCell
 from .ops.softmax import LogSoftmax, Softmax, Softmax2d, Softmin
 
 __all__ = [
@@ -65,6 +65,9 @@ __all__ = [
     "ELU",
     "GELU",
     "GLU",
+    "GRU",
+    "LSTM",
+    "RNN",
     "SELU",
     "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",

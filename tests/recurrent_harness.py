@@ -2,7 +2,12 @@
 
 import torch
 
+from pyops import testing
 from pyops.core import backend as backends
+
+# Every backend has its own kernels, whose values and gradients are compared in all dtypes, but one recipe
+# differentiates, maps and compiles them: that is checked on one backend here, on all by `python -m pyops check`.
+OF_THE_RECIPE = tuple(check for check in testing.checks() if check != "accuracy")
 
 
 def equal(a, b, tolerance=1e-5):
@@ -33,3 +38,59 @@ def cells_agree(ours, theirs, hidden, states, backend):
                 total = y.sin().sum() if states == 1 else y[0].sin().sum() + y[1].cos().sum()
                 grads.append(torch.autograd.grad(total, tuple(module.parameters())))
             equal(*grads)
+
+
+def packed(lengths, features, enforce_sorted=True):
+    sequences = [torch.randn(n, features) for n in lengths]
+    return torch.nn.utils.rnn.pack_sequence(sequences, enforce_sorted)
+
+
+def networks_agree(ours, theirs, inputs, states, backend):
+    """Same repr and state_dict; equal outputs, final states and gradients, with initial states and without."""
+    assert repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    for hx in (None, states):
+        results, grads = [], []
+        for module in (ours, theirs):
+            leaves = [t.detach().clone().requires_grad_() for t in _tensors(hx)]
+            given = hx if hx is None else leaves[0] if isinstance(hx, torch.Tensor) else tuple(leaves)
+            with backends.backend(backend):
+                result = module(inputs, given)
+                smooth = [t for t in _tensors(result) if t is not None and t.requires_grad]
+                total = torch.stack([t.sin().sum() for t in smooth]).sum()
+                grads.append(torch.autograd.grad(total, (*module.parameters(), *leaves)))
+            results.append(result)
+        equal(tuple(results[0]), tuple(results[1]))
+        equal(*grads)
+
+
+def _tensors(value):
+    if value is None or isinstance(value, torch.Tensor):
+        return [] if value is None else [value]
+    return [t for v in value for t in _tensors(v)]
+
+
+# name -> (arguments of the module, shape of the input or lengths of sequences); input size 5, hidden size 7
+NETWORKS = {
+    "plain": ({}, (4, 3, 5)),
+    "one step": ({}, (1, 2, 5)),
+    "batch first": ({"batch_first": True}, (3, 4, 5)),
+    "unbatched": ({}, (4, 5)),
+    "two layers, two directions, no bias": ({"num_layers": 2, "bidirectional": True, "bias": False}, (4, 3, 5)),
+    "empty batch": ({}, (4, 0, 5)),
+    "packed": ({"bidirectional": True}, [4, 4, 2, 1]),
+    "packed, not sorted": ({"num_layers": 2, "bidirectional": True, "batch_first": True}, [1, 4, 3]),
+}
+
+
+def network_case(name, states_of):
+    """(settings, input, initial states) of one of NETWORKS."""
+    settings, form = NETWORKS[name]
+    layers = settings.get("num_layers", 1) * (2 if settings.get("bidirectional") else 1)
+    if isinstance(form, list):
+        x, batch = packed(form, 5, enforce_sorted=sorted(form, reverse=True) == form), (len(form),)
+    else:
+        x = torch.randn(form)
+        batch = () if len(form) == 2 else (form[0 if settings.get("batch_first") else 1],)
+    return settings, x, states_of(layers, batch)

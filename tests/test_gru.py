@@ -2,23 +2,30 @@ import pytest
 import torch
 
 from pyops import functional as F
-from pyops import nn, testing, use
+from pyops import nn, use
 
 from .harness import passes, refuses, same_refusal
-from .recurrent_harness import cells_agree, equal
+from .recurrent_harness import NETWORKS, OF_THE_RECIPE, cells_agree, equal, network_case, networks_agree
 
 X, H = torch.ones(2, 3), torch.ones(2, 4)
 W_IH, W_HH, B = torch.ones(12, 3), torch.ones(12, 4), torch.ones(12)
 
 
-@pytest.mark.parametrize("check", testing.checks())
-def test_cell(backend, check):
-    passes("gru_cell", backend, check)
+@pytest.mark.parametrize("op", ["gru_cell", "gru"])
+@pytest.mark.parametrize("check", OF_THE_RECIPE)
+def test_checks(op, check):
+    passes(op, "cpu", check)
+
+
+@pytest.mark.parametrize("op", ["gru_cell", "gru"])
+def test_kernels(backend, op):
+    passes(op, backend, "accuracy")
 
 
 @pytest.mark.race
-def test_race(backend):
-    passes("gru_cell", backend, "accuracy")
+@pytest.mark.parametrize("op", ["gru_cell", "gru"])
+def test_race(backend, op):
+    passes(op, backend, "accuracy")
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -55,3 +62,57 @@ def test_cell_refuses_as_torch(args, kind, words):
 def test_cell_module_refuses_as_torch():
     for args in ((torch.ones(1, 2, 3),), (X, H[None]), (torch.ones(2, 4),), (X, torch.ones(2, 5))):
         same_refusal(nn.GRUCell(3, 4), torch.nn.GRUCell(3, 4), *args)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_module(backend, name):
+    settings, x, states = network_case(name, lambda layers, batch: torch.randn(layers, *batch, 7))
+    networks_agree(nn.GRU(5, 7, **settings), torch.nn.GRU(5, 7, **settings), x, states, backend)
+
+
+def test_an_unmodified_network_is_routed():
+    network = torch.nn.GRU(5, 7, 2, bidirectional=True)
+    for x in (torch.randn(4, 3, 5), torch.nn.utils.rnn.pack_sequence([torch.randn(3, 5), torch.randn(2, 5)])):
+        expected = network(x)
+        with use() as report:
+            y = network(x)
+        equal(tuple(y), tuple(expected))
+        assert report.entries["gru"].backends == {"cpu": 1}
+
+
+X3, H0 = torch.ones(3, 2, 3), torch.ones(1, 2, 4)
+PARAMS, REST = [W_IH, W_HH, B, B], (True, 1, 0.0, False, False)
+SEQUENCE = [
+    ((torch.ones(3, 2, 5), H0, PARAMS, *REST, False), RuntimeError, ("'input'", "[12, 3]", "[12, 5]")),
+    ((torch.ones(3, 3), H0, PARAMS, *REST, False), RuntimeError, ("'input'", "2 dimensions")),
+    ((X3, torch.ones(1, 2, 5), PARAMS, *REST, False), RuntimeError, ("'hx'", "[1, 2, 5]", "[1, 2, 4]")),
+    ((X3, H0, PARAMS[:3], *REST, False), RuntimeError, ("'params'", "3 tensors")),
+    ((X3.double(), H0, PARAMS, *REST, False), RuntimeError, ("'hx'", "float32", "float64")),
+    ((X3.long(), H0, PARAMS, *REST, False), RuntimeError, ("'input'", "int64")),
+    ((X3[0], torch.tensor([2, 1]), H0, PARAMS, *REST), RuntimeError, ("'batch_sizes'", "sum of 3")),
+    ((X3[0], torch.tensor([2, 0]), H0, PARAMS, *REST), RuntimeError, ("'batch_sizes'", "[2, 0]")),
+]
+
+
+@pytest.mark.parametrize("args, kind, words", SEQUENCE)
+def test_sequence_refuses(args, kind, words):
+    refuses(kind, ("gru", *words), F.gru, *args)
+
+
+def test_module_refuses_as_torch():
+    for args in ((torch.ones(3, 2, 4),), (torch.ones(3),), (X3, H0[0]), (X3.double(),)):
+        same_refusal(nn.GRU(3, 4), torch.nn.GRU(3, 4), *args)
+
+
+def test_derivatives_of_packed_sequences():
+    network = nn.GRU(1, 1, bidirectional=True).double()
+    x = torch.nn.utils.rnn.pack_sequence([torch.randn(n, 1, dtype=torch.float64) for n in (2, 1)])
+    states = (torch.randn(2, 2, 1, dtype=torch.float64),)
+
+    def outputs(data, *states):
+        y, final = network(x._replace(data=data), states[0])
+        return y.data, *((final,))
+
+    inputs = [t.requires_grad_() for t in (x.data, *states)]
+    torch.autograd.gradcheck(outputs, inputs, check_forward_ad=True)
+    torch.autograd.gradgradcheck(outputs, inputs, check_fwd_over_rev=True)

@@ -2,23 +2,30 @@ import pytest
 import torch
 
 from pyops import functional as F
-from pyops import nn, testing, use
+from pyops import nn, use
 
 from .harness import agrees_on_every_cpu_capability, passes, refuses, same_refusal
-from .recurrent_harness import cells_agree, equal
+from .recurrent_harness import NETWORKS, OF_THE_RECIPE, cells_agree, equal, network_case, networks_agree
 
 X, H = torch.ones(2, 3), torch.ones(2, 4)
 W_IH, W_HH, B = torch.ones(16, 3), torch.ones(16, 4), torch.ones(16)
 
 
-@pytest.mark.parametrize("check", testing.checks())
-def test_cell(backend, check):
-    passes("lstm_cell", backend, check)
+@pytest.mark.parametrize("op", ["lstm_cell", "lstm"])
+@pytest.mark.parametrize("check", OF_THE_RECIPE)
+def test_checks(op, check):
+    passes(op, "cpu", check)
+
+
+@pytest.mark.parametrize("op", ["lstm_cell", "lstm"])
+def test_kernels(backend, op):
+    passes(op, backend, "accuracy")
 
 
 @pytest.mark.race
-def test_race(backend):
-    passes("lstm_cell", backend, "accuracy")
+@pytest.mark.parametrize("op", ["lstm_cell", "lstm"])
+def test_race(backend, op):
+    passes(op, backend, "accuracy")
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -74,3 +81,88 @@ def test_cell_module_refuses_as_torch():
 @pytest.mark.slow
 def test_every_cpu_capability_agrees(tmp_path):
     agrees_on_every_cpu_capability(tmp_path, "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_module(backend, name):
+    settings, x, states = network_case(
+        name, lambda layers, batch: (torch.randn(layers, *batch, 7), torch.randn(layers, *batch, 7))
+    )
+    networks_agree(nn.LSTM(5, 7, **settings), torch.nn.LSTM(5, 7, **settings), x, states, backend)
+
+
+def test_an_unmodified_network_is_routed():
+    network = torch.nn.LSTM(5, 7, 2, bidirectional=True)
+    for x in (torch.randn(4, 3, 5), torch.nn.utils.rnn.pack_sequence([torch.randn(3, 5), torch.randn(2, 5)])):
+        expected = network(x)
+        with use() as report:
+            y = network(x)
+        equal(tuple(y), tuple(expected))
+        assert report.entries["lstm"].backends == {"cpu": 1}
+
+
+X3, H0 = torch.ones(3, 2, 3), torch.ones(1, 2, 4)
+PARAMS, REST = [W_IH, W_HH, B, B], (True, 1, 0.0, False, False)
+SEQUENCE = [
+    ((torch.ones(3, 2, 5), (H0, H0), PARAMS, *REST, False), RuntimeError, ("'input'", "[16, 3]", "[16, 5]")),
+    ((torch.ones(3, 3), (H0, H0), PARAMS, *REST, False), RuntimeError, ("'input'", "2 dimensions")),
+    ((X3, (H0, torch.ones(1, 2, 5)), PARAMS, *REST, False), RuntimeError, ("'hx[1]'", "[1, 2, 5]", "[1, 2, 4]")),
+    ((X3, (H0, H0), PARAMS[:3], *REST, False), RuntimeError, ("'params'", "3 tensors")),
+    ((X3.double(), (H0, H0), PARAMS, *REST, False), RuntimeError, ("'hx[0]'", "float32", "float64")),
+    ((X3.long(), (H0, H0), PARAMS, *REST, False), RuntimeError, ("'input'", "int64")),
+    ((X3[0], torch.tensor([2, 1]), (H0, H0), PARAMS, *REST), RuntimeError, ("'batch_sizes'", "sum of 3")),
+    ((X3[0], torch.tensor([2, 0]), (H0, H0), PARAMS, *REST), RuntimeError, ("'batch_sizes'", "[2, 0]")),
+]
+
+
+@pytest.mark.parametrize("args, kind, words", SEQUENCE)
+def test_sequence_refuses(args, kind, words):
+    refuses(kind, ("lstm", *words), F.lstm, *args)
+
+
+def test_module_refuses_as_torch():
+    for args in ((torch.ones(3, 2, 4),), (torch.ones(3),), (X3, (H0[0], H0[0])), (X3.double(),)):
+        same_refusal(nn.LSTM(3, 4), torch.nn.LSTM(3, 4), *args)
+
+
+@pytest.mark.parametrize("name", ["batch first", "packed", "packed, not sorted"])
+def test_module_with_projection(backend, name):
+    states = lambda layers, batch: (torch.randn(layers, *batch, 3), torch.randn(layers, *batch, 7))
+    settings, x, states = network_case(name, states)
+    make = lambda m: m.LSTM(5, 7, proj_size=3, **settings)
+    networks_agree(make(nn), make(torch.nn), x, states, backend)
+
+
+def test_dropout_between_layers_is_repeatable():
+    network = nn.LSTM(3, 5, 3, dropout=0.5)
+    x = torch.randn(4, 2, 3)
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(network(x)[0])
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    expected = torch.nn.LSTM(3, 5, 3)
+    expected.load_state_dict(network.state_dict())
+    equal(network.eval()(x), expected(x))
+
+
+def test_any_layout():
+    network, x, h = nn.LSTM(4, 5), torch.randn(2, 4, 3), torch.randn(5, 3, 1)
+    for p in network.parameters():
+        p.data = p.data.t().contiguous().t() if p.dim() == 2 else p.data
+    x, states = x.permute(0, 2, 1), (h.permute(2, 1, 0), h.permute(2, 1, 0))
+    equal(network(x, states), network(x.contiguous(), tuple(s.contiguous() for s in states)))
+
+
+def test_derivatives_of_packed_sequences():
+    network = nn.LSTM(1, 1, bidirectional=True).double()
+    x = torch.nn.utils.rnn.pack_sequence([torch.randn(n, 1, dtype=torch.float64) for n in (2, 1)])
+    states = torch.randn(2, 2, 1, dtype=torch.float64), torch.randn(2, 2, 1, dtype=torch.float64)
+
+    def outputs(data, *states):
+        y, final = network(x._replace(data=data), states)
+        return y.data, *(final)
+
+    inputs = [t.requires_grad_() for t in (x.data, *states)]
+    torch.autograd.gradcheck(outputs, inputs, check_forward_ad=True)
+    torch.autograd.gradgradcheck(outputs, inputs, check_fwd_over_rev=True)

@@ -2,27 +2,28 @@ import pytest
 import torch
 
 from pyops import functional as F
-from pyops import nn, testing, use
+from pyops import nn, use
 
 from .harness import passes, refuses, same_refusal
-from .recurrent_harness import cells_agree, equal
+from .recurrent_harness import NETWORKS, OF_THE_RECIPE, cells_agree, equal, network_case, networks_agree
 
 X, H = torch.ones(2, 3), torch.ones(2, 4)
 W_IH, W_HH, B = torch.ones(4, 3), torch.ones(4, 4), torch.ones(4)
 
 
-@pytest.mark.parametrize("check", testing.checks())
-def test_cell(backend, check):
-    passes("rnn_tanh_cell", backend, check)
+@pytest.mark.parametrize("op", ["rnn_tanh_cell", "rnn_tanh"])
+@pytest.mark.parametrize("check", OF_THE_RECIPE)
+def test_checks(op, check):
+    passes(op, "cpu", check)
 
 
-@pytest.mark.parametrize("check", ["accuracy", "gradcheck", "transforms"])
-def test_relu_cell(backend, check):
-    passes("rnn_relu_cell", backend, check)
+@pytest.mark.parametrize("op", ["rnn_tanh_cell", "rnn_tanh", "rnn_relu_cell", "rnn_relu"])
+def test_kernels(backend, op):
+    passes(op, backend, "accuracy")
 
 
 @pytest.mark.race
-@pytest.mark.parametrize("op", ["rnn_tanh_cell", "rnn_relu_cell"])
+@pytest.mark.parametrize("op", ["rnn_tanh_cell", "rnn_relu_cell", "rnn_tanh", "rnn_relu"])
 def test_race(backend, op):
     passes(op, backend, "accuracy")
 
@@ -66,3 +67,62 @@ def test_cell_module_refuses_as_torch():
     for module in (nn, torch.nn):
         with pytest.raises(RuntimeError):
             module.RNNCell(3, 4, nonlinearity="sine")(X)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_module(backend, name):
+    settings, x, states = network_case(name, lambda layers, batch: torch.randn(layers, *batch, 7))
+    networks_agree(nn.RNN(5, 7, **settings), torch.nn.RNN(5, 7, **settings), x, states, backend)
+
+
+def test_an_unmodified_network_is_routed():
+    network = torch.nn.RNN(5, 7, 2, bidirectional=True)
+    for x in (torch.randn(4, 3, 5), torch.nn.utils.rnn.pack_sequence([torch.randn(3, 5), torch.randn(2, 5)])):
+        expected = network(x)
+        with use() as report:
+            y = network(x)
+        equal(tuple(y), tuple(expected))
+        assert report.entries["rnn_tanh"].backends == {"cpu": 1}
+
+
+X3, H0 = torch.ones(3, 2, 3), torch.ones(1, 2, 4)
+PARAMS, REST = [W_IH, W_HH, B, B], (True, 1, 0.0, False, False)
+SEQUENCE = [
+    ((torch.ones(3, 2, 5), H0, PARAMS, *REST, False), RuntimeError, ("'input'", "[4, 3]", "[4, 5]")),
+    ((torch.ones(3, 3), H0, PARAMS, *REST, False), RuntimeError, ("'input'", "2 dimensions")),
+    ((X3, torch.ones(1, 2, 5), PARAMS, *REST, False), RuntimeError, ("'hx'", "[1, 2, 5]", "[1, 2, 4]")),
+    ((X3, H0, PARAMS[:3], *REST, False), RuntimeError, ("'params'", "3 tensors")),
+    ((X3.double(), H0, PARAMS, *REST, False), RuntimeError, ("'hx'", "float32", "float64")),
+    ((X3.long(), H0, PARAMS, *REST, False), RuntimeError, ("'input'", "int64")),
+    ((X3[0], torch.tensor([2, 1]), H0, PARAMS, *REST), RuntimeError, ("'batch_sizes'", "sum of 3")),
+    ((X3[0], torch.tensor([2, 0]), H0, PARAMS, *REST), RuntimeError, ("'batch_sizes'", "[2, 0]")),
+]
+
+
+@pytest.mark.parametrize("args, kind, words", SEQUENCE)
+def test_sequence_refuses(args, kind, words):
+    refuses(kind, ("rnn_tanh", *words), F.rnn_tanh, *args)
+
+
+def test_module_refuses_as_torch():
+    for args in ((torch.ones(3, 2, 4),), (torch.ones(3),), (X3, H0[0]), (X3.double(),)):
+        same_refusal(nn.RNN(3, 4), torch.nn.RNN(3, 4), *args)
+
+
+def test_relu_module(backend):
+    make = lambda m: m.RNN(5, 7, 2, nonlinearity="relu")
+    networks_agree(make(nn), make(torch.nn), torch.randn(4, 3, 5), torch.randn(2, 3, 7), backend)
+
+
+def test_derivatives_of_packed_sequences():
+    network = nn.RNN(1, 1, bidirectional=True).double()
+    x = torch.nn.utils.rnn.pack_sequence([torch.randn(n, 1, dtype=torch.float64) for n in (2, 1)])
+    states = (torch.randn(2, 2, 1, dtype=torch.float64),)
+
+    def outputs(data, *states):
+        y, final = network(x._replace(data=data), states[0])
+        return y.data, *((final,))
+
+    inputs = [t.requires_grad_() for t in (x.data, *states)]
+    torch.autograd.gradcheck(outputs, inputs, check_forward_ad=True)
+    torch.autograd.gradgradcheck(outputs, inputs, check_fwd_over_rev=True)

@@ -1,8 +1,7 @@
 // gru: the ops, from tensors to the kernels that cpu/gru.cpp and cuda/gru.cu include before this.
 #pragma once
 
-#include "common/recurrent.h"
-#include "common/registry.h"
+#include "common/recurrent_binding.h"
 
 namespace pyops {
 #if defined(PYOPS_CPU_CAPABILITY)
@@ -38,6 +37,42 @@ std::tuple<Tensor, Tensor, Tensor> gru_gates_bwd(const Tensor& dy, const Tensor&
     cell_backward<Gru, T>(op.in<T>(dy, "dy", {B, H}), nullptr, in, op.out<T>(dx, "dx_gates", {B, 3 * H}),
                           op.out<T>(dg, "dh_gates", {B, 3 * H}), op.out<T>(dh, "dh", {B, H}), B, H, op.stream());
     return std::tuple(dx, dg, dh);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> gru_layer_fwd(const Tensor& gates, const Tensor& h0, const Tensor& w_hh,
+                                                 const OptionalTensor& b_n, const OptionalTensor& starts, bool keep) {
+  OpScope op("gru_layer_fwd", gates);
+  return dispatch_floating(op, gates.scalar_type(), [&]<class T>() {
+    auto s = recurrent::sizes_of<T>(op, gates, h0, starts, 3);
+    const int64_t N = s.steps.N, B = s.steps.B, D = s.D, H = s.H;
+    Tensor y = op.empty<T>({N, D, H}), h_n = op.empty<T>({D, B, H});
+    Tensor saved = keep ? op.empty<T>({N, D, 4 * H}) : op.empty<T>({0});
+    s.gates = op.in<T>(gates, "gates", {N, D, 3 * H}), s.h0 = op.in<T>(h0, "h0", {D, B, H});
+    s.w_hh = op.in<T>(w_hh, "w_hh", {D, 3 * H, H}), s.b_n = op.in_optional<T>(b_n, "b_n", {D, H});
+    s.y = op.out<T>(y, "y", {N, D, H}), s.h_n = op.out<T>(h_n, "h_n", {D, B, H});
+    s.saved = keep ? op.out<T>(saved, "saved", {N, D, 4 * H}) : nullptr;
+    layer_forward<Gru>(op, s);
+    return std::tuple(y, h_n, saved);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> gru_layer_bwd(const OptionalTensor& dy, const OptionalTensor& dh_n, const Tensor& h0,
+                                                 const Tensor& w_hh, const OptionalTensor& starts, const Tensor& y,
+                                                 const Tensor& saved) {
+  OpScope op("gru_layer_bwd", saved);
+  return dispatch_floating(op, saved.scalar_type(), [&]<class T>() {
+    auto s = recurrent::sizes_of<T>(op, saved, h0, starts, 4);
+    const int64_t N = s.steps.N, B = s.steps.B, D = s.D, H = s.H;
+    Tensor dgates = op.empty<T>({N, D, 3 * H}), dh_gates = op.empty<T>({N, D, 3 * H}), dh0 = op.empty<T>({D, B, H});
+    s.dy = op.in_optional<T>(dy, "dy", {N, D, H}), s.dh_n = op.in_optional<T>(dh_n, "dh_n", {D, B, H});
+    s.h0 = op.in<T>(h0, "h0", {D, B, H}), s.w_hh = op.in<T>(w_hh, "w_hh", {D, 3 * H, H});
+    s.y = const_cast<T*>(op.in<T>(y, "y", {N, D, H}));
+    s.saved = const_cast<T*>(op.in<T>(saved, "saved", {N, D, 4 * H}));
+    s.dgates = op.out<T>(dgates, "dgates", {N, D, 3 * H});
+    s.dh_gates = op.out<T>(dh_gates, "dh_gates", {N, D, 3 * H}), s.dh0 = op.out<T>(dh0, "dh0", {D, B, H});
+    layer_backward<Gru>(op, s);
+    return std::tuple(dgates, dh_gates, dh0);
   });
 }
 

@@ -1,8 +1,7 @@
 // lstm: the ops, from tensors to the kernels that cpu/lstm.cpp and cuda/lstm.cu include before this.
 #pragma once
 
-#include "common/recurrent.h"
-#include "common/registry.h"
+#include "common/recurrent_binding.h"
 
 namespace pyops {
 #if defined(PYOPS_CPU_CAPABILITY)
@@ -37,6 +36,56 @@ std::tuple<Tensor, Tensor> lstm_gates_bwd(const OptionalTensor& dh, const Option
                            op.out<T>(dgates, "dgates", {B, 4 * H}), nullptr, op.out<T>(dstate, "dc", {B, H}), B, H,
                            op.stream());
     return std::tuple(dgates, dstate);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_fwd(const Tensor& gates, const Tensor& h0,
+                                                                  const Tensor& c0, const Tensor& w_hh,
+                                                                  const OptionalTensor& w_hr,
+                                                                  const OptionalTensor& starts, bool keep) {
+  OpScope op("lstm_layer_fwd", gates);
+  return dispatch_floating(op, gates.scalar_type(), [&]<class T>() {
+    auto s = recurrent::sizes_of<T>(op, gates, h0, starts, 4);
+    const int64_t N = s.steps.N, B = s.steps.B, D = s.D, H = s.H, P = s.P;
+    op.check(w_hr.has_value() || P == H, "h0 must be [D, B, H]");
+    Tensor y = op.empty<T>({N, D, P}), h_n = op.empty<T>({D, B, P}), c_n = op.empty<T>({D, B, H});
+    Tensor saved = keep ? op.empty<T>({N, D, 4 * H}) : op.empty<T>({0});
+    Tensor cells = keep ? op.empty<T>({N, D, H}) : op.empty<T>({0});
+    s.gates = op.in<T>(gates, "gates", {N, D, 4 * H}), s.h0 = op.in<T>(h0, "h0", {D, B, P});
+    s.c0 = op.in<T>(c0, "c0", {D, B, H}), s.w_hh = op.in<T>(w_hh, "w_hh", {D, 4 * H, P});
+    s.w_hr = op.in_optional<T>(w_hr, "w_hr", {D, P, H});
+    s.y = op.out<T>(y, "y", {N, D, P}), s.h_n = op.out<T>(h_n, "h_n", {D, B, P});
+    s.c_n = op.out<T>(c_n, "c_n", {D, B, H});
+    s.saved = keep ? op.out<T>(saved, "saved", {N, D, 4 * H}) : nullptr;
+    s.cells = keep ? op.out<T>(cells, "cells", {N, D, H}) : nullptr;
+    layer_forward<Lstm>(op, s);
+    return std::tuple(y, h_n, c_n, saved, cells);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_layer_bwd(const OptionalTensor& dy, const OptionalTensor& dh_n,
+                                                          const OptionalTensor& dc_n, const Tensor& h0,
+                                                          const Tensor& c0, const Tensor& w_hh,
+                                                          const OptionalTensor& w_hr, const OptionalTensor& starts,
+                                                          const Tensor& saved, const Tensor& cells) {
+  OpScope op("lstm_layer_bwd", saved);
+  return dispatch_floating(op, saved.scalar_type(), [&]<class T>() {
+    auto s = recurrent::sizes_of<T>(op, saved, h0, starts, 4);
+    const int64_t N = s.steps.N, B = s.steps.B, D = s.D, H = s.H, P = s.P;
+    op.check(w_hr.has_value() || P == H, "h0 must be [D, B, H]");
+    Tensor dgates = op.empty<T>({N, D, 4 * H}), dh0 = op.empty<T>({D, B, P}), dc0 = op.empty<T>({D, B, H});
+    Tensor dh = w_hr.has_value() ? op.empty<T>({N, D, P}) : op.empty<T>({0});
+    s.dy = op.in_optional<T>(dy, "dy", {N, D, P}), s.dh_n = op.in_optional<T>(dh_n, "dh_n", {D, B, P});
+    s.dc_n = op.in_optional<T>(dc_n, "dc_n", {D, B, H}), s.h0 = op.in<T>(h0, "h0", {D, B, P});
+    s.c0 = op.in<T>(c0, "c0", {D, B, H}), s.w_hh = op.in<T>(w_hh, "w_hh", {D, 4 * H, P});
+    s.w_hr = op.in_optional<T>(w_hr, "w_hr", {D, P, H});
+    s.saved = const_cast<T*>(op.in<T>(saved, "saved", {N, D, 4 * H}));
+    s.cells = const_cast<T*>(op.in<T>(cells, "cells", {N, D, H}));
+    s.dgates = op.out<T>(dgates, "dgates", {N, D, 4 * H}), s.dh0 = op.out<T>(dh0, "dh0", {D, B, P});
+    s.dc0 = op.out<T>(dc0, "dc0", {D, B, H});
+    s.dh = w_hr.has_value() ? op.out<T>(dh, "dh", {N, D, P}) : nullptr;
+    layer_backward<Lstm>(op, s);
+    return std::tuple(dgates, dh0, dc0, dh);
   });
 }
 

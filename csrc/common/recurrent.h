@@ -99,4 +99,41 @@ struct ReluRnn {
 template <class Cell>
 inline constexpr int saved_slots = Cell::saved > 0 ? Cell::saved : 1;
 
+// The steps of a batch of sequences as rows of [N, ...]: step t has count(t) rows, one for each sequence that still
+// runs, from first(t) on. Without `starts` every step has B rows; with it, count never grows with t.
+struct Steps {
+  int64_t T, B, N;
+  const int64_t* starts;  // [T + 1], or null
+  PYOPS_HOST_DEVICE int64_t first(int64_t t) const { return starts != nullptr ? starts[t] : t * B; }
+  PYOPS_HOST_DEVICE int64_t count(int64_t t) const {
+    if (t < 0 || t >= T) return 0;
+    return starts != nullptr ? starts[t + 1] - starts[t] : B;
+  }
+};
+
+// One layer of a recurrent network over D directions: the second one, if any, runs from the last step to the first.
+//   gates [N, D, gates H]   h0, h_n [D, B, P]   c0, c_n [D, B, H]   w_hh [D, gates H, P]   b_n [D, H] (GRU, or null)
+//   w_hr [D, P, H] or null, then P = H                            y [N, D, P]
+//   saved [N, D, saved H], cells [N, D, H]: null where no gradient is wanted
+// dgates are gradients of the gates from the input, dh_gates (GRU) of those from the hidden state, dh [N, D, P] (with
+// w_hr) of the states themselves, all further sums included; dy, dh_n, dc_n may be null.
+template <class T>
+struct Sequence {
+  Steps steps;
+  int64_t D, H, P;
+  const T *gates, *h0, *c0, *w_hh, *w_hr, *b_n;
+  T *y, *h_n, *c_n, *saved, *cells;
+  const T *dy, *dh_n, *dc_n;
+  T *dgates, *dh_gates, *dh, *dh0, *dc0;
+
+  // The step before t in direction d, and the row of h or c [N, ...] there; -1 where it is the initial state.
+  PYOPS_HOST_DEVICE int64_t before(int64_t d, int64_t t) const { return d == 0 ? t - 1 : t + 1; }
+  PYOPS_HOST_DEVICE int64_t after(int64_t d, int64_t t) const { return d == 0 ? t + 1 : t - 1; }
+  PYOPS_HOST_DEVICE int64_t row_at(int64_t t, int64_t row) const {
+    return row < steps.count(t) ? steps.first(t) + row : -1;
+  }
+  // The i-th step that direction d takes.
+  PYOPS_HOST_DEVICE int64_t step(int64_t d, int64_t i) const { return d == 0 ? i : steps.T - 1 - i; }
+};
+
 }  // namespace pyops::recurrent

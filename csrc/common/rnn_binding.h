@@ -1,8 +1,7 @@
 // rnn: the ops, from tensors to the kernels that cpu/rnn.cpp and cuda/rnn.cu include before this.
 #pragma once
 
-#include "common/recurrent.h"
-#include "common/registry.h"
+#include "common/recurrent_binding.h"
 
 namespace pyops {
 #if defined(PYOPS_CPU_CAPABILITY)
@@ -39,6 +38,37 @@ Tensor rnn_gates_bwd(const Tensor& dh, const Tensor& gates, bool relu) {
     relu ? cell_backward<ReluRnn>(g, none, in, to, nowhere, nowhere, B, H, op.stream())
          : cell_backward<TanhRnn>(g, none, in, to, nowhere, nowhere, B, H, op.stream());
     return dgates;
+  });
+}
+
+std::tuple<Tensor, Tensor> rnn_layer_fwd(const Tensor& gates, const Tensor& h0, const Tensor& w_hh,
+                                         const OptionalTensor& starts, bool relu) {
+  OpScope op("rnn_layer_fwd", gates);
+  return dispatch_floating(op, gates.scalar_type(), [&]<class T>() {
+    auto s = recurrent::sizes_of<T>(op, gates, h0, starts, 1);
+    const int64_t N = s.steps.N, B = s.steps.B, D = s.D, H = s.H;
+    Tensor y = op.empty<T>({N, D, H}), h_n = op.empty<T>({D, B, H});
+    s.gates = op.in<T>(gates, "gates", {N, D, H}), s.h0 = op.in<T>(h0, "h0", {D, B, H});
+    s.w_hh = op.in<T>(w_hh, "w_hh", {D, H, H});
+    s.y = op.out<T>(y, "y", {N, D, H}), s.h_n = op.out<T>(h_n, "h_n", {D, B, H});
+    relu ? layer_forward<ReluRnn>(op, s) : layer_forward<TanhRnn>(op, s);
+    return std::tuple(y, h_n);
+  });
+}
+
+std::tuple<Tensor, Tensor> rnn_layer_bwd(const OptionalTensor& dy, const OptionalTensor& dh_n, const Tensor& h0,
+                                         const Tensor& w_hh, const OptionalTensor& starts, const Tensor& y, bool relu) {
+  OpScope op("rnn_layer_bwd", y);
+  return dispatch_floating(op, y.scalar_type(), [&]<class T>() {
+    auto s = recurrent::sizes_of<T>(op, y, h0, starts, 1);
+    const int64_t N = s.steps.N, B = s.steps.B, D = s.D, H = s.H;
+    Tensor dgates = op.empty<T>({N, D, H}), dh0 = op.empty<T>({D, B, H});
+    s.dy = op.in_optional<T>(dy, "dy", {N, D, H}), s.dh_n = op.in_optional<T>(dh_n, "dh_n", {D, B, H});
+    s.h0 = op.in<T>(h0, "h0", {D, B, H}), s.w_hh = op.in<T>(w_hh, "w_hh", {D, H, H});
+    s.y = const_cast<T*>(op.in<T>(y, "y", {N, D, H}));
+    s.dgates = op.out<T>(dgates, "dgates", {N, D, H}), s.dh0 = op.out<T>(dh0, "dh0", {D, B, H});
+    relu ? layer_backward<ReluRnn>(op, s) : layer_backward<TanhRnn>(op, s);
+    return std::tuple(dgates, dh0);
   });
 }
 

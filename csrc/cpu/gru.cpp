@@ -1,11 +1,14 @@
 // gru · CPU
 //   r, z = sigmoid(x + y),  n = tanh(x_n + r y_n);  h' = (1 - z) n + z h,  x and y the gates from input and hidden
 //   state
-// layout   x_gates, h_gates: [B, 3, H] in the order r z n · h, h': [B, H]
-// mapping  threads over rows and blocks of hidden units, lanes over hidden units
-// memory   every input read once, every output written once; backward computes the gates again from their inputs
+// layout   step: x_gates, h_gates: [B, 3, H] in the order r z n · h, h': [B, H]
+//          layer: csrc/common/recurrent.h
+// mapping  step: threads over rows and blocks of hidden units, lanes over hidden units
+//          layer: head of cpu/recurrent_sequence.h
+// memory   step: every input read once, every output written once; backward computes the gates again from their inputs
 // numerics sigmoid and tanh of cpu/math.h in fp32 (fp64 for fp64)
 #include "cpu/recurrent_cell.h"
+#include "cpu/recurrent_sequence.h"
 
 #include "common/gru_binding.h"
 
@@ -13,4 +16,6 @@ PYOPS_LIBRARY(m) {
   using namespace pyops::PYOPS_CPU_CAPABILITY;
   PYOPS_IMPL(m, gru_gates_fwd);
   PYOPS_IMPL(m, gru_gates_bwd);
+  PYOPS_IMPL(m, gru_layer_fwd);
+  PYOPS_IMPL(m, gru_layer_bwd);
 }

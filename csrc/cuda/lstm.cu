@@ -1,10 +1,13 @@
 // lstm · CUDA
 //   i, f, o = sigmoid, g = tanh of the four gates;  c' = f c + i g,  h' = o tanh(c')
-// layout   gates: [B, 4, H] in the order i f g o · c, h', c': [B, H]
-// mapping  a thread takes hidden units, grid-stride; neighbouring threads neighbouring units
-// memory   every input read once, every output written once; backward computes the gates again from their inputs
+// layout   step: gates: [B, 4, H] in the order i f g o · c, h', c': [B, H]
+//          layer: csrc/common/recurrent.h
+// mapping  step: a thread takes hidden units, grid-stride; neighbouring threads neighbouring units
+//          layer: head of cuda/recurrent_sequence.cuh
+// memory   step: every input read once, every output written once; backward computes the gates again from their inputs
 // numerics sigmoid and tanh in fp32 (fp64 for fp64), c' not rounded on its way to h'
 #include "cuda/recurrent_cell.cuh"
+#include "cuda/recurrent_sequence.cuh"
 
 #include "common/lstm_binding.h"
 
@@ -12,4 +15,6 @@ PYOPS_LIBRARY(m) {
   using namespace pyops;
   PYOPS_IMPL(m, lstm_gates_fwd);
   PYOPS_IMPL(m, lstm_gates_bwd);
+  PYOPS_IMPL(m, lstm_layer_fwd);
+  PYOPS_IMPL(m, lstm_layer_bwd);
 }

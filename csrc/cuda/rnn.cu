@@ -1,10 +1,13 @@
 // rnn · CUDA
 //   h' = tanh(gates) or max(gates, 0);  dgates = dh (1 - h'²) or dh where gates > 0
-// layout   gates, h', dh: [B, H]
-// mapping  a thread takes hidden units, grid-stride; neighbouring threads neighbouring units
-// memory   every input read once, every output written once; backward computes h' again from gates
+// layout   step: gates, h', dh: [B, H]
+//          layer: csrc/common/recurrent.h
+// mapping  step: a thread takes hidden units, grid-stride; neighbouring threads neighbouring units
+//          layer: head of cuda/recurrent_sequence.cuh
+// memory   step: every input read once, every output written once; backward computes h' again from gates
 // numerics tanh in fp32 (fp64 for fp64)
 #include "cuda/recurrent_cell.cuh"
+#include "cuda/recurrent_sequence.cuh"
 
 #include "common/rnn_binding.h"
 
@@ -12,4 +15,6 @@ PYOPS_LIBRARY(m) {
   using namespace pyops;
   PYOPS_IMPL(m, rnn_gates_fwd);
   PYOPS_IMPL(m, rnn_gates_bwd);
+  PYOPS_IMPL(m, rnn_layer_fwd);
+  PYOPS_IMPL(m, rnn_layer_bwd);
 }

@@ -59,6 +59,8 @@ class Formula:
             ``cotangents[i]`` belongs to the gradient of input i (None where there is none), ddy has the form of dy,
             and any result may be None for zero. Stated in differentiable functions, it serves all higher orders. The
             composite gradient of the reference is used if not stated.
+        finish: optional ``(results, inputs, kept, needs) -> gradients``: what follows from the results of the backward
+            op by torch's own ops, such as the gradient of a weight as one matrix product. Not differentiated.
     """
 
     forward: Op
@@ -71,6 +73,7 @@ class Formula:
     outputs: int = 1
     keep: tuple[int, ...] | None = None
     second: Callable[..., tuple[Any, Tensors]] | None = None
+    finish: Callable[[Tensors, Tensors, Tensors, tuple[bool, ...]], Tensors] | None = None
 
 
 def _results(result: Any) -> Tensors:
@@ -174,7 +177,8 @@ class _Recipe:
         """The backward op: one gradient for each of the first ``gradients`` inputs."""
         dy = dys[0] if self.formula.outputs == 1 else dys
         arguments = self.formula.backward_arguments(dy, inputs, kept, constants, needs)
-        return _results(self.formula.backward(namespace, *arguments))
+        results = _results(self.formula.backward(namespace, *arguments))
+        return results if self.formula.finish is None else self.formula.finish(results, inputs, kept, needs)
 
     def second(
         self,
@@ -264,7 +268,7 @@ def differentiable(formula: Formula) -> Callable[..., Any]:
         needs = recipe.needs(ctx.needs_input_grad[2:])
         saved = ctx.saved_tensors
         inputs = saved[:n]
-        if torch.is_grad_enabled() or _derivative_levels_active():
+        if torch.is_grad_enabled() or derivative_levels_active():
             grads = Backward.apply(ctx.namespace, needs, ctx.constants, *given, *saved)
         else:
             with torch._C._AutoDispatchBelowAutograd():
@@ -327,7 +331,7 @@ def differentiable(formula: Formula) -> Callable[..., Any]:
                 results = formula.reference(*arguments)
                 return results if recipe.results > 1 else results[0]
             return formula.forward.overloads[namespace](*arguments)
-        if _derivative_levels_active():
+        if derivative_levels_active():
             return Forward.apply(namespace, arguments[n:], *arguments[:n])
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[:n]):
             return Plain.apply(namespace, arguments[n:], *arguments[:n])
@@ -348,7 +352,7 @@ def _transforms_traced() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def _derivative_levels_active() -> bool:
+def derivative_levels_active() -> bool:
     """Inside torch.func's transforms or forward mode: more is asked than a gradient for ``.backward()``."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

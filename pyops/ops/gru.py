@@ -11,6 +11,8 @@ GRUCell. The gradient is derived in docs/math/recurrent.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -89,6 +91,136 @@ def gru_cell(
     return _apply_gates(namespace, x_gates.contiguous(), h_gates.contiguous(), hx.contiguous())
 
 
+# A layer over all steps; the letters are those of csrc/common/recurrent.h
+
+
+def _layer_fwd_fake(gates, h0, w_hh, b_n, starts, keep):
+    rows, directions, hidden = gates.shape[0], h0.shape[0], h0.shape[2]
+    saved = gates.new_empty((rows, directions, 4 * hidden) if keep else 0)
+    return gates.new_empty(rows, directions, hidden), torch.empty_like(h0), saved
+
+
+def _layer_bwd_fake(dy, dh_n, h0, w_hh, starts, y, saved):
+    dgates = y.new_empty(*y.shape[:2], 3 * y.shape[2])
+    return dgates, torch.empty_like(dgates), torch.empty_like(h0)
+
+
+_layer_fwd = library.declare(
+    "gru_layer_fwd(Tensor gates, Tensor h0, Tensor w_hh, Tensor? b_n, Tensor? starts, bool keep)"
+    " -> (Tensor, Tensor, Tensor)",
+    _layer_fwd_fake,
+    _kernels,
+)
+_layer_bwd = library.declare(
+    "gru_layer_bwd(Tensor? dy, Tensor? dh_n, Tensor h0, Tensor w_hh, Tensor? starts, Tensor y, Tensor saved)"
+    " -> (Tensor, Tensor, Tensor)",
+    _layer_bwd_fake,
+    _kernels,
+)
+
+
+def _step_reference(gates, states, w_hh, b_n):
+    (h,) = states
+    product = h @ w_hh.mT
+    if b_n is not None:
+        product = product + torch.cat((b_n.new_zeros(2 * b_n.shape[0]), b_n))
+    return _gates_reference(gates, product, h)
+
+
+def _layer_reference(gates, h0, w_hh, b_n, starts, keep):
+    weights = [(w, None if b_n is None else b_n[d]) for d, w in enumerate(w_hh.unbind(0))]
+    y, (h_n,) = recurrent.reference_layer(_step_reference, gates, (h0,), starts, weights)
+    return y, h_n, gates.new_empty((*gates.shape[:2], 4 * h0.shape[2]) if keep else 0)
+
+
+def _finish(results, inputs, kept, needs):
+    """The gradients of weight and bias: of all steps one product, one sum."""
+    dgates, dh_gates, dh0 = results
+    _, h0, w_hh, b_n, starts = inputs
+    dw_hh = recurrent.weight_gradient(dh_gates, kept[0], h0, starts) if needs[2] else torch.empty_like(w_hh)
+    db_n = dgates.new_empty(0)
+    if b_n is not None and needs[3]:
+        db_n = dh_gates[..., 2 * h0.shape[2] :].sum(0)
+    return dgates, dh0, dw_hh, db_n
+
+
+_apply_layer = differentiable(
+    Formula(
+        _layer_fwd, _layer_bwd, 5, 4,
+        lambda dy, inputs, kept, constants, needs: (*dy, *inputs[1:3], inputs[4], *kept),
+        _layer_reference, outputs=2, keep=(0, 2), finish=_finish,
+    )
+)  # fmt: skip
+
+
+def gru(
+    input: Tensor,
+    hx: Any,
+    params: Any,
+    has_biases: Any,
+    num_layers: Any,
+    dropout: Any,
+    train: Any,
+    bidirectional: Any,
+    batch_first: Any,
+) -> tuple[Tensor, Tensor]:
+    """A GRU over sequences; drops in for torch.gru, in both of its forms.
+
+    Of packed sequences the arguments are, as in torch, ``(data, batch_sizes, hx, params, has_biases, num_layers,
+    dropout, train, bidirectional)``: told apart by a tensor in the third place.
+
+    Args:
+        input: Tensor[T, B, I], or [B, T, I] with ``batch_first``; packed: data [N, I], the rows of step 0, of step 1,
+            ... as torch.nn.utils.rnn.pack_padded_sequence makes them. float32, float64, bfloat16 or float16, any
+            strides.
+        hx: Tensor[layers * directions, B, H], the state h.
+        params: for each layer and direction ``w_ih`` [3 H, I], ``w_hh`` [3 H, H], ``b_ih`` and ``b_hh`` [3 H] if there
+            are biases.
+        has_biases: whether ``params`` holds biases.
+        num_layers: layers, each on the output of the one before.
+        dropout: probability with which the outputs of all layers but the last are set to zero, in training.
+        train: whether dropout takes place.
+        bidirectional: whether each layer also runs from the last step to the first.
+        batch_first: see ``input``.
+
+    Returns:
+        The output Tensor[T, B, directions * H] in the form of the input, and the final h in the form of ``hx``.
+
+    Raises:
+        RuntimeError: shapes, devices or dtypes that do not fit together, or batch sizes that grow or are not positive.
+        TypeError: something else than tensors.
+        ValueError: a dropout that is no probability.
+
+    The product of the inputs of all steps is one matrix product, so is the gradient of each weight; between them one
+    kernel runs over all steps. Gates are computed in float32 (float64 for float64), h is rounded to the dtype in each
+    step. Bitwise deterministic. Gradients of every order (from the second on step by step in torch), forward mode, vmap
+    (by torch) and torch.compile; under autocast as torch on each device.
+    """
+    net = recurrent.Network.of(
+        isinstance(params, Tensor),
+        (input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first),
+    )
+    recurrent.check_network("gru", net, (net.hx,), 3, False)
+    x, h, *cast = recurrent.cast("gru", net.input, net.hx, *net.params)
+    net = net._replace(input=x, params=cast)
+    namespace = backend.namespace_for("gru", x)
+    hidden = h.shape[2]
+
+    def layer(gates, states, weights, layout):
+        w_hh = recurrent.stacked(weights, 1)
+        b_n = torch.stack([w[3][2 * hidden :] for w in weights]) if net.has_biases else None
+        keep = recurrent.keeps(gates, *states, w_hh, b_n)
+        y, h_n, _ = _apply_layer(namespace, gates, *states, w_hh, b_n, layout.starts, keep)
+        return y, (h_n,)
+
+    def bias(w):
+        """b_hn stays with the product that r multiplies."""
+        return w[2] + torch.cat((w[3][: 2 * hidden], w[3].new_zeros(hidden))) if net.has_biases else None
+
+    output, (h_n,) = recurrent.run_network(net, (h,), 4 if net.has_biases else 2, bias, layer)
+    return output, h_n
+
+
 class GRUCell(torch.nn.GRUCell):
     """torch.nn.GRUCell whose forward is pyops.functional.gru_cell."""
 
@@ -96,7 +228,14 @@ class GRUCell(torch.nn.GRUCell):
         return recurrent.run_cell("GRUCell", self, gru_cell, input, hx, 1)
 
 
+class GRU(torch.nn.GRU):
+    """torch.nn.GRU whose forward calls pyops.functional.gru."""
+
+    forward = recurrent.forward_of(torch.nn.GRU, gru=gru)
+
+
 route((torch.gru_cell,), "gru_cell", gru_cell)
+route((torch.gru,), "gru", gru)
 
 
 def _sample(batch, features, hidden, bias=True):
@@ -117,4 +256,46 @@ checked(
     Sample("several vectors and blocks", _sample(3, 4, 67)),
     Sample("one unit", _sample(1, 1, 1)),
     Sample("no rows", _sample(0, 3, 5)),
+)
+
+
+def _of_layers(function):
+    """The function of tensors alone, all parameters in a row, that the checks differentiate."""
+
+    def call(x, h, *parameters, batch_sizes=None, bias=True, layers=1, bidirectional=False, batch_first=False):
+        settings = (bias, layers, 0.0, False, bidirectional)
+        if batch_sizes is None:
+            return function(x, h, parameters, *settings, batch_first)
+        return function(x, torch.tensor(batch_sizes), h, parameters, *settings)
+
+    return call
+
+
+def _network(shape, hidden, layers=1, directions=1, bias=True, **settings):
+    def make(t: Maker):
+        batch_sizes = settings.get("batch_sizes")
+        batch = batch_sizes[0] if batch_sizes else shape[0 if settings.get("batch_first") else 1]
+        state = t.input((layers * directions, batch, hidden))
+        parameters = []
+        for k in range(layers):
+            for _ in range(directions):
+                features = shape[-1] if k == 0 else hidden * directions
+                parameters += [t.input((3 * hidden, features)), t.input((3 * hidden, hidden))]
+                parameters += [t.input((3 * hidden,)), t.input((3 * hidden,))] if bias else []
+        kwargs = {"layers": layers, "bidirectional": directions == 2, "bias": bias, **settings}
+        return (t.input(shape), state, *parameters), kwargs
+
+    return make
+
+
+checked(
+    "gru",
+    _of_layers(gru),
+    _of_layers(torch.gru),
+    Sample("both directions", _network((2, 1, 2), 1, directions=2), derivatives=True),
+    Sample("both directions, packed", _network((5, 2), 2, directions=2, batch_sizes=(3, 1, 1))),
+    Sample("several vectors of units, batch first", _network((4, 3, 3), 37, batch_first=True)),
+    Sample("two layers, two directions", _network((3, 7, 5), 6, 2, 2)),
+    Sample("no bias, one step", _network((1, 2, 3), 5, bias=False)),
+    Sample("no rows", _network((3, 0, 2), 4)),
 )

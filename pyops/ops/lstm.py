@@ -11,10 +11,12 @@ gradient is derived in docs/math/recurrent.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..core import backend, library, recurrent
+from ..core import autocast, backend, check, library, recurrent
 from ..core.autograd import Formula, differentiable
 from ..core.intercept import route
 from ..core.samples import Maker, Sample, checked
@@ -88,6 +90,144 @@ def lstm_cell(
     return _apply_gates(backend.namespace_for("lstm_cell", input), gates.to(c.dtype).contiguous(), c.contiguous())
 
 
+# A layer over all steps; the letters are those of csrc/common/recurrent.h
+
+
+def _layer_fwd_fake(gates, h0, c0, w_hh, w_hr, starts, keep):
+    rows, directions, hidden = gates.shape[0], h0.shape[0], c0.shape[2]
+    saved = torch.empty_like(gates) if keep else gates.new_empty(0)
+    cells = gates.new_empty((rows, directions, hidden) if keep else 0)
+    return gates.new_empty(rows, directions, h0.shape[2]), torch.empty_like(h0), torch.empty_like(c0), saved, cells
+
+
+def _layer_bwd_fake(dy, dh_n, dc_n, h0, c0, w_hh, w_hr, starts, saved, cells):
+    dh = saved.new_empty(0) if w_hr is None else saved.new_empty(saved.shape[0], *h0.shape[::2])
+    return torch.empty_like(saved), torch.empty_like(h0), torch.empty_like(c0), dh
+
+
+_layer_fwd = library.declare(
+    "lstm_layer_fwd(Tensor gates, Tensor h0, Tensor c0, Tensor w_hh, Tensor? w_hr, Tensor? starts, bool keep)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _layer_fwd_fake,
+    _kernels,
+)
+_layer_bwd = library.declare(
+    "lstm_layer_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor h0, Tensor c0, Tensor w_hh, Tensor? w_hr,"
+    " Tensor? starts, Tensor saved, Tensor cells) -> (Tensor, Tensor, Tensor, Tensor)",
+    _layer_bwd_fake,
+    _kernels,
+)
+
+
+def _step_reference(gates, states, w_hh, w_hr):
+    h, c = _gates_reference(gates + states[0] @ w_hh.mT, states[1])
+    return (h if w_hr is None else h @ w_hr.mT), c
+
+
+def _layer_reference(gates, h0, c0, w_hh, w_hr, starts, keep):
+    weights = [(w, None if w_hr is None else w_hr[d]) for d, w in enumerate(w_hh.unbind(0))]
+    y, (h_n, c_n) = recurrent.reference_layer(_step_reference, gates, (h0, c0), starts, weights)
+    saved, cells = (
+        gates.new_empty(gates.shape if keep else 0),
+        gates.new_empty((*gates.shape[:2], c0.shape[2]) if keep else 0),
+    )
+    return y, h_n, c_n, saved, cells
+
+
+def _finish(results, inputs, kept, needs):
+    """The gradients of the weights: of all steps one product each."""
+    dgates, dh0, dc0, dh = results
+    _, h0, _, w_hh, w_hr, starts = inputs
+    y, saved, cells = kept
+    dw_hh = recurrent.weight_gradient(dgates, y, h0, starts) if needs[3] else torch.empty_like(w_hh)
+    dw_hr = dgates.new_empty(0)
+    if w_hr is not None and needs[4]:
+        wide = check.accumulate_dtype(cells.dtype)
+        m = (saved[..., 3 * cells.shape[2] :].to(wide) * cells.to(wide).tanh()).to(cells.dtype)
+        dw_hr = torch.stack([dh[:, d].mT @ m[:, d] for d in range(h0.shape[0])])
+    return dgates, dh0, dc0, dw_hh, dw_hr
+
+
+_apply_layer = differentiable(
+    Formula(
+        _layer_fwd, _layer_bwd, 6, 5,
+        lambda dy, inputs, kept, constants, needs: (*dy, *inputs[1:], *kept[1:]),
+        _layer_reference, outputs=3, keep=(0, 3, 4), finish=_finish,
+    )
+)  # fmt: skip
+
+
+def lstm(
+    input: Tensor,
+    hx: Any,
+    params: Any,
+    has_biases: Any,
+    num_layers: Any,
+    dropout: Any,
+    train: Any,
+    bidirectional: Any,
+    batch_first: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An LSTM over sequences; drops in for torch.lstm, in both of its forms.
+
+    Of packed sequences the arguments are, as in torch, ``(data, batch_sizes, hx, params, has_biases, num_layers,
+    dropout, train, bidirectional)``: told apart by a tensor in the second place.
+
+    Args:
+        input: Tensor[T, B, I], or [B, T, I] with ``batch_first``; packed: data [N, I], the rows of step 0, of step 1,
+            ... as torch.nn.utils.rnn.pack_padded_sequence makes them. float32, float64, bfloat16 or float16, any
+            strides.
+        hx: the pair (h, c) of Tensor[layers * directions, B, P] and [layers * directions, B, H].
+        params: for each layer and direction ``w_ih`` [4 H, I], ``w_hh`` [4 H, P], ``b_ih`` and ``b_hh`` [4 H] if there
+            are biases, and ``w_hr`` [P, H] if there is a projection; without, P = H.
+        has_biases: whether ``params`` holds biases.
+        num_layers: layers, each on the output of the one before.
+        dropout: probability with which the outputs of all layers but the last are set to zero, in training.
+        train: whether dropout takes place.
+        bidirectional: whether each layer also runs from the last step to the first.
+        batch_first: see ``input``.
+
+    Returns:
+        The output Tensor[T, B, directions * P] in the form of the input, and the final h and c in the form of ``hx``.
+
+    Raises:
+        RuntimeError: shapes, devices or dtypes that do not fit together, or batch sizes that grow or are not positive.
+        TypeError: something else than tensors.
+        ValueError: a dropout that is no probability.
+
+    The product of the inputs of all steps is one matrix product, so is the gradient of each weight; between them one
+    kernel runs over all steps. Gates are computed in float32 (float64 for float64), h is rounded to the dtype in each
+    step, c is not within a call. Bitwise deterministic. Gradients of every order (from the second on step by step in
+    torch), forward mode, vmap (by torch) and torch.compile; under autocast in its low precision.
+    """
+    net = recurrent.Network.of(
+        isinstance(hx, Tensor),
+        (input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first),
+    )
+    h, c = recurrent.pair("lstm", "hx", net.hx)
+    per = 4 if net.has_biases else 2
+    projects = isinstance(h, Tensor) and isinstance(c, Tensor) and h.shape[-1:] != c.shape[-1:]
+    projects = projects and len(net.params) == (per + 1) * net.num_layers * net.directions
+    recurrent.check_network("lstm", net, (h, c), 4, projects)
+    by_steps = projects or net.batch_sizes is not None or net.input.numel() == 0
+    x, h, c, *cast = recurrent.cast("lstm_by_steps" if by_steps else "lstm", net.input, h, c, *net.params)
+    net = net._replace(input=x, params=cast)
+    namespace = backend.namespace_for("lstm", x)
+
+    def layer(gates, states, weights, layout):
+        w_hh = recurrent.stacked(weights, 1)
+        w_hr = recurrent.stacked(weights, per) if projects else None
+        keep = recurrent.keeps(gates, *states, w_hh, w_hr)
+        y, h_n, c_n, _, _ = _apply_layer(namespace, gates, *states, w_hh, w_hr, layout.starts, keep)
+        return y, (h_n, c_n)
+
+    bias = lambda w: recurrent.joined(w[2], w[3]) if net.has_biases else None
+    output, (h_n, c_n) = recurrent.run_network(net, (h, c), per + projects, bias, layer)
+    if projects:
+        output, h_n = autocast.lower(output, h_n)
+    return output, h_n, c_n
+
+
 class LSTMCell(torch.nn.LSTMCell):
     """torch.nn.LSTMCell whose forward is pyops.functional.lstm_cell."""
 
@@ -95,7 +235,14 @@ class LSTMCell(torch.nn.LSTMCell):
         return recurrent.run_cell("LSTMCell", self, lstm_cell, input, hx, 2)
 
 
+class LSTM(torch.nn.LSTM):
+    """torch.nn.LSTM whose forward calls pyops.functional.lstm."""
+
+    forward = recurrent.forward_of(torch.nn.LSTM, lstm=lstm)
+
+
 route((torch.lstm_cell,), "lstm_cell", lstm_cell)
+route((torch.lstm,), "lstm", lstm)
 
 
 def _flat(function):
@@ -120,4 +267,48 @@ checked(
     Sample("several vectors and blocks", _sample(3, 4, 67)),
     Sample("one unit", _sample(1, 1, 1)),
     Sample("no rows", _sample(0, 3, 5)),
+)
+
+
+def _of_layers(function):
+    """The function of tensors alone, all parameters in a row, that the checks differentiate."""
+
+    def call(x, h, c, *parameters, batch_sizes=None, bias=True, layers=1, bidirectional=False, batch_first=False):
+        settings = (bias, layers, 0.0, False, bidirectional)
+        if batch_sizes is None:
+            return function(x, (h, c), parameters, *settings, batch_first)
+        return function(x, torch.tensor(batch_sizes), (h, c), parameters, *settings)
+
+    return call
+
+
+def _network(shape, hidden, layers=1, directions=1, project=0, bias=True, **settings):
+    def make(t: Maker):
+        size = project or hidden
+        batch_sizes = settings.get("batch_sizes")
+        batch = batch_sizes[0] if batch_sizes else shape[0 if settings.get("batch_first") else 1]
+        states = t.input((layers * directions, batch, size)), t.input((layers * directions, batch, hidden))
+        parameters = []
+        for k in range(layers):
+            for _ in range(directions):
+                features = shape[-1] if k == 0 else size * directions
+                parameters += [t.input((4 * hidden, features)), t.input((4 * hidden, size))]
+                parameters += [t.input((4 * hidden,)), t.input((4 * hidden,))] if bias else []
+                parameters += [t.input((size, hidden))] if project else []
+        kwargs = {"layers": layers, "bidirectional": directions == 2, "bias": bias, **settings}
+        return (t.input(shape), *states, *parameters), kwargs
+
+    return make
+
+
+checked(
+    "lstm",
+    _of_layers(lstm),
+    _of_layers(torch.lstm),
+    Sample("both directions", _network((2, 1, 2), 1, directions=2), derivatives=True),
+    Sample("both directions, packed", _network((5, 2), 2, directions=2, batch_sizes=(3, 1, 1))),
+    Sample("several vectors of units, batch first", _network((4, 3, 3), 37, batch_first=True)),
+    Sample("two layers, two directions, projection", _network((3, 9, 4), 6, 2, 2, project=4)),
+    Sample("no bias, one step", _network((1, 2, 3), 5, bias=False)),
+    Sample("no rows", _network((3, 0, 2), 4)),
 )

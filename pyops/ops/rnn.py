@@ -10,6 +10,8 @@ docs/math/recurrent.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -96,6 +98,126 @@ def rnn_relu_cell(
     return _cell("rnn_relu_cell", True, input, hx, w_ih, w_hh, b_ih, b_hh)
 
 
+# A layer over all steps; the letters are those of csrc/common/recurrent.h
+
+_layer_fwd = library.declare(
+    "rnn_layer_fwd(Tensor gates, Tensor h0, Tensor w_hh, Tensor? starts, bool relu) -> (Tensor, Tensor)",
+    lambda gates, h0, w_hh, starts, relu: (torch.empty_like(gates), torch.empty_like(h0)),
+    _kernels,
+)
+_layer_bwd = library.declare(
+    "rnn_layer_bwd(Tensor? dy, Tensor? dh_n, Tensor h0, Tensor w_hh, Tensor? starts, Tensor y, bool relu)"
+    " -> (Tensor, Tensor)",
+    lambda dy, dh_n, h0, w_hh, starts, y, relu: (torch.empty_like(y), torch.empty_like(h0)),
+    _kernels,
+)
+
+
+def _layer_reference(gates, h0, w_hh, starts, relu):
+    def step(gates, states, w_hh):
+        sums = gates + states[0] @ w_hh.mT
+        return (sums.relu() if relu else sums.tanh(),)
+
+    y, (h_n,) = recurrent.reference_layer(step, gates, (h0,), starts, [(w,) for w in w_hh.unbind(0)])
+    return y, h_n
+
+
+def _finish(results, inputs, kept, needs):
+    """The gradient of the weight: of all steps one product."""
+    dgates, dh0 = results
+    _, h0, w_hh, starts = inputs
+    dw_hh = recurrent.weight_gradient(dgates, kept[0], h0, starts) if needs[2] else torch.empty_like(w_hh)
+    return dgates, dh0, dw_hh
+
+
+_apply_layer = differentiable(
+    Formula(
+        _layer_fwd, _layer_bwd, 4, 3,
+        lambda dy, inputs, kept, constants, needs: (*dy, *inputs[1:], *kept, *constants),
+        _layer_reference, outputs=2, keep=(0,), finish=_finish,
+    )
+)  # fmt: skip
+
+
+def _run(op, relu, *arguments):
+    net = recurrent.Network.of(isinstance(arguments[2], Tensor), arguments)
+    recurrent.check_network(op, net, (net.hx,), 1, False)
+    x, h, *cast = recurrent.cast(op, net.input, net.hx, *net.params)
+    net = net._replace(input=x, params=cast)
+    namespace = backend.namespace_for(op, x)
+
+    def layer(gates, states, weights, layout):
+        y, h_n = _apply_layer(namespace, gates, *states, recurrent.stacked(weights, 1), layout.starts, relu)
+        return y, (h_n,)
+
+    bias = lambda w: recurrent.joined(w[2], w[3]) if net.has_biases else None
+    output, (h_n,) = recurrent.run_network(net, (h,), 4 if net.has_biases else 2, bias, layer)
+    return output, h_n
+
+
+def rnn_tanh(
+    input: Tensor,
+    hx: Any,
+    params: Any,
+    has_biases: Any,
+    num_layers: Any,
+    dropout: Any,
+    train: Any,
+    bidirectional: Any,
+    batch_first: Any,
+) -> tuple[Tensor, Tensor]:
+    """A recurrent network over sequences; drops in for torch.rnn_tanh, in both of its forms.
+
+    Of packed sequences the arguments are, as in torch, ``(data, batch_sizes, hx, params, has_biases, num_layers,
+    dropout, train, bidirectional)``: told apart by a tensor in the third place.
+
+    Args:
+        input: Tensor[T, B, I], or [B, T, I] with ``batch_first``; packed: data [N, I], the rows of step 0, of step 1,
+            ... as torch.nn.utils.rnn.pack_padded_sequence makes them. float32, float64, bfloat16 or float16, any
+            strides.
+        hx: Tensor[layers * directions, B, H], the state h.
+        params: for each layer and direction ``w_ih`` [H, I], ``w_hh`` [H, H], ``b_ih`` and ``b_hh`` [H] if there are
+            biases.
+        has_biases: whether ``params`` holds biases.
+        num_layers: layers, each on the output of the one before.
+        dropout: probability with which the outputs of all layers but the last are set to zero, in training.
+        train: whether dropout takes place.
+        bidirectional: whether each layer also runs from the last step to the first.
+        batch_first: see ``input``.
+
+    Returns:
+        The output Tensor[T, B, directions * H] in the form of the input, and the final h in the form of ``hx``.
+
+    Raises:
+        RuntimeError: shapes, devices or dtypes that do not fit together, or batch sizes that grow or are not positive.
+        TypeError: something else than tensors.
+        ValueError: a dropout that is no probability.
+
+    The product of the inputs of all steps is one matrix product, so is the gradient of each weight; between them one
+    kernel runs over all steps. tanh is computed in float32 (float64 for float64), h is rounded to the dtype in each
+    step. Bitwise deterministic. Gradients of every order (from the second on step by step in torch), forward mode, vmap
+    (by torch) and torch.compile; under autocast in its low precision.
+    """
+    return _run(
+        "rnn_tanh", False, input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first
+    )
+
+
+def rnn_relu(
+    input: Tensor,
+    hx: Any,
+    params: Any,
+    has_biases: Any,
+    num_layers: Any,
+    dropout: Any,
+    train: Any,
+    bidirectional: Any,
+    batch_first: Any,
+) -> tuple[Tensor, Tensor]:
+    """A recurrent network with relu over sequences; drops in for torch.rnn_relu. All else as ``rnn_tanh``."""
+    return _run("rnn_relu", True, input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+
+
 class RNNCell(torch.nn.RNNCell):
     """torch.nn.RNNCell whose forward is pyops.functional.rnn_tanh_cell or rnn_relu_cell."""
 
@@ -106,8 +228,16 @@ class RNNCell(torch.nn.RNNCell):
         return recurrent.run_cell("RNNCell", self, cell, input, hx, 1)
 
 
+class RNN(torch.nn.RNN):
+    """torch.nn.RNN whose forward calls pyops.functional.rnn_tanh or rnn_relu."""
+
+    forward = recurrent.forward_of(torch.nn.RNN, rnn_tanh=rnn_tanh, rnn_relu=rnn_relu)
+
+
 route((torch.rnn_tanh_cell,), "rnn_tanh_cell", rnn_tanh_cell)
 route((torch.rnn_relu_cell,), "rnn_relu_cell", rnn_relu_cell)
+route((torch.rnn_tanh,), "rnn_tanh", rnn_tanh)
+route((torch.rnn_relu,), "rnn_relu", rnn_relu)
 
 
 def _sample(batch, features, hidden, bias=True):
@@ -131,3 +261,46 @@ def _samples(*sizes):
 checked("rnn_tanh_cell", rnn_tanh_cell, torch.rnn_tanh_cell, *_samples(3, 4, 67))
 # Of relu, numbers of which none is so near the kink that rounding to bfloat16 decides on its side.
 checked("rnn_relu_cell", rnn_relu_cell, torch.rnn_relu_cell, *_samples(2, 3, 37))
+
+
+def _of_layers(function):
+    """The function of tensors alone, all parameters in a row, that the checks differentiate."""
+
+    def call(x, h, *parameters, batch_sizes=None, bias=True, layers=1, bidirectional=False, batch_first=False):
+        settings = (bias, layers, 0.0, False, bidirectional)
+        if batch_sizes is None:
+            return function(x, h, parameters, *settings, batch_first)
+        return function(x, torch.tensor(batch_sizes), h, parameters, *settings)
+
+    return call
+
+
+def _network(shape, hidden, layers=1, directions=1, bias=True, **settings):
+    def make(t: Maker):
+        batch_sizes = settings.get("batch_sizes")
+        batch = batch_sizes[0] if batch_sizes else shape[0 if settings.get("batch_first") else 1]
+        state = t.input((layers * directions, batch, hidden))
+        parameters = []
+        for k in range(layers):
+            for _ in range(directions):
+                features = shape[-1] if k == 0 else hidden * directions
+                parameters += [t.input((hidden, features)), t.input((hidden, hidden))]
+                parameters += [t.input((hidden,)), t.input((hidden,))] if bias else []
+        kwargs = {"layers": layers, "bidirectional": directions == 2, "bias": bias, **settings}
+        return (t.input(shape), state, *parameters), kwargs
+
+    return make
+
+
+for _op, _function, _torch_function in (("rnn_tanh", rnn_tanh, torch.rnn_tanh), ("rnn_relu", rnn_relu, torch.rnn_relu)):
+    checked(
+        _op,
+        _of_layers(_function),
+        _of_layers(_torch_function),
+        Sample("both directions", _network((2, 1, 2), 1, directions=2), derivatives=True),
+        Sample("both directions, packed", _network((5, 2), 2, directions=2, batch_sizes=(3, 1, 1))),
+        Sample("several vectors of units, batch first", _network((2, 3, 3), 37, batch_first=True)),
+        Sample("two layers, two directions", _network((3, 2, 3), 3, 2, 2)),
+        Sample("no bias, one step", _network((1, 2, 3), 5, bias=False)),
+        Sample("no rows", _network((3, 0, 2), 4)),
+    )

@@ -1,0 +1,473 @@
+// A layer of a recurrent network over all steps. The recurrent weights are packed once into panels that stream through
+// the registers; a panel holds all gates of its hidden units, so that the product of a step ends in the cell itself and
+// no pre-activation goes to memory. Threads take rows of the batch through all steps, without ever waiting for each
+// other; where there are too few rows they share the panels of each step.
+#pragma once
+
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "common/recurrent.h"
+#include "common/tensor.h"
+
+#include "cpu/math.h"
+#include "cpu/parallel.h"
+
+namespace pyops::PYOPS_CPU_CAPABILITY {
+
+// Rows of the batch that a panel of four vectors is multiplied with at once: their sums live in registers.
+#if defined(__AVX512F__)
+inline constexpr int panel_rows = 6;
+#else
+inline constexpr int panel_rows = 2;
+#endif
+// Sums are taken in blocks of so many products, as in cpu/gemm.h: rounding grows with the root of a block.
+inline constexpr int64_t panel_block = 128;
+
+// A matrix [K, columns] cut into panels of `vectors` vectors of columns: panel, k, vector, lane. Missing columns are 0.
+template <class acc_t, int vectors>
+class Panels {
+ public:
+  static constexpr int64_t W = Vec<acc_t>::width, width = vectors * W;
+
+  // source(k, panel, v, lane) says where in memory an element stands, or null.
+  template <class Source>
+  Panels(int64_t count, int64_t K, const Source& source) : count_(count), K_(K), data_(count * K * width) {
+    parallel_for(count, ceil_div(65536, std::max<int64_t>(K * width, 1)), [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p)
+        for (int v = 0; v < vectors; ++v)
+          for (int64_t k0 = 0; k0 < K; k0 += 16)
+            for (int64_t lane = 0; lane < W; ++lane)
+              for (int64_t k = k0; k < std::min(k0 + 16, K); ++k) {
+                const auto* from = source(k, p, v, lane);
+                data_[((p * K + k) * vectors + v) * W + lane] = from != nullptr ? acc_t(*from) : acc_t(0);
+              }
+    });
+  }
+  int64_t count() const { return count_; }
+  const acc_t* panel(int64_t p) const { return data_.get() + p * K_ * width; }
+  int64_t K() const { return K_; }
+
+ private:
+  int64_t count_, K_;
+  Buffer<acc_t> data_;
+};
+
+// total[r][v] = row r of a (rows `stride` apart) times vector v of the panel.
+template <int rows, int vectors, class acc_t>
+void panel_product(const acc_t* __restrict__ a, int64_t stride, const acc_t* __restrict__ panel, int64_t K,
+                   acc_t* __restrict__ total) {
+  using V = Vec<acc_t>;
+  for (int64_t start = 0; start < K; start += panel_block) {
+    const int64_t end = std::min(start + panel_block, K);
+    V sum[rows][vectors];
+    for (int64_t k = start; k < end; ++k) {
+      V right[vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) right[v] = V::load(panel + (k * vectors + v) * V::width);
+#pragma GCC unroll 6
+      for (int r = 0; r < rows; ++r) {
+        const V left(a[r * stride + k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        acc_t* to = total + (r * vectors + v) * V::width;
+        (start == 0 ? sum[r][v] : sum[r][v] + V::load(to)).store(to);
+      }
+  }
+}
+
+template <int vectors, class acc_t>
+void panel_product(int64_t rows, const acc_t* a, int64_t stride, const acc_t* panel, int64_t K, acc_t* total) {
+  switch (rows) {
+#if defined(__AVX512F__)
+    case 6:
+      return panel_product<6, vectors>(a, stride, panel, K, total);
+    case 5:
+      return panel_product<5, vectors>(a, stride, panel, K, total);
+    case 4:
+      return panel_product<4, vectors>(a, stride, panel, K, total);
+    case 3:
+      return panel_product<3, vectors>(a, stride, panel, K, total);
+#endif
+    case 2:
+      return panel_product<2, vectors>(a, stride, panel, K, total);
+    default:
+      return panel_product<1, vectors>(a, stride, panel, K, total);
+  }
+}
+
+// finish(row, sums[vectors][W] of that row) for rows [begin, end) of a times one panel.
+template <int vectors, class acc_t, class Finish>
+PYOPS_INLINE void multiply_rows(const acc_t* a, int64_t stride, const acc_t* panel, int64_t K, int64_t begin,
+                                int64_t end, const Finish& finish) {
+  constexpr int64_t size = vectors * Vec<acc_t>::width;
+  alignas(64) acc_t total[panel_rows * size];
+  for (int64_t blocks = ceil_div(end - begin, panel_rows), row = begin; blocks > 0; --blocks) {
+    const int64_t rows = ceil_div(end - row, blocks);
+    panel_product<vectors>(rows, a + row * stride, stride, panel, K, total);
+    for (int64_t r = 0; r < rows; ++r) finish(row + r, total + r * size);
+    row += rows;
+  }
+}
+
+// f(i, lanes) for the vector of units that starts at i, none where i lies beyond the last one.
+template <class acc_t, class F>
+PYOPS_INLINE void one_vector(int64_t i, int64_t count, F&& f) {
+  if (i + Vec<acc_t>::width <= count)
+    f(i, AllLanes{});
+  else if (i < count)
+    f(i, FirstLanes{count - i});
+}
+
+// Columns of w[K, columns] (or of its transpose, w[columns, K]) in plain order, four vectors to a panel.
+template <class acc_t, class T>
+Panels<acc_t, 4> plain_panels(const T* w, int64_t K, int64_t columns, int64_t step_k, int64_t step_column) {
+  constexpr int64_t W = Vec<acc_t>::width;
+  return Panels<acc_t, 4>(ceil_div(columns, 4 * W), K, [=](int64_t k, int64_t p, int64_t v, int64_t lane) {
+    const int64_t column = (p * 4 + v) * W + lane;
+    return column < columns ? w + k * step_k + column * step_column : nullptr;
+  });
+}
+
+template <class Cell, class T>
+class SequenceForward {
+  using acc_t = accumulate_t<T>;
+  using V = Vec<acc_t>;
+  static constexpr int64_t W = V::width;
+  static constexpr int G = Cell::gates, S = recurrent::saved_slots<Cell>;
+  // A panel has room for four vectors: all gates of one vector of units, or four vectors of units of a single gate.
+  static constexpr int units = G == 1 ? 4 : 1, vectors = units * G;
+
+ public:
+  SequenceForward(const recurrent::Sequence<T>& s, int64_t d)
+      : s_(s),
+        d_(d),
+        recurrent_(ceil_div(s.H, units * W), s.P,
+                   [&](int64_t k, int64_t p, int64_t v, int64_t lane) {
+                     const int64_t unit = (p * units + (G == 1 ? v : 0)) * W + lane, gate = G == 1 ? 0 : v;
+                     return unit < s.H ? s.w_hh + ((d * G + gate) * s.H + unit) * s.P + k : nullptr;
+                   }),
+        projection_(s.w_hr != nullptr ? plain_panels<acc_t>(s.w_hr + d * s.P * s.H, s.H, s.P, 1, s.H)
+                                      : plain_panels<acc_t, T>(nullptr, 0, 0, 0, 0)),
+        h_(2 * s.steps.B * s.P),
+        c_(Cell::has_cell ? s.steps.B * s.H : 0),
+        m_(s.w_hr != nullptr ? s.steps.B * s.H : 0) {
+    const int64_t states = s.steps.B * s.P;
+    widen<acc_t>(h_.get(), s.h0 + d * states, states, acc_t(0));
+    std::memcpy(h_.get() + states, h_.get(), size_t(states) * sizeof(acc_t));
+    if (Cell::has_cell) widen<acc_t>(c_.get(), s.c0 + d * s.steps.B * s.H, s.steps.B * s.H, acc_t(0));
+  }
+
+  int64_t panels() const { return recurrent_.count(); }
+  int64_t panels_of_projection() const { return projection_.count(); }
+  int64_t work() const { return s_.P * vectors * W; }
+
+  // Rows [begin, end) of step number i, panels [first, last) of the recurrent product; then of the projection.
+  void step(int64_t i, int64_t begin, int64_t end, int64_t first, int64_t last) {
+    const int64_t t = s_.step(d_, i), base = s_.steps.first(t);
+    end = std::min(end, s_.steps.count(t));
+    for (int64_t p = first; p < last; ++p)
+      multiply_rows<vectors>(h(i), s_.P, recurrent_.panel(p), s_.P, begin, end, [&](int64_t row, const acc_t* sum) {
+#pragma GCC unroll 4
+        for (int u = 0; u < units; ++u)
+          one_vector<acc_t>((p * units + u) * W, s_.H,
+                            [&](int64_t unit, auto lanes) { cell(i, row, base + row, unit, lanes, sum + u * G * W); });
+      });
+  }
+  void project(int64_t i, int64_t begin, int64_t end, int64_t first, int64_t last) {
+    const int64_t t = s_.step(d_, i), base = s_.steps.first(t);
+    end = std::min(end, s_.steps.count(t));
+    for (int64_t p = first; p < last; ++p)
+      multiply_rows<4>(m_.get(), s_.H, projection_.panel(p), s_.H, begin, end, [&](int64_t row, const acc_t* sum) {
+        for (int v = 0; v < 4; ++v)
+          one_vector<acc_t>((p * 4 + v) * W, s_.P, [&](int64_t unit, auto lanes) {
+            put(i, row, base + row, unit, lanes, V::load(sum + v * W));
+          });
+      });
+  }
+
+  // The states of rows [begin, end) whose last step number i was; i = -1: those without any step.
+  void emit(int64_t i, int64_t begin, int64_t end) {
+    const int64_t t = s_.step(d_, i), B = s_.steps.B;
+    int64_t first = 0, last = B;
+    if (i < 0) {
+      first = s_.steps.count(0);
+    } else if (d_ == 0) {
+      first = s_.steps.count(t + 1), last = s_.steps.count(t);
+    } else {
+      last = t == 0 ? s_.steps.count(0) : 0;
+    }
+    first = std::max(first, begin), last = std::min(last, end);
+    const acc_t* from = h(i + 1);
+    for (int64_t row = first; row < last; ++row) {
+      narrow_run(s_.h_n + (d_ * B + row) * s_.P, from + row * s_.P, s_.P);
+      if constexpr (Cell::has_cell) narrow_run(s_.c_n + (d_ * B + row) * s_.H, c_.get() + row * s_.H, s_.H);
+    }
+  }
+
+ private:
+  // The states before step number i: written by step i - 1, read by step i.
+  acc_t* h(int64_t i) { return h_.get() + (i & 1) * s_.steps.B * s_.P; }
+
+  static void narrow_run(T* to, const acc_t* from, int64_t n) {
+    each_vector<acc_t>(n, [&](int64_t j, auto lanes) { V::load(from + j, lanes).store(to + j, lanes); });
+  }
+
+  // The new state goes out, and to the next step as it was rounded: what the backward pass reads is what was used.
+  template <class Lanes>
+  PYOPS_INLINE void put(int64_t i, int64_t row, int64_t n, int64_t unit, Lanes lanes, const V& value) {
+    T* to = s_.y + (n * s_.D + d_) * s_.P + unit;
+    value.store(to, lanes);
+    V::load(to, lanes).store(h(i + 1) + row * s_.P + unit, lanes);
+  }
+
+  template <class Lanes>
+  PYOPS_INLINE void cell(int64_t i, int64_t row, int64_t n, int64_t unit, Lanes lanes, const acc_t* product) {
+    const int64_t H = s_.H, at = n * s_.D + d_;
+    V a[G], b[G], next, c, saved[S];
+#pragma GCC unroll 4
+    for (int k = 0; k < G; ++k) {
+      a[k] = V::load(s_.gates + (at * G + k) * H + unit, lanes);
+      b[k] = V::load(product + k * W);
+    }
+    if constexpr (Cell::splits) {
+      next = V::load(h(i) + row * s_.P + unit, lanes);
+      if (s_.b_n != nullptr) b[G - 1] += V::load(s_.b_n + d_ * H + unit, lanes);
+    }
+    if constexpr (Cell::has_cell) c = V::load(c_.get() + row * H + unit, lanes);
+    Cell::forward(a, b, next, c, saved);
+    if constexpr (Cell::has_cell) c.store(c_.get() + row * H + unit, lanes);
+    if (s_.saved != nullptr)
+#pragma GCC unroll 4
+      for (int k = 0; k < Cell::saved; ++k) saved[k].store(s_.saved + (at * Cell::saved + k) * H + unit, lanes);
+    if constexpr (Cell::has_cell)
+      if (s_.cells != nullptr) c.store(s_.cells + at * H + unit, lanes);
+    if (s_.w_hr != nullptr)
+      next.store(m_.get() + row * H + unit, lanes);
+    else
+      put(i, row, n, unit, lanes, next);
+  }
+
+  const recurrent::Sequence<T>& s_;
+  int64_t d_;
+  Panels<acc_t, vectors> recurrent_;
+  Panels<acc_t, 4> projection_;
+  Buffer<acc_t> h_, c_, m_;
+};
+
+template <class Cell, class T>
+class SequenceBackward {
+  using acc_t = accumulate_t<T>;
+  using V = Vec<acc_t>;
+  static constexpr int64_t W = V::width;
+  static constexpr int G = Cell::gates, S = recurrent::saved_slots<Cell>;
+
+ public:
+  // w_hh [D, gates H, P] and w_hr [D, P, H] as the forward pass has them: here they are multiplied from the other side.
+  SequenceBackward(const recurrent::Sequence<T>& s, int64_t d)
+      : s_(s),
+        d_(d),
+        recurrent_(plain_panels<acc_t>(s.w_hh + d * G * s.H * s.P, G * s.H, s.P, s.P, 1)),
+        projection_(s.w_hr != nullptr ? plain_panels<acc_t>(s.w_hr + d * s.P * s.H, s.P, s.H, s.H, 1)
+                                      : plain_panels<acc_t, T>(nullptr, 0, 0, 0, 0)),
+        dh_(s.steps.B * s.P),
+        dc_(Cell::has_cell ? s.steps.B * s.H : 0),
+        dm_(s.w_hr != nullptr ? s.steps.B * s.H : 0),
+        da_(s.steps.B * G * s.H) {
+    const int64_t B = s.steps.B;
+    widen<acc_t>(dh_.get(), s.dh_n != nullptr ? s.dh_n + d * B * s.P : nullptr, B * s.P, acc_t(0));
+    if (Cell::has_cell) widen<acc_t>(dc_.get(), s.dc_n != nullptr ? s.dc_n + d * B * s.H : nullptr, B * s.H, acc_t(0));
+  }
+
+  int64_t panels() const { return recurrent_.count(); }
+  int64_t panels_of_projection() const { return projection_.count(); }
+  int64_t work() const { return G * s_.H * 4 * W; }
+
+  // The parts of step number i of the forward pass, for rows [begin, end), in this order.
+  // 1. what the output sent, added to what later steps sent
+  void receive(int64_t i, int64_t begin, int64_t end) {
+    const int64_t t = s_.step(d_, i), base = s_.steps.first(t);
+    end = std::min(end, s_.steps.count(t));
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t at = ((base + row) * s_.D + d_) * s_.P;
+      acc_t* to = dh_.get() + row * s_.P;
+      each_vector<acc_t>(s_.P, [&](int64_t j, auto lanes) {
+        V g = V::load(to + j, lanes);
+        if (s_.dy != nullptr) g += V::load(s_.dy + at + j, lanes);
+        g.store(to + j, lanes);
+        if (s_.dh != nullptr) g.store(s_.dh + at + j, lanes);
+      });
+    }
+  }
+  // 2. with a projection: through it
+  void unproject(int64_t i, int64_t begin, int64_t end, int64_t first, int64_t last) {
+    end = std::min(end, s_.steps.count(s_.step(d_, i)));
+    for (int64_t p = first; p < last; ++p)
+      multiply_rows<4>(dh_.get(), s_.P, projection_.panel(p), s_.P, begin, end, [&](int64_t row, const acc_t* sum) {
+        for (int v = 0; v < 4; ++v)
+          one_vector<acc_t>((p * 4 + v) * W, s_.H, [&](int64_t unit, auto lanes) {
+            V::load(sum + v * W).store(dm_.get() + row * s_.H + unit, lanes);
+          });
+      });
+  }
+  // 3. through the cell
+  void cell(int64_t i, int64_t begin, int64_t end) {
+    const int64_t t = s_.step(d_, i), base = s_.steps.first(t), H = s_.H, D = s_.D;
+    end = std::min(end, s_.steps.count(t));
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t at = (base + row) * D + d_, earlier = s_.row_at(s_.before(d_, t), row);
+      acc_t* dh = s_.w_hr != nullptr ? dm_.get() + row * H : dh_.get() + row * H;
+      each_vector<acc_t>(H, [&](int64_t j, auto lanes) {
+        V g = V::load(dh + j, lanes), gc, h, h_before, c_before, saved[S], da[G], db[G];
+        for (int k = 0; k < Cell::saved; ++k) saved[k] = V::load(s_.saved + (at * Cell::saved + k) * H + j, lanes);
+        if constexpr (Cell::has_cell) {
+          gc = V::load(dc_.get() + row * H + j, lanes);
+          c_before = earlier >= 0 ? V::load(s_.cells + (earlier * D + d_) * H + j, lanes)
+                                  : V::load(s_.c0 + (d_ * s_.steps.B + row) * H + j, lanes);
+        }
+        if constexpr (Cell::splits)
+          h_before = earlier >= 0 ? V::load(s_.y + (earlier * D + d_) * H + j, lanes)
+                                  : V::load(s_.h0 + (d_ * s_.steps.B + row) * H + j, lanes);
+        if constexpr (G == 1) h = V::load(s_.y + at * H + j, lanes);
+        Cell::backward(g, gc, saved, h, h_before, c_before, da, db);
+        for (int k = 0; k < G; ++k) {
+          da[k].store(s_.dgates + (at * G + k) * H + j, lanes);
+          if constexpr (Cell::splits) db[k].store(s_.dh_gates + (at * G + k) * H + j, lanes);
+          db[k].store(da_.get() + (row * G + k) * H + j, lanes);
+        }
+        if constexpr (Cell::has_cell) gc.store(dc_.get() + row * H + j, lanes);
+        if (s_.w_hr == nullptr) g.store(dh + j, lanes);
+      });
+    }
+  }
+  // 4. to the state before, by the recurrent product
+  void send(int64_t i, int64_t begin, int64_t end, int64_t first, int64_t last) {
+    end = std::min(end, s_.steps.count(s_.step(d_, i)));
+    for (int64_t p = first; p < last; ++p)
+      multiply_rows<4>(da_.get(), G * s_.H, recurrent_.panel(p), G * s_.H, begin, end,
+                       [&](int64_t row, const acc_t* sum) {
+                         for (int v = 0; v < 4; ++v)
+                           one_vector<acc_t>((p * 4 + v) * W, s_.P, [&](int64_t unit, auto lanes) {
+                             acc_t* to = dh_.get() + row * s_.P + unit;
+                             // what passes by the product: nothing, or z dh of a GRU
+                             V value = V::load(sum + v * W);
+                             if constexpr (Cell::splits) value += V::load(to, lanes);
+                             value.store(to, lanes);
+                           });
+                       });
+  }
+  // Gradients of the initial states, after all steps.
+  void emit(int64_t begin, int64_t end) {
+    const int64_t B = s_.steps.B, P = s_.P, H = s_.H;
+    for (int64_t row = begin; row < end; ++row) {
+      each_vector<acc_t>(P, [&](int64_t j, auto lanes) {
+        V::load(dh_.get() + row * P + j, lanes).store(s_.dh0 + (d_ * B + row) * P + j, lanes);
+      });
+      if constexpr (Cell::has_cell)
+        each_vector<acc_t>(H, [&](int64_t j, auto lanes) {
+          V::load(dc_.get() + row * H + j, lanes).store(s_.dc0 + (d_ * B + row) * H + j, lanes);
+        });
+    }
+  }
+
+ private:
+  const recurrent::Sequence<T>& s_;
+  int64_t d_;
+  Panels<acc_t, 4> recurrent_, projection_;
+  Buffer<acc_t> dh_, dc_, dm_, da_;
+};
+
+// Chunks of rows, one for each thread, all through all steps; or, where rows are few, all threads on each step.
+struct RowChunks {
+  int64_t chunks, B;
+  bool by_rows;
+  RowChunks(int64_t rows, int64_t D) : B(rows) {
+    const int64_t threads = thread_count();
+    chunks = std::min(ceil_div(threads, D), ceil_div(rows, 2));
+    by_rows = threads == 1 || chunks * D >= threads;
+  }
+  int64_t begin(int64_t chunk) const { return B * chunk / chunks; }
+};
+// Multiply-adds worth a thread's while.
+inline constexpr int64_t sequence_grain = 65536;
+
+template <class Cell, class T>
+void layer_forward(const OpScope&, const recurrent::Sequence<T>& s) {
+  const int64_t T_ = s.steps.T, B = s.steps.B;
+  if (B == 0) return;
+  const RowChunks rows(B, s.D);
+  auto all = [&](SequenceForward<Cell, T>& run, int64_t begin, int64_t end) {
+    run.emit(-1, begin, end);
+    for (int64_t i = 0; i < T_; ++i) {
+      run.step(i, begin, end, 0, run.panels());
+      if (s.w_hr != nullptr) run.project(i, begin, end, 0, run.panels_of_projection());
+      run.emit(i, begin, end);
+    }
+  };
+  std::vector<std::unique_ptr<SequenceForward<Cell, T>>> runs;
+  for (int64_t d = 0; d < s.D; ++d) runs.push_back(std::make_unique<SequenceForward<Cell, T>>(s, d));
+  if (rows.by_rows)
+    return parallel_for(s.D * rows.chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t chunk = k % rows.chunks;
+        all(*runs[k / rows.chunks], rows.begin(chunk), rows.begin(chunk + 1));
+      }
+    });
+  for (auto& run : runs) {
+    const int64_t grain = ceil_div(sequence_grain, run->work() * B);
+    run->emit(-1, 0, B);
+    for (int64_t i = 0; i < T_; ++i) {
+      parallel_for(run->panels(), grain, [&](int64_t first, int64_t last) { run->step(i, 0, B, first, last); });
+      if (s.w_hr != nullptr)
+        parallel_for(run->panels_of_projection(), grain,
+                     [&](int64_t first, int64_t last) { run->project(i, 0, B, first, last); });
+      run->emit(i, 0, B);
+    }
+  }
+}
+
+template <class Cell, class T>
+void layer_backward(const OpScope&, const recurrent::Sequence<T>& s) {
+  const int64_t T_ = s.steps.T, B = s.steps.B;
+  if (B == 0) return;
+  const RowChunks rows(B, s.D);
+  auto all = [&](SequenceBackward<Cell, T>& run, int64_t begin, int64_t end) {
+    for (int64_t i = T_ - 1; i >= 0; --i) {
+      run.receive(i, begin, end);
+      if (s.w_hr != nullptr) run.unproject(i, begin, end, 0, run.panels_of_projection());
+      run.cell(i, begin, end);
+      run.send(i, begin, end, 0, run.panels());
+    }
+    run.emit(begin, end);
+  };
+  std::vector<std::unique_ptr<SequenceBackward<Cell, T>>> runs;
+  for (int64_t d = 0; d < s.D; ++d) runs.push_back(std::make_unique<SequenceBackward<Cell, T>>(s, d));
+  if (rows.by_rows)
+    return parallel_for(s.D * rows.chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t chunk = k % rows.chunks;
+        all(*runs[k / rows.chunks], rows.begin(chunk), rows.begin(chunk + 1));
+      }
+    });
+  for (auto& run : runs) {
+    const int64_t grain = ceil_div(sequence_grain, run->work() * B);
+    for (int64_t i = T_ - 1; i >= 0; --i) {
+      run->receive(i, 0, B);
+      if (s.w_hr != nullptr)
+        parallel_for(run->panels_of_projection(), grain,
+                     [&](int64_t first, int64_t last) { run->unproject(i, 0, B, first, last); });
+      run->cell(i, 0, B);
+      parallel_for(run->panels(), grain, [&](int64_t first, int64_t last) { run->send(i, 0, B, first, last); });
+    }
+    run->emit(0, B);
+  }
+}
+
+}  // namespace pyops::PYOPS_CPU_CAPABILITY

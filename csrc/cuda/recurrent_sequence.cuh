@@ -1,0 +1,480 @@
+// A layer of a recurrent network over all steps, in one persistent launch: each block keeps the recurrent weights of
+// its hidden units in shared memory, and all blocks meet at a grid barrier between two steps. Where the weights of a
+// layer do not fit into the shared memory of all blocks, the same kernel is launched once per step and reads them from
+// L2.
+//
+// A warp multiplies 4 rows of weights with 8 rows of states, its lanes sharing the sum over K; 31 shuffles leave the 32
+// sums on the 32 lanes. The 4 rows are the gates of one unit (forward) or 4 units (backward, and cells of one gate).
+#pragma once
+
+#include "cuda/math.cuh"
+
+#include "common/recurrent.h"
+#include "common/tensor.h"
+
+namespace pyops {
+
+inline constexpr int sequence_threads = 256, tile_rows = 8, tile_weights = 4;
+
+// What the kernels need beside the layer itself. c and direct [D, B, H]: state and gradient between two steps in the
+// type of sums. m [D, B, H]: what a projection multiplies.
+template <class T>
+struct SequenceWork {
+  accumulate_t<T>*c, *direct;
+  T* m;
+  unsigned* barrier;
+  const T *w_hh_t, *w_hr_t;  // backward: [D, P, gates H] and [D, H, P]
+  int blocks_per_direction;
+  int64_t begin, end;  // steps of this launch
+  int phase;           // 0: all of them, with barriers; 1, 2: this part of one step
+};
+
+// After it, lane l holds the sum over all lanes of v[l].
+template <class A>
+PYOPS_DEVICE A sum_to_lanes(A (&v)[32]) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+  for (int half = 16; half >= 1; half /= 2) {
+    const bool upper = (lane & half) != 0;
+#pragma unroll
+    for (int j = 0; j < half; ++j) {
+      const A mine = upper ? v[j + half] : v[j], theirs = upper ? v[j] : v[j + half];
+      v[j] = mine + __shfl_xor_sync(0xffffffffu, theirs, half);
+    }
+  }
+  return v[0];
+}
+
+// Elements k and, of two-byte types, k + 1 of a row of K: one 4-byte access where rows allow it.
+template <class T, int N, class A>
+PYOPS_DEVICE void load_some(const T* p, int64_t k, int64_t K, bool paired, A (&to)[N]) {
+  if constexpr (N == 1) {
+    to[0] = k < K ? A(to_acc(p[k])) : A(0);
+  } else if (paired) {
+    const Vec<T, 2> v = k < K ? load_vec<2>(p + k) : Vec<T, 2>{};
+    to[0] = k < K ? A(to_acc(v[0])) : A(0), to[1] = k < K ? A(to_acc(v[1])) : A(0);
+  } else {
+    to[0] = k < K ? A(to_acc(p[k])) : A(0), to[1] = k + 1 < K ? A(to_acc(p[k + 1])) : A(0);
+  }
+}
+
+// The product of weights[4] and states[8], each K numbers: lane l gets weights[l / 8] · states[l % 8]. Null rows are 0.
+template <class T>
+PYOPS_DEVICE accumulate_t<T> tile_dot(const T* const (&weights)[tile_weights], const T* const (&states)[tile_rows],
+                                      int64_t K) {
+  using A = accumulate_t<T>;
+  constexpr int N = sizeof(T) == 2 ? 2 : 1;
+  const int64_t lane = threadIdx.x % 32;
+  const bool paired = K % 2 == 0;
+  A sum[32]{};
+  for (int64_t k = lane * N; k < K; k += 32 * N) {
+    A w[tile_weights][N]{};
+#pragma unroll
+    for (int i = 0; i < tile_weights; ++i)
+      if (weights[i] != nullptr) load_some<T, N>(weights[i], k, K, paired, w[i]);
+#pragma unroll
+    for (int r = 0; r < tile_rows; ++r) {
+      if (states[r] == nullptr) continue;
+      A h[N];
+      load_some<T, N>(states[r], k, K, paired, h);
+#pragma unroll
+      for (int i = 0; i < tile_weights; ++i)
+#pragma unroll
+        for (int n = 0; n < N; ++n) sum[i * tile_rows + r] += w[i][n] * h[n];
+    }
+  }
+  return sum_to_lanes(sum);
+}
+
+// [0, n) cut into `parts`: part i.
+struct Slice {
+  int64_t begin, end;
+  PYOPS_HOST_DEVICE static Slice of(int64_t n, int parts, int i) {
+    const int64_t size = ceil_div(n, parts);
+    return {size * i < n ? size * i : n, size * (i + 1) < n ? size * (i + 1) : n};
+  }
+  PYOPS_HOST_DEVICE int64_t size() const { return end - begin; }
+};
+
+// Copies rows [units of the slice][gates][K] of w [gates, H, K] (gates = 1: [H, K]) into shared memory.
+template <class T>
+PYOPS_DEVICE void keep_weights(T* shared, const T* w, Slice slice, int gates, int64_t H, int64_t K) {
+  const int64_t total = slice.size() * gates * K;
+  for (int64_t i = threadIdx.x; i < total; i += blockDim.x) {
+    const int64_t unit = i / (gates * K), gate = i / K % gates;
+    shared[i] = w[(gate * H + slice.begin + unit) * K + i % K];
+  }
+  __syncthreads();
+}
+
+// Where this launch stands: direction, and whether weights are resident.
+struct Place {
+  int d, part;
+  PYOPS_DEVICE explicit Place(int blocks_per_direction)
+      : d(static_cast<int>(blockIdx.x) / blocks_per_direction),
+        part(static_cast<int>(blockIdx.x) % blocks_per_direction) {}
+};
+
+// Calls item(unit, row) for tiles of `units_per_tile` units of the slice and 8 rows, a warp each.
+template <class F>
+PYOPS_DEVICE void each_tile(Slice slice, int64_t rows, int units_per_tile, F&& item) {
+  const int64_t groups = ceil_div(rows, tile_rows), tiles = ceil_div(slice.size(), units_per_tile) * groups;
+  for (int64_t i = threadIdx.x / 32; i < tiles; i += blockDim.x / 32)
+    item(slice.begin + i / groups * units_per_tile, i % groups * tile_rows);
+}
+
+template <class Cell, class T>
+struct ForwardStep {
+  using A = accumulate_t<T>;
+  static constexpr int G = Cell::gates;
+  static constexpr int units_per_tile = G == 1 ? 4 : 1;
+  const recurrent::Sequence<T>& s;
+  const SequenceWork<T>& work;
+  Slice slice;
+  int d;
+  const T* shared;  // null: weights are read from memory
+
+  PYOPS_DEVICE const T* weights(int64_t unit, int gate) const {
+    if (unit >= slice.end) return nullptr;
+    if (shared != nullptr) return shared + ((unit - slice.begin) * G + gate) * s.P;
+    return s.w_hh + ((static_cast<int64_t>(d) * G + gate) * s.H + unit) * s.P;
+  }
+  PYOPS_DEVICE const T* state(int64_t t, int64_t row) const {
+    const int64_t at = s.row_at(s.before(d, t), row);
+    return at >= 0 ? s.y + (at * s.D + d) * s.P : s.h0 + (d * s.steps.B + row) * s.P;
+  }
+  PYOPS_DEVICE void last_state(int64_t t, int64_t row, int64_t unit, T value) const {
+    if (row >= s.steps.count(s.after(d, t))) s.h_n[(d * s.steps.B + row) * s.P + unit] = value;
+  }
+
+  PYOPS_DEVICE void cells(int64_t t) const {
+    const int64_t rows = s.steps.count(t), first = s.steps.first(t);
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    each_tile(slice, rows, units_per_tile, [&](int64_t unit, int64_t row0) {
+      const T *w[tile_weights], *h[tile_rows];
+#pragma unroll
+      for (int i = 0; i < tile_weights; ++i) w[i] = G == 1 ? weights(unit + i, 0) : i < G ? weights(unit, i) : nullptr;
+#pragma unroll
+      for (int r = 0; r < tile_rows; ++r) h[r] = row0 + r < rows ? state(t, row0 + r) : nullptr;
+      const A sum = tile_dot<T>(w, h, s.P);
+      // Gates of one unit: lanes 0 to 7 collect those of their row. One gate: every lane has its own unit.
+      A b[G];
+      const int64_t row = row0 + lane % tile_rows;
+      if constexpr (G == 1) {
+        b[0] = sum, unit += lane / tile_rows;
+      } else {
+#pragma unroll
+        for (int k = 0; k < G; ++k) b[k] = __shfl_sync(0xffffffffu, sum, k * tile_rows + lane % tile_rows);
+        if (lane >= tile_rows) return;
+      }
+      if (row < rows && unit < slice.end) update(t, row, first + row, unit, b);
+    });
+  }
+
+  PYOPS_DEVICE void update(int64_t t, int64_t row, int64_t n, int64_t unit, A (&b)[G]) const {
+    const int64_t at = n * s.D + d, own = (d * s.steps.B + row) * s.H + unit;
+    const bool starts = s.row_at(s.before(d, t), row) < 0;
+    A a[G], h{}, c{}, saved[recurrent::saved_slots<Cell>]{};
+#pragma unroll
+    for (int k = 0; k < G; ++k) a[k] = to_acc(s.gates[(at * G + k) * s.H + unit]);
+    if constexpr (Cell::splits) {
+      h = to_acc(state(t, row)[unit]);
+      if (s.b_n != nullptr) b[G - 1] += to_acc(s.b_n[d * s.H + unit]);
+    }
+    if constexpr (Cell::has_cell) c = starts ? A(to_acc(s.c0[own])) : work.c[own];
+    Cell::forward(a, b, h, c, saved);
+    if constexpr (Cell::has_cell) {
+      work.c[own] = c;
+      if (s.cells != nullptr) s.cells[at * s.H + unit] = from_acc<T>(c);
+      if (row >= s.steps.count(s.after(d, t))) s.c_n[own] = from_acc<T>(c);
+    }
+    if (s.saved != nullptr)
+#pragma unroll
+      for (int k = 0; k < Cell::saved; ++k) s.saved[(at * Cell::saved + k) * s.H + unit] = from_acc<T>(saved[k]);
+    if (s.w_hr != nullptr) {
+      work.m[own] = from_acc<T>(h);
+    } else {
+      s.y[at * s.P + unit] = from_acc<T>(h);
+      last_state(t, row, unit, from_acc<T>(h));
+    }
+  }
+
+  PYOPS_DEVICE void project(int64_t t) const {
+    const int64_t rows = s.steps.count(t), first = s.steps.first(t);
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const Slice mine = Slice::of(s.P, work.blocks_per_direction, Place(work.blocks_per_direction).part);
+    each_tile(mine, rows, tile_weights, [&](int64_t unit, int64_t row0) {
+      const T *w[tile_weights], *m[tile_rows];
+#pragma unroll
+      for (int i = 0; i < tile_weights; ++i) w[i] = unit + i < mine.end ? s.w_hr + (d * s.P + unit + i) * s.H : nullptr;
+#pragma unroll
+      for (int r = 0; r < tile_rows; ++r) m[r] = row0 + r < rows ? work.m + (d * s.steps.B + row0 + r) * s.H : nullptr;
+      const T h = from_acc<T>(tile_dot<T>(w, m, s.H));
+      const int64_t row = row0 + lane % tile_rows;
+      unit += lane / tile_rows;
+      if (row >= rows || unit >= mine.end) return;
+      s.y[((first + row) * s.D + d) * s.P + unit] = h;
+      last_state(t, row, unit, h);
+    });
+  }
+};
+
+template <class Cell, class T>
+__global__ void sequence_forward_kernel(recurrent::Sequence<T> s, SequenceWork<T> work) {
+  const Place place(work.blocks_per_direction);
+  const Slice slice = Slice::of(s.H, work.blocks_per_direction, place.part);
+  T* shared = nullptr;
+  if (work.phase == 0) {
+    shared = &shared_storage<T>();
+    keep_weights(shared, s.w_hh + place.d * Cell::gates * s.H * s.P, slice, Cell::gates, s.H, s.P);
+  }
+  const ForwardStep<Cell, T> step{s, work, slice, place.d, shared};
+  for (int64_t i = work.begin; i < work.end; ++i) {
+    const int64_t t = s.step(place.d, i);
+    if (work.phase != 2) step.cells(t);
+    if (work.phase == 0) grid_sync(work.barrier);
+    if (s.w_hr == nullptr) continue;
+    if (work.phase != 1) step.project(t);
+    if (work.phase == 0) grid_sync(work.barrier);
+  }
+}
+
+template <class Cell, class T>
+struct BackwardStep {
+  using A = accumulate_t<T>;
+  static constexpr int G = Cell::gates;
+  const recurrent::Sequence<T>& s;
+  const SequenceWork<T>& work;
+  Slice slice;
+  int d;
+  const T* shared;
+
+  // Gradients of the recurrent pre-activations of step t.
+  PYOPS_DEVICE const T* sent(int64_t t, int64_t row) const {
+    const T* from = Cell::splits ? s.dh_gates : s.dgates;
+    return from + ((s.steps.first(t) + row) * s.D + d) * G * s.H;
+  }
+
+  // Step t, or -1 after the last: what step `later` sent goes through w_hh to the states that step t made.
+  PYOPS_DEVICE void states(int64_t t, int64_t later) const {
+    const int64_t now = t >= 0 ? s.steps.count(t) : 0, then = s.steps.count(later), rows = now > then ? now : then;
+    const int64_t K = G * s.H;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    each_tile(slice, rows, tile_weights, [&](int64_t unit, int64_t row0) {
+      const T *w[tile_weights], *g[tile_rows];
+#pragma unroll
+      for (int i = 0; i < tile_weights; ++i) {
+        w[i] = unit + i >= slice.end ? nullptr
+               : shared != nullptr   ? shared + (unit + i - slice.begin) * K
+                                     : work.w_hh_t + (static_cast<int64_t>(d) * s.P + unit + i) * K;
+      }
+#pragma unroll
+      for (int r = 0; r < tile_rows; ++r) g[r] = row0 + r < then ? sent(later, row0 + r) : nullptr;
+      A dh = tile_dot<T>(w, g, K);
+      const int64_t row = row0 + lane % tile_rows;
+      unit += lane / tile_rows;
+      if (row >= rows || unit >= slice.end) return;
+      const int64_t own = (d * s.steps.B + row) * s.P + unit;
+      if (row >= then) dh = s.dh_n != nullptr ? A(to_acc(s.dh_n[own])) : A(0);
+      if constexpr (Cell::splits)
+        if (row < then) dh += work.direct[own];
+      if (row >= now) {
+        s.dh0[own] = from_acc<T>(dh);
+        return;
+      }
+      const int64_t at = (s.steps.first(t) + row) * s.D + d;
+      if (s.dy != nullptr) dh += to_acc(s.dy[at * s.P + unit]);
+      if (s.w_hr != nullptr)
+        s.dh[at * s.P + unit] = from_acc<T>(dh);
+      else
+        cell(t, row, unit, dh);
+    });
+    if constexpr (Cell::has_cell)
+      if (s.w_hr == nullptr) ended(t, later);
+  }
+
+  // With a projection: through it, to the cells of step t.
+  PYOPS_DEVICE void cells(int64_t t, int64_t later) const {
+    const int64_t now = t >= 0 ? s.steps.count(t) : 0;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const Slice mine = Slice::of(s.H, work.blocks_per_direction, Place(work.blocks_per_direction).part);
+    each_tile(mine, now, tile_weights, [&](int64_t unit, int64_t row0) {
+      const T *w[tile_weights], *g[tile_rows];
+#pragma unroll
+      for (int i = 0; i < tile_weights; ++i)
+        w[i] = unit + i < mine.end ? work.w_hr_t + (d * s.H + unit + i) * s.P : nullptr;
+#pragma unroll
+      for (int r = 0; r < tile_rows; ++r)
+        g[r] = row0 + r < now ? s.dh + ((s.steps.first(t) + row0 + r) * s.D + d) * s.P : nullptr;
+      const A dm = tile_dot<T>(w, g, s.P);
+      const int64_t row = row0 + lane % tile_rows;
+      unit += lane / tile_rows;
+      if (row < now && unit < mine.end) cell(t, row, unit, dm);
+    });
+    if constexpr (Cell::has_cell) ended(t, later);
+  }
+
+  // dc of sequences that began with step `later`.
+  PYOPS_DEVICE void ended(int64_t t, int64_t later) const {
+    const int64_t now = t >= 0 ? s.steps.count(t) : 0, then = s.steps.count(later);
+    const Slice mine = Slice::of(s.H, work.blocks_per_direction, Place(work.blocks_per_direction).part);
+    for (int64_t i = threadIdx.x; now < then && i < (then - now) * mine.size(); i += blockDim.x) {
+      const int64_t own = (d * s.steps.B + now + i / mine.size()) * s.H + mine.begin + i % mine.size();
+      s.dc0[own] = from_acc<T>(work.c[own]);
+    }
+  }
+
+  PYOPS_DEVICE void cell(int64_t t, int64_t row, int64_t unit, A dh) const {
+    const int64_t H = s.H, at = (s.steps.first(t) + row) * s.D + d, own = (d * s.steps.B + row) * H + unit;
+    const int64_t earlier = s.row_at(s.before(d, t), row);
+    const bool ends = s.row_at(s.after(d, t), row) < 0;
+    A dc{}, h{}, h_before{}, c_before{}, saved[recurrent::saved_slots<Cell>]{}, da[G], db[G];
+#pragma unroll
+    for (int k = 0; k < Cell::saved; ++k) saved[k] = to_acc(s.saved[(at * Cell::saved + k) * H + unit]);
+    if constexpr (Cell::has_cell) {
+      if (!ends) dc = work.c[own];
+      if (ends && s.dc_n != nullptr) dc = to_acc(s.dc_n[own]);
+      c_before = earlier >= 0 ? to_acc(s.cells[(earlier * s.D + d) * H + unit]) : to_acc(s.c0[own]);
+    }
+    if constexpr (Cell::splits)
+      h_before = earlier >= 0 ? to_acc(s.y[(earlier * s.D + d) * H + unit]) : to_acc(s.h0[own]);
+    if constexpr (G == 1) h = to_acc(s.y[at * H + unit]);
+    Cell::backward(dh, dc, saved, h, h_before, c_before, da, db);
+#pragma unroll
+    for (int k = 0; k < G; ++k) {
+      s.dgates[(at * G + k) * H + unit] = from_acc<T>(da[k]);
+      if constexpr (Cell::splits) s.dh_gates[(at * G + k) * H + unit] = from_acc<T>(db[k]);
+    }
+    if constexpr (Cell::has_cell) work.c[own] = dc;
+    if constexpr (Cell::splits) work.direct[own] = dh;
+  }
+};
+
+template <class Cell, class T>
+__global__ void sequence_backward_kernel(recurrent::Sequence<T> s, SequenceWork<T> work) {
+  const Place place(work.blocks_per_direction);
+  const Slice slice = Slice::of(s.P, work.blocks_per_direction, place.part);
+  const int64_t K = Cell::gates * s.H;
+  T* shared = nullptr;
+  if (work.phase == 0) {
+    shared = &shared_storage<T>();
+    keep_weights(shared, work.w_hh_t + place.d * s.P * K, slice, 1, s.P, K);
+  }
+  const BackwardStep<Cell, T> step{s, work, slice, place.d, shared};
+  // One more than there are steps: the last one gives the gradients of the initial states.
+  for (int64_t i = work.begin; i < work.end; ++i) {
+    const int64_t at = s.steps.T - 1 - i;
+    const int64_t t = at >= 0 ? s.step(place.d, at) : -1, later = at + 1 < s.steps.T ? s.step(place.d, at + 1) : -1;
+    if (work.phase != 2) step.states(t, later);
+    if (work.phase == 0) grid_sync(work.barrier);
+    if (s.w_hr == nullptr) continue;
+    if (work.phase != 1) step.cells(t, later);
+    if (work.phase == 0) grid_sync(work.barrier);
+  }
+}
+
+// to[j, i] = from[i, j] for each of D matrices [rows, columns].
+template <class T>
+__global__ void transpose_kernel(const T* from, T* to, int64_t D, int64_t rows, int64_t columns) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x, size = rows * columns;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < D * size; i += stride)
+    to[i] = from[i / size * size + i % rows * columns + i % size / rows];
+}
+template <class T>
+void transpose(const T* from, T* to, int64_t D, int64_t rows, int64_t columns, cudaStream_t stream) {
+  launch(transpose_kernel<T>,
+         {.grid = dim3(static_cast<unsigned>(std::min<int64_t>(ceil_div(D * rows * columns, 256), 65535))),
+          .block = dim3(256),
+          .stream = stream},
+         from, to, D, rows, columns);
+}
+
+// One persistent launch where the weights of `units` units of K numbers each fit, else a launch for each step.
+template <class Kernel, class T>
+void run_sequence(Kernel kernel, const recurrent::Sequence<T>& s, SequenceWork<T> work, int64_t units, int64_t bytes,
+                  int64_t steps, cudaStream_t stream) {
+  if (steps == 0) return;
+  const auto grid = [&] { return dim3(static_cast<unsigned>(work.blocks_per_direction * s.D)); };
+  const int64_t most = std::max<int64_t>(multiprocessor_count() / s.D, 1);
+  // No more blocks than keep every warp busy with a tile.
+  work.blocks_per_direction = static_cast<int>(std::min(most, ceil_div(units, 4)));
+  const size_t shared = static_cast<size_t>(ceil_div(units, work.blocks_per_direction) * bytes);
+  work.begin = 0, work.end = steps, work.phase = 0;
+  if (shared <= static_cast<size_t>(shared_memory_limit()) &&
+      work.blocks_per_direction * s.D <= max_cooperative_blocks(kernel, sequence_threads, shared)) {
+    zero_memory(work.barrier, sizeof(unsigned), stream);
+    launch(kernel,
+           {.grid = grid(), .block = dim3(sequence_threads), .smem = shared, .stream = stream, .cooperative = true}, s,
+           work);
+    return;
+  }
+  work.blocks_per_direction = static_cast<int>(std::min<int64_t>(ceil_div(units, 8), most * 4));
+  for (int64_t i = 0; i < steps; ++i) {
+    work.begin = i, work.end = i + 1;
+    for (work.phase = 1; work.phase <= (s.w_hr != nullptr ? 2 : 1); ++work.phase)
+      launch(kernel, {.grid = grid(), .block = dim3(sequence_threads), .stream = stream}, s, work);
+  }
+}
+
+// Initial states go straight to the final ones where there are no steps.
+template <class T>
+__global__ void copy_kernel(const T* from, T* to, int64_t n) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x)
+    to[i] = from != nullptr ? from[i] : from_acc<T>(accumulate_t<T>(0));
+}
+template <class T>
+void copy(const T* from, T* to, int64_t n, cudaStream_t stream) {
+  launch(copy_kernel<T>,
+         {.grid = dim3(static_cast<unsigned>(std::min<int64_t>(ceil_div(n, 256), 1024))),
+          .block = dim3(256),
+          .stream = stream},
+         from, to, n);
+}
+
+template <class Cell, class T>
+void layer_forward(const OpScope& op, const recurrent::Sequence<T>& s) {
+  using A = accumulate_t<T>;
+  const auto stream = static_cast<cudaStream_t>(op.stream());
+  const int64_t B = s.steps.B, D = s.D;
+  if (B == 0) return;
+  if (s.steps.T == 0) {
+    copy(s.h0, s.h_n, D * B * s.P, stream);
+    if (Cell::has_cell) copy(s.c0, s.c_n, D * B * s.H, stream);
+    return;
+  }
+  Tensor c = op.empty<A>({Cell::has_cell ? D * B * s.H : 0}), m = op.empty<T>({s.w_hr != nullptr ? D * B * s.H : 0});
+  Tensor barrier = op.empty<int32_t>({1});
+  SequenceWork<T> work{};
+  work.c = op.out<A>(c, "c", {c.numel()}), work.m = op.out<T>(m, "m", {m.numel()});
+  work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
+  run_sequence(sequence_forward_kernel<Cell, T>, s, work, s.H, Cell::gates * s.P * static_cast<int64_t>(sizeof(T)),
+               s.steps.T, stream);
+}
+
+template <class Cell, class T>
+void layer_backward(const OpScope& op, const recurrent::Sequence<T>& s) {
+  using A = accumulate_t<T>;
+  const auto stream = static_cast<cudaStream_t>(op.stream());
+  const int64_t B = s.steps.B, D = s.D, K = Cell::gates * s.H;
+  if (B == 0) return;
+  if (s.steps.T == 0) {
+    copy(s.dh_n, s.dh0, D * B * s.P, stream);
+    if (Cell::has_cell) copy(s.dc_n, s.dc0, D * B * s.H, stream);
+    return;
+  }
+  Tensor c = op.empty<A>({Cell::has_cell ? D * B * s.H : 0}), direct = op.empty<A>({Cell::splits ? D * B * s.H : 0});
+  Tensor w_hh_t = op.empty<T>({D * s.P * K}), w_hr_t = op.empty<T>({s.w_hr != nullptr ? D * s.P * s.H : 0});
+  Tensor barrier = op.empty<int32_t>({1});
+  SequenceWork<T> work{};
+  work.c = op.out<A>(c, "dc", {c.numel()}), work.direct = op.out<A>(direct, "direct", {direct.numel()});
+  work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
+  T *pw = op.out<T>(w_hh_t, "w_hh_t", {D * s.P * K}), *pr = op.out<T>(w_hr_t, "w_hr_t", {w_hr_t.numel()});
+  transpose(s.w_hh, pw, D, K, s.P, stream);
+  if (s.w_hr != nullptr) transpose(s.w_hr, pr, D, s.P, s.H, stream);
+  work.w_hh_t = pw, work.w_hr_t = pr;
+  run_sequence(sequence_backward_kernel<Cell, T>, s, work, s.P, K * static_cast<int64_t>(sizeof(T)), s.steps.T + 1,
+               stream);
+}
+
+}  // namespace pyops
