@@ -121,7 +121,13 @@ def test_sequence_refuses(args, kind, words):
 
 
 def test_module_refuses_as_torch():
-    for args in ((torch.ones(3, 2, 4),), (torch.ones(3),), (X3, (H0[0], H0[0])), (X3.double(),)):
+    for args in (
+        (torch.ones(3, 2, 4),),
+        (torch.ones(0, 2, 3),),
+        (torch.ones(3),),
+        (X3, (H0[0], H0[0])),
+        (X3.double(),),
+    ):
         same_refusal(nn.LSTM(3, 4), torch.nn.LSTM(3, 4), *args)
 
 
@@ -166,3 +172,9 @@ def test_derivatives_of_packed_sequences():
     inputs = [t.requires_grad_() for t in (x.data, *states)]
     torch.autograd.gradcheck(outputs, inputs, check_forward_ad=True)
     torch.autograd.gradgradcheck(outputs, inputs, check_fwd_over_rev=True)
+
+
+def test_a_module_compiles_into_one_graph():
+    network, x = nn.LSTM(3, 4, 2), torch.randn(5, 2, 3)
+    with torch._dynamo.config.patch(allow_rnn=True):  # torch breaks the graph at these modules unless told
+        equal(tuple(torch.compile(network, backend="aot_eager", fullgraph=True)(x)), tuple(network(x)))

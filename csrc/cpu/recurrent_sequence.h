@@ -22,8 +22,9 @@ inline constexpr int panel_rows = 6;
 #else
 inline constexpr int panel_rows = 2;
 #endif
-// Sums are taken in blocks of so many products, as in cpu/gemm.h: rounding grows with the root of a block.
-inline constexpr int64_t panel_block = 128;
+// Products that are summed before the sum goes to the others: a piece of a panel stays in the first cache, and rounding
+// grows with the root of a block, as in cpu/gemm.h.
+inline constexpr int64_t panel_block = 64;
 
 // A matrix [K, columns] cut into panels of `vectors` vectors of columns: panel, k, vector, lane. Missing columns are 0.
 template <class acc_t, int vectors>
@@ -31,89 +32,117 @@ class Panels {
  public:
   static constexpr int64_t W = Vec<acc_t>::width, width = vectors * W;
 
-  // source(k, panel, v, lane) says where in memory an element stands, or null.
-  template <class Source>
-  Panels(int64_t count, int64_t K, const Source& source) : count_(count), K_(K), data_(count * K * width) {
+  // column(panel, v, lane) is where a column begins, or null; its elements are `step` apart. Lanes of a vector that has
+  // all its columns are neighbours in memory where step is not 1.
+  template <class Column>
+  Panels(int64_t count, int64_t K, int64_t step, const Column& column)
+      : count_(count), K_(K), data_(count * K * width) {
     parallel_for(count, ceil_div(65536, std::max<int64_t>(K * width, 1)), [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p)
-        for (int v = 0; v < vectors; ++v)
-          for (int64_t k0 = 0; k0 < K; k0 += 16)
-            for (int64_t lane = 0; lane < W; ++lane)
-              for (int64_t k = k0; k < std::min(k0 + 16, K); ++k) {
-                const auto* from = source(k, p, v, lane);
-                data_[((p * K + k) * vectors + v) * W + lane] = from != nullptr ? acc_t(*from) : acc_t(0);
-              }
+        for (int v = 0; v < vectors; ++v) {
+          acc_t* to = data_.get() + (p * K * vectors + v) * W;
+          if (step != 1 && column(p, v, W - 1) != nullptr)
+            for (int64_t k = 0; k < K; ++k) Vec<acc_t>::load(column(p, v, 0) + k * step).store(to + k * width);
+          else
+            transpose(to, K, step, [&](int64_t lane) { return column(p, v, lane); });
+        }
     });
   }
   int64_t count() const { return count_; }
   const acc_t* panel(int64_t p) const { return data_.get() + p * K_ * width; }
-  int64_t K() const { return K_; }
 
  private:
+  // Blocks of 16 elements of all lanes pass through the first cache: whole lines are read and whole vectors written.
+  template <class Column>
+  static void transpose(acc_t* to, int64_t K, int64_t step, const Column& column) {
+    alignas(64) acc_t block[W][16];
+    for (int64_t k0 = 0; k0 < K; k0 += 16) {
+      const int64_t n = std::min<int64_t>(16, K - k0);
+      for (int64_t lane = 0; lane < W; ++lane) {
+        const auto* from = column(lane);
+        if (from != nullptr && step == 1 && n == 16)
+          for (int64_t k = 0; k < 16; k += W) Vec<acc_t>::load(from + k0 + k).store(&block[lane][k]);
+        else
+          for (int64_t k = 0; k < n; ++k) block[lane][k] = from != nullptr ? acc_t(from[(k0 + k) * step]) : acc_t(0);
+      }
+      for (int64_t k = 0; k < n; ++k) {
+        simd::Native<acc_t> line;
+#pragma GCC unroll 16
+        for (int64_t lane = 0; lane < W; ++lane) line[lane] = block[lane][k];
+        Vec<acc_t>(line).store(to + (k0 + k) * width);
+      }
+    }
+  }
+
   int64_t count_, K_;
   Buffer<acc_t> data_;
 };
 
-// total[r][v] = row r of a (rows `stride` apart) times vector v of the panel.
+// total[r][v] += row r of a (rows `stride` apart) times vector v of the panel, over K terms; = where `first`.
 template <int rows, int vectors, class acc_t>
-void panel_product(const acc_t* __restrict__ a, int64_t stride, const acc_t* __restrict__ panel, int64_t K,
+void panel_product(const acc_t* __restrict__ a, int64_t stride, const acc_t* __restrict__ panel, int64_t K, bool first,
                    acc_t* __restrict__ total) {
   using V = Vec<acc_t>;
-  for (int64_t start = 0; start < K; start += panel_block) {
-    const int64_t end = std::min(start + panel_block, K);
-    V sum[rows][vectors];
-    for (int64_t k = start; k < end; ++k) {
-      V right[vectors];
+  V sum[rows][vectors];
+  for (int64_t k = 0; k < K; ++k) {
+    V right[vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) right[v] = V::load(panel + (k * vectors + v) * V::width);
+    for (int v = 0; v < vectors; ++v) right[v] = V::load(panel + (k * vectors + v) * V::width);
 #pragma GCC unroll 6
-      for (int r = 0; r < rows; ++r) {
-        const V left(a[r * stride + k]);
+    for (int r = 0; r < rows; ++r) {
+      const V left(a[r * stride + k]);
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
-      }
+      for (int v = 0; v < vectors; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
     }
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        acc_t* to = total + (r * vectors + v) * V::width;
-        (start == 0 ? sum[r][v] : sum[r][v] + V::load(to)).store(to);
-      }
   }
+#pragma GCC unroll 6
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      acc_t* to = total + (r * vectors + v) * V::width;
+      (first ? sum[r][v] : sum[r][v] + V::load(to)).store(to);
+    }
 }
 
 template <int vectors, class acc_t>
-void panel_product(int64_t rows, const acc_t* a, int64_t stride, const acc_t* panel, int64_t K, acc_t* total) {
+void panel_product(int64_t rows, const acc_t* a, int64_t stride, const acc_t* panel, int64_t K, bool first,
+                   acc_t* total) {
   switch (rows) {
 #if defined(__AVX512F__)
     case 6:
-      return panel_product<6, vectors>(a, stride, panel, K, total);
+      return panel_product<6, vectors>(a, stride, panel, K, first, total);
     case 5:
-      return panel_product<5, vectors>(a, stride, panel, K, total);
+      return panel_product<5, vectors>(a, stride, panel, K, first, total);
     case 4:
-      return panel_product<4, vectors>(a, stride, panel, K, total);
+      return panel_product<4, vectors>(a, stride, panel, K, first, total);
     case 3:
-      return panel_product<3, vectors>(a, stride, panel, K, total);
+      return panel_product<3, vectors>(a, stride, panel, K, first, total);
 #endif
     case 2:
-      return panel_product<2, vectors>(a, stride, panel, K, total);
+      return panel_product<2, vectors>(a, stride, panel, K, first, total);
     default:
-      return panel_product<1, vectors>(a, stride, panel, K, total);
+      return panel_product<1, vectors>(a, stride, panel, K, first, total);
   }
 }
 
-// finish(row, sums[vectors][W] of that row) for rows [begin, end) of a times one panel.
+// finish(row, sums[vectors][W] of that row) for rows [begin, end) of a times one panel. All rows use a piece of the
+// panel while it is in the first cache.
 template <int vectors, class acc_t, class Finish>
 PYOPS_INLINE void multiply_rows(const acc_t* a, int64_t stride, const acc_t* panel, int64_t K, int64_t begin,
                                 int64_t end, const Finish& finish) {
-  constexpr int64_t size = vectors * Vec<acc_t>::width;
-  alignas(64) acc_t total[panel_rows * size];
-  for (int64_t blocks = ceil_div(end - begin, panel_rows), row = begin; blocks > 0; --blocks) {
-    const int64_t rows = ceil_div(end - row, blocks);
-    panel_product<vectors>(rows, a + row * stride, stride, panel, K, total);
-    for (int64_t r = 0; r < rows; ++r) finish(row + r, total + r * size);
-    row += rows;
+  constexpr int64_t width = vectors * Vec<acc_t>::width, most = 4 * panel_rows;
+  alignas(64) acc_t total[most * width];
+  for (; begin < end; begin += most) {
+    const int64_t count = std::min(most, end - begin);
+    for (int64_t k = 0; k < K; k += panel_block) {
+      for (int64_t blocks = ceil_div(count, panel_rows), row = 0; blocks > 0; --blocks) {
+        const int64_t rows = ceil_div(count - row, blocks);
+        panel_product<vectors>(rows, a + (begin + row) * stride + k, stride, panel + k * width,
+                               std::min(panel_block, K - k), k == 0, total + row * width);
+        row += rows;
+      }
+    }
+    for (int64_t row = 0; row < count; ++row) finish(begin + row, total + row * width);
   }
 }
 
@@ -130,9 +159,9 @@ PYOPS_INLINE void one_vector(int64_t i, int64_t count, F&& f) {
 template <class acc_t, class T>
 Panels<acc_t, 4> plain_panels(const T* w, int64_t K, int64_t columns, int64_t step_k, int64_t step_column) {
   constexpr int64_t W = Vec<acc_t>::width;
-  return Panels<acc_t, 4>(ceil_div(columns, 4 * W), K, [=](int64_t k, int64_t p, int64_t v, int64_t lane) {
+  return Panels<acc_t, 4>(ceil_div(columns, 4 * W), K, step_k, [=](int64_t p, int64_t v, int64_t lane) {
     const int64_t column = (p * 4 + v) * W + lane;
-    return column < columns ? w + k * step_k + column * step_column : nullptr;
+    return column < columns ? w + column * step_column : nullptr;
   });
 }
 
@@ -149,10 +178,10 @@ class SequenceForward {
   SequenceForward(const recurrent::Sequence<T>& s, int64_t d)
       : s_(s),
         d_(d),
-        recurrent_(ceil_div(s.H, units * W), s.P,
-                   [&](int64_t k, int64_t p, int64_t v, int64_t lane) {
+        recurrent_(ceil_div(s.H, units * W), s.P, 1,
+                   [&](int64_t p, int64_t v, int64_t lane) {
                      const int64_t unit = (p * units + (G == 1 ? v : 0)) * W + lane, gate = G == 1 ? 0 : v;
-                     return unit < s.H ? s.w_hh + ((d * G + gate) * s.H + unit) * s.P + k : nullptr;
+                     return unit < s.H ? s.w_hh + ((d * G + gate) * s.H + unit) * s.P : nullptr;
                    }),
         projection_(s.w_hr != nullptr ? plain_panels<acc_t>(s.w_hr + d * s.P * s.H, s.H, s.P, 1, s.H)
                                       : plain_panels<acc_t, T>(nullptr, 0, 0, 0, 0)),

@@ -259,6 +259,8 @@ def check_network(op: str, net: Network, states: Sequence[Tensor], gates: int, p
     rank = 3 if net.batch_sizes is None else 2
     if x.dim() != rank:
         check.fail(RuntimeError, op, "input", f"{x.dim()} dimensions", f"{rank}")
+    if net.batch_sizes is None and x.shape[1 if net.batch_first else 0] == 0:
+        check.fail(RuntimeError, op, "input", f"shape {list(x.shape)}", "at least one step")
     per = (4 if net.has_biases else 2) + projects
     if len(net.params) != per * net.num_layers * net.directions:
         expected = f"{per} for each of {net.num_layers} layers and {net.directions} directions"
