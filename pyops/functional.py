@@ -53,6 +53,7 @@ from .ops.elementwise_loss import (
     mse_loss,
     smooth_l1_loss,
 )
+from .ops.fractional_max_pool import fractional_max_pool2d, fractional_max_pool3d
 from .ops.group_norm import group_norm, instance_norm
 from .ops.gru import gru, gru_cell
 from .ops.im2col import fold, unfold
@@ -116,6 +117,8 @@ __all__ = [
     "elu",
     "feature_alpha_dropout",
     "fold",
+    "fractional_max_pool2d",
+    "fractional_max_pool3d",
     "gelu",
     "glu",
     "group_norm",

@@ -32,6 +32,7 @@ from .ops.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, 
 from .ops.cross_entropy import CrossEntropyLoss, NLLLoss
 from .ops.dropout import AlphaDropout, DropConnectLinear, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
 from .ops.elementwise_loss import BCELoss, BCEWithLogitsLoss, HuberLoss, KLDivLoss, L1Loss, MSELoss, SmoothL1Loss
+from .ops.fractional_max_pool import FractionalMaxPool2d, FractionalMaxPool3d
 from .ops.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .ops.gru import GRU, GRUCell
 from .ops.im2col import Fold, Unfold
@@ -98,6 +99,8 @@ __all__ = [
     "Dropout3d",
     "FeatureAlphaDropout",
     "Fold",
+    "FractionalMaxPool2d",
+    "FractionalMaxPool3d",
     "GRUCell",
     "GroupNorm",
     "Hardshrink",

@@ -23,6 +23,7 @@ FLOAT32_ON: dict[str, tuple[str, ...]] = {
     "binary_cross_entropy": ("cpu",),
     **dict.fromkeys((f"{kind}_pool3d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg")), ("cpu",)),
     **dict.fromkeys((f"max_unpool{n}d" for n in (1, 2, 3)), ("cpu",)),
+    **dict.fromkeys((f"fractional_max_pool{n}d" for n in (2, 3)), ("cpu",)),
 }
 
 # op -> device types on which autocast runs it in its low precision: what torch counts with the matrix products.
