@@ -3,6 +3,7 @@ import torch
 
 from pyops import functional as F
 from pyops import nn, use
+from pyops.core import backend as backends
 
 from .harness import agrees_on_every_cpu_capability, passes, refuses, same_refusal
 from .recurrent_harness import NETWORKS, OF_THE_RECIPE, cells_agree, equal, network_case, networks_agree
@@ -178,3 +179,20 @@ def test_a_module_compiles_into_one_graph():
     network, x = nn.LSTM(3, 4, 2), torch.randn(5, 2, 3)
     with torch._dynamo.config.patch(allow_rnn=True):  # torch breaks the graph at these modules unless told
         equal(tuple(torch.compile(network, backend="aot_eager", fullgraph=True)(x)), tuple(network(x)))
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("project", [0, 80])
+def test_weights_beyond_shared_memory(backend, project):
+    """On CUDA one launch for each step then, which reads the weights from memory."""
+    if backend == "triton":
+        pytest.skip("Triton reads weights from memory at any size")
+    theirs = torch.nn.LSTM(2, 96, proj_size=project, bidirectional=True).double()
+    ours = nn.LSTM(2, 96, proj_size=project, bidirectional=True).double()
+    ours.load_state_dict(theirs.state_dict())
+    x, grads = torch.randn(2, 3, 2, dtype=torch.float64), []
+    with backends.backend(backend):
+        equal(ours(x), theirs(x), 1e-10)
+        for module in (ours, theirs):
+            grads.append(torch.autograd.grad(module(x)[0].sin().sum(), tuple(module.parameters())))
+    equal(*grads, 1e-10)
