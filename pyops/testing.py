@@ -389,7 +389,8 @@ def check_op(
         dtypes: dtypes of the accuracy check.
         only: names of checks to run (see ``checks()``); all by default.
         slow: for backends whose calls cost milliseconds: numerical derivatives along random directions only, second
-            ones on the first sample only, without undefined and batched gradients, which do not reach the kernels.
+            ones on the first sample only, without undefined and batched gradients, which do not reach the kernels;
+            determinism and opcheck on the small samples only.
         label: shown as the backend.
 
     Returns:
@@ -409,6 +410,8 @@ def check_op(
 
 def _verdict(case: _Case, check: str, label: str) -> CheckResult:
     function, small_only = _CHECKS[check]
+    if case.slow and function in (_determinism, _opcheck):
+        small_only = any(sample.derivatives for sample in case.op.samples)
     second = False
     for sample in case.op.samples:
         if small_only and not sample.derivatives:
