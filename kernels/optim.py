@@ -113,7 +113,7 @@ def optim_step_kernel(
             s1 = s1 * n1 + g * g * n2
             square = s1
             if USES2:
-                s2 = tl.where((s2 > s1) | (s2 != s2), s2, s1)
+                s2 = tl.where(s2 > s1, s2, s1)
                 square = s2
             p -= size_of_step * s0 / (tl.sqrt(square) * root + n3)
         if USES0:

@@ -5,9 +5,9 @@ with pyops.use(): model(x)             # a model nobody edits
 with pyops.backend("triton"): ...      # force one implementation
 """
 
-from . import functional, nn, vision
+from . import functional, nn, optim, vision
 from .core.backend import backend
 from .core.intercept import use
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", "functional", "nn", "use", "vision"]
+__all__ = ["__version__", "backend", "functional", "nn", "optim", "use", "vision"]

@@ -35,6 +35,7 @@ from .ops.batch_norm import batch_norm
 from .ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from .ops.cross_entropy import cross_entropy, linear_cross_entropy, nll_loss
 from .ops.depthwise_conv import depthwise_conv
+from .ops.distance import cdist, cosine_similarity, gram_matrix, knn, pairwise_distance
 from .ops.dropout import (
     alpha_dropout,
     dropconnect_linear,
@@ -62,6 +63,7 @@ from .ops.lstm import lstm, lstm_cell
 from .ops.margin_loss import multi_margin_loss
 from .ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
 from .ops.mixup import cutmix, mixup
+from .ops.pad import pad
 from .ops.pool import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -98,6 +100,7 @@ __all__ = [
     "batch_norm",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
+    "cdist",
     "celu",
     "conv1d",
     "conv2d",
@@ -106,6 +109,7 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "cosine_similarity",
     "cross_entropy",
     "cutmix",
     "depthwise_conv",
@@ -121,6 +125,7 @@ __all__ = [
     "fractional_max_pool3d",
     "gelu",
     "glu",
+    "gram_matrix",
     "group_norm",
     "gru",
     "gru_cell",
@@ -131,6 +136,7 @@ __all__ = [
     "huber_loss",
     "instance_norm",
     "kl_div",
+    "knn",
     "l1_loss",
     "layer_norm",
     "leaky_relu",
@@ -153,6 +159,8 @@ __all__ = [
     "mse_loss",
     "multi_margin_loss",
     "nll_loss",
+    "pad",
+    "pairwise_distance",
     "prelu",
     "relu",
     "relu6",

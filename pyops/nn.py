@@ -30,6 +30,7 @@ from .ops.attention import MultiheadAttention
 from .ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .ops.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from .ops.cross_entropy import CrossEntropyLoss, NLLLoss
+from .ops.distance import CosineSimilarity, KNeighborsClassifier, PairwiseDistance
 from .ops.dropout import AlphaDropout, DropConnectLinear, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
 from .ops.elementwise_loss import BCELoss, BCEWithLogitsLoss, HuberLoss, KLDivLoss, L1Loss, MSELoss, SmoothL1Loss
 from .ops.fractional_max_pool import FractionalMaxPool2d, FractionalMaxPool3d
@@ -40,6 +41,23 @@ from .ops.layer_norm import LayerNorm
 from .ops.lstm import LSTM, LSTMCell
 from .ops.margin_loss import MultiMarginLoss
 from .ops.max_unpool import MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
+from .ops.pad import (
+    CircularPad1d,
+    CircularPad2d,
+    CircularPad3d,
+    ConstantPad1d,
+    ConstantPad2d,
+    ConstantPad3d,
+    ReflectionPad1d,
+    ReflectionPad2d,
+    ReflectionPad3d,
+    ReplicationPad1d,
+    ReplicationPad2d,
+    ReplicationPad3d,
+    ZeroPad1d,
+    ZeroPad2d,
+    ZeroPad3d,
+)
 from .ops.pool import (
     AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,
@@ -85,12 +103,19 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "CircularPad1d",
+    "CircularPad2d",
+    "CircularPad3d",
+    "ConstantPad1d",
+    "ConstantPad2d",
+    "ConstantPad3d",
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "CosineSimilarity",
     "CrossEntropyLoss",
     "DropConnectLinear",
     "Dropout",
@@ -112,6 +137,7 @@ __all__ = [
     "InstanceNorm2d",
     "InstanceNorm3d",
     "KLDivLoss",
+    "KNeighborsClassifier",
     "L1Loss",
     "LPPool1d",
     "LPPool2d",
@@ -133,11 +159,18 @@ __all__ = [
     "MultiheadAttention",
     "NLLLoss",
     "PReLU",
+    "PairwiseDistance",
     "RMSNorm",
     "RNNCell",
     "RReLU",
     "ReLU",
     "ReLU6",
+    "ReflectionPad1d",
+    "ReflectionPad2d",
+    "ReflectionPad3d",
+    "ReplicationPad1d",
+    "ReplicationPad2d",
+    "ReplicationPad3d",
     "SiLU",
     "Sigmoid",
     "SmoothL1Loss",
@@ -151,4 +184,7 @@ __all__ = [
     "Tanhshrink",
     "Threshold",
     "Unfold",
+    "ZeroPad1d",
+    "ZeroPad2d",
+    "ZeroPad3d",
 ]

@@ -128,7 +128,7 @@ struct Adam {
     s[0] = s[0] + (g - s[0]) * V(keep1);
     s[1] = s[1] * V(beta2) + g * g * V(keep2);
     V square = s[1];
-    if (amsgrad) square = s[2] = max(s[2], s[1]);
+    if (amsgrad) square = s[2] = select(s[2] > s[1], s[2], s[1]);  // v keeps a NaN, so w need not
     p = p - V(pace.size) * s[0] / (sqrt(square) * V(pace.root) + V(eps));
   }
 };
