@@ -267,7 +267,7 @@ class _MultiTensor(torch.optim.Optimizer):
                 step = state.get("step")
                 if step is None:
                     step = state["step"] = self._new_step(p, on_device)
-                elif scaled and p.is_cuda and not step.is_cuda:
+                if scaled and p.is_cuda and not step.is_cuda:
                     # whether this step counts is known on the device only
                     step = state["step"] = step.to(p.device, torch.float32)
                 batch.steps.append(step)
