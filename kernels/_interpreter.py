@@ -1,7 +1,7 @@
 """Mends Triton's interpreter, which runs the kernels where there is no GPU.
 
 Up to Triton 3.9 its ``tl.dot`` of bfloat16 multiplies the raw bits, and float32 becomes bfloat16 by cutting bits off,
-where a GPU rounds to nearest even. Imported by every module that uses ``tl.dot``.
+where a GPU rounds to nearest even. Imported by ``_toolbox``, hence before any kernel runs.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _interpreter  # noqa: F401  mends tl.dot
 from ._math import sigmoid, tanh
 from ._toolbox import SPECIMEN_TYPES, Specimen, accumulate_dtype, cdiv
 

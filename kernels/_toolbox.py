@@ -9,35 +9,14 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from . import _interpreter  # noqa: F401  mends tl.dot and rounding where there is no GPU
+
 # Types of x and of its sums with which specimens are compiled.
 SPECIMEN_TYPES = (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("fp64", "fp64"))
-
-
-def _mend_interpreter() -> None:
-    """tl.dot of bf16 multiplies raw bits in the interpreter of Triton 3.6 to 3.9: it is given fp32 instead."""
-    from triton.runtime import interpreter
-
-    theirs = interpreter.InterpreterBuilder.create_dot
-
-    def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        bits = x.data.view(np.uint16).astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
-
-    def create_dot(self, a, b, *rest):
-        return theirs(self, widened(a), widened(b), *rest)
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
-
-
-if triton.knobs.runtime.interpret:
-    _mend_interpreter()
 
 
 class Specimen(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _conv, _interpreter  # noqa: F401  mends tl.dot of bfloat16
+from . import _conv
 from ._conv import Axis, forward_axis, gradient_axis
 from ._toolbox import Specimen, cdiv, multiprocessors
 

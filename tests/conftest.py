@@ -29,8 +29,22 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("backend", names)
 
 
+# Checks of what is written once for all backends (core/autograd.py): on the slow ones `make test` runs them for one op
+# of each kind, gradients of second order composite, stated, of several outputs; `make check` runs all.
+_OF_THE_RECIPE = {"autocast", "compile", "gradgradcheck", "transforms"}
+_ONE_OF_EACH_KIND = {"layer_norm", "roi_align", "lstm_cell"}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """`test_race` repeats a room's accuracy check under the race detector; elsewhere `test_checks` has it already."""
+    for item in items:
+        given = getattr(item, "callspec", None)
+        if given is None or given.params.get("backend") not in ("emulator", "triton"):
+            continue
+        op = given.params.get("op", item.module.__name__.rpartition("test_")[2])
+        if given.params.get("check") in _OF_THE_RECIPE and op not in _ONE_OF_EACH_KIND:
+            item.add_marker(pytest.mark.slow)
     if library.emulator_flavour() != "race":
         repeated = [item for item in items if item.originalname == "test_race"]
         items[:] = [item for item in items if item not in set(repeated)]

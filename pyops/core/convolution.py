@@ -245,8 +245,12 @@ ALGORITHMS = {
     "3xtf32": "float32 split in two TF32 parts, three products on tensor cores",
 }
 _algorithm = os.environ.get("PYOPS_CONV_ALGORITHM", "")
-if _algorithm not in ALGORITHMS:
-    raise ValueError(f"PYOPS_CONV_ALGORITHM: got {_algorithm!r}, expected one of {', '.join(filter(None, ALGORITHMS))}")
+
+
+def _known(source: str, name: str) -> str:
+    if name not in ALGORITHMS:
+        raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(filter(None, ALGORITHMS))}")
+    return name
 
 
 class conv_algorithm:
@@ -255,7 +259,8 @@ class conv_algorithm:
     Args:
         name: ``"gemm"``, ``"ieee"``, ``"tf32"``, ``"3xtf32"``, or ``""`` for the default table. An algorithm that does
             not apply to a call leaves it to ``"gemm"``; ``pyops explain conv2d`` says which one runs.
-            The environment variable PYOPS_CONV_ALGORITHM does the same at import.
+            The environment variable PYOPS_CONV_ALGORITHM does the same from the start; where it names no algorithm,
+            every convolution raises and says so.
 
     Raises:
         ValueError: an unknown name.
@@ -263,9 +268,7 @@ class conv_algorithm:
 
     def __init__(self, name: str) -> None:
         global _algorithm
-        if name not in ALGORITHMS:
-            raise ValueError(f"conv_algorithm: got {name!r}, expected one of {', '.join(filter(None, ALGORITHMS))}")
-        self._before, _algorithm = _algorithm, name
+        self._before, _algorithm = _algorithm, _known("conv_algorithm", name)
 
     def __enter__(self) -> conv_algorithm:
         return self
@@ -281,6 +284,7 @@ def _tf32_allowed() -> bool:
 
 def algorithm_for(dtype: torch.dtype, backend_name: str, on_gpu: bool) -> str:
     """The algorithm of a call: the chosen one, else that of the default table."""
+    _known("PYOPS_CONV_ALGORITHM", _algorithm)
     if backend_name == "cpu":
         return "gemm"
     if dtype != torch.float32:
