@@ -28,6 +28,7 @@ inline constexpr int tile_rows = 4;
 #endif
 template <class A>
 inline constexpr int64_t panel = 2 * Vec<A>::width;
+inline constexpr int64_t sum_block = 32;  // rows of a gradient that are added before their sum joins the rest
 // Rows that share a panel while it is in the first cache, and the bytes of packed x2 that share the second.
 inline constexpr int64_t block_rows = 96, block_bytes = 256 << 10;
 
@@ -145,14 +146,24 @@ void cdist_gradient(const Metric& metric, const T* dy, const T* dist, Strides at
         }
       const T* others = other + b * R * M;
       each_vector<A>(M, [&](int64_t m, auto lanes) {
-        V sum[tile_rows], mine[tile_rows];
+        V sum[tile_rows], lost[tile_rows], mine[tile_rows];
         for (int64_t k = 0; k < tile_rows; ++k)
           mine[k] = V::load(x + (b * P + first + std::min(k, n - 1)) * M + m, lanes);
-        for (int64_t r = 0; r < R; ++r) {
-          const V theirs = V::load(others + r * M + m, lanes);
+        // One running sum over thousands of rows would lose digits: blocks are added, and what that loses is added to
+        // the next (Kahan 1965, https://doi.org/10.1145/363707.363723).
+        for (int64_t start = 0; start < R; start += sum_block) {
+          V part[tile_rows];
+          for (int64_t r = start; r < std::min(start + sum_block, R); ++r) {
+            const V theirs = V::load(others + r * M + m, lanes);
 #pragma GCC unroll 8
-          for (int k = 0; k < tile_rows; ++k)
-            sum[k] = sum[k] + V(d[r * tile_rows + k]) * metric.along(mine[k] - theirs, V(e[r * tile_rows + k]));
+            for (int k = 0; k < tile_rows; ++k)
+              part[k] = part[k] + V(d[r * tile_rows + k]) * metric.along(mine[k] - theirs, V(e[r * tile_rows + k]));
+          }
+          for (int k = 0; k < tile_rows; ++k) {
+            const V more = part[k] + lost[k], total = sum[k] + more;
+            lost[k] = more - (total - sum[k]);
+            sum[k] = total;
+          }
         }
         for (int64_t k = 0; k < n; ++k) sum[k].store(dx + (b * P + first + k) * M + m, lanes);
       });
