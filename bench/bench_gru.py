@@ -1,95 +1,12 @@
 """gru, gru_cell: a GRU over sequences, and single steps of it."""
 
-from typing import Any
-
-import torch
-
-from .case import Case, Function, Provider, with_both_directions
-from .peers import standard_providers
+from .recurrent import CENTRED as CENTRED
+from .recurrent import Recurrent
 
 STEM = "gru"
 OPS = ("gru", "gru_cell")
-CENTRED = ("w_ih", "w_hh", "b_ih", "b_hh")
 MATRIX = True
-GATES = 3
-STATES = 1
 
-
-def cases(device: str) -> list[Case]:
-    """Sequences [T, B, H] and steps [B, H], of as many features as hidden units."""
-    if device == "cpu":
-        sequences, steps, dtype = (
-            [(128, 16, 256), (128, 1, 256), (128, 16, 512), (128, 1, 512)],
-            [(16, 256)],
-            torch.float32,
-        )
-    else:
-        sequences, steps, dtype = [(1024, 16, 768), (512, 64, 1024), (512, 1, 1024)], [(64, 1024)], torch.bfloat16
-    found = [
-        Case(op, s, dtype, device, quick=i == 0) for op in OPS if "cell" not in op for i, s in enumerate(sequences)
-    ]
-    found += [Case(op, s, dtype, device) for op in OPS if "cell" in op for s in steps]
-    return with_both_directions(found)
-
-
-def tiny(device: str) -> list[Case]:
-    return [Case(op, (3, 17) if "cell" in op else (2, 3, 17), device=device, backward=True) for op in OPS]
-
-
-def shapes(case: Case) -> dict[str, tuple[int, ...]]:
-    batch, size = case.shape[-2:]
-    state = (batch, size) if "cell" in case.op else (1, batch, size)
-    weights = dict.fromkeys(("w_ih", "w_hh"), (GATES * size, size))
-    return {**dict.fromkeys("hc"[:STATES], state), **weights, **dict.fromkeys(("b_ih", "b_hh"), (GATES * size,))}
-
-
-def bytes(case: Case) -> int:
-    """Forward: every tensor once, and what comes out; backward: the same, and a gradient of each."""
-    numels = {name: torch.Size(s).numel() for name, s in shapes(case).items()}
-    read = case.numel + sum(numels.values())
-    written = case.numel + (0 if "cell" in case.op else numels["h"]) + numels.get("c", 0)
-    return (read + written + case.backward * (2 * read + written)) * case.dtype.itemsize
-
-
-def flops(case: Case) -> int:
-    """Two products of 2 B (gates H) H in each step, each twice more in the backward pass."""
-    return 4 * case.numel * GATES * case.shape[-1] * (1 + 2 * case.backward)
-
-
-def bind(functional: Any, case: Case) -> Function:
-    # torch's recurrent layers are functions of torch itself
-    function = getattr(torch if functional is torch.nn.functional else functional, case.op)
-
-    def states(t: dict[str, torch.Tensor]) -> Any:
-        return (t["h"], t["c"]) if STATES == 2 else t["h"]
-
-    if "cell" in case.op:
-        step = lambda t: function(t["x"], states(t), t["w_ih"], t["w_hh"], t["b_ih"], t["b_hh"])
-        return (lambda t: step(t)[0]) if STATES == 2 else step
-    names = ("w_ih", "w_hh", "b_ih", "b_hh")
-    return lambda t: function(t["x"], states(t), [t[n] for n in names], True, 1, 0.0, True, False, False)[0]
-
-
-def loop_of_cells(case: Case) -> Function:
-    """What a model does that needs the state between steps: torch's cell in Python."""
-    cell = getattr(torch, case.op + "_cell")
-
-    def run(t: dict[str, torch.Tensor]) -> torch.Tensor:
-        state = tuple(t[n][0] for n in "hc"[:STATES])
-        outputs = []
-        for x in t["x"]:
-            given = state if STATES == 2 else state[0]
-            found = cell(x, given, t["w_ih"], t["w_hh"], t["b_ih"], t["b_hh"])
-            state = found if STATES == 2 else (found,)
-            outputs.append(state[0])
-        return torch.stack(outputs)
-
-    return run
-
-
-def providers(case: Case) -> dict[str, Provider]:
-    if "cell" in case.op:
-        return standard_providers(bind, case)
-    # torch.compile breaks its graph at a recurrent layer: it would measure torch again
-    found = {name: p for name, p in standard_providers(bind, case).items() if name != "torch.compile"}
-    return found | {"torch loop of cells": Provider(lambda: loop_of_cells(case))}
+_room = Recurrent(OPS, gates=3, states=1)
+cases, tiny, shapes, bytes, flops = _room.cases, _room.tiny, _room.shapes, _room.bytes, _room.flops
+bind, providers = _room.bind, _room.providers
