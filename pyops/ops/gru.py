@@ -11,15 +11,16 @@ GRUCell. The gradient is derived in docs/math/recurrent.md.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core import backend, library, recurrent
+from ..core import backend, library, recurrent, recurrent_samples
 from ..core.autograd import Formula, differentiable
 from ..core.intercept import route
-from ..core.samples import Maker, Sample, checked
+from ..core.samples import Sample, checked
 
 _kernels = library.triton_kernels("gru")
 
@@ -238,14 +239,8 @@ route((torch.gru_cell,), "gru_cell", gru_cell)
 route((torch.gru,), "gru", gru)
 
 
-def _sample(batch, features, hidden, bias=True):
-    def make(t: Maker):
-        biases = (t.input((3 * hidden,)), t.input((3 * hidden,))) if bias else ()
-        weights = t.input((3 * hidden, features)), t.input((3 * hidden, hidden))
-        return (t.input((batch, features)), t.input((batch, hidden)), *weights, *biases), {}
-
-    return make
-
+_sample = partial(recurrent_samples.cell, 3, 1)
+_network = partial(recurrent_samples.network, 3, 1)
 
 checked(
     "gru_cell",
@@ -257,41 +252,10 @@ checked(
     Sample("one unit", _sample(1, 1, 1)),
     Sample("no rows", _sample(0, 3, 5)),
 )
-
-
-def _of_layers(function):
-    """The function of tensors alone, all parameters in a row, that the checks differentiate."""
-
-    def call(x, h, *parameters, batch_sizes=None, bias=True, layers=1, bidirectional=False, batch_first=False):
-        settings = (bias, layers, 0.0, False, bidirectional)
-        if batch_sizes is None:
-            return function(x, h, parameters, *settings, batch_first)
-        return function(x, torch.tensor(batch_sizes), h, parameters, *settings)
-
-    return call
-
-
-def _network(shape, hidden, layers=1, directions=1, bias=True, **settings):
-    def make(t: Maker):
-        batch_sizes = settings.get("batch_sizes")
-        batch = batch_sizes[0] if batch_sizes else shape[0 if settings.get("batch_first") else 1]
-        state = t.input((layers * directions, batch, hidden))
-        parameters = []
-        for k in range(layers):
-            for _ in range(directions):
-                features = shape[-1] if k == 0 else hidden * directions
-                parameters += [t.input((3 * hidden, features)), t.input((3 * hidden, hidden))]
-                parameters += [t.input((3 * hidden,)), t.input((3 * hidden,))] if bias else []
-        kwargs = {"layers": layers, "bidirectional": directions == 2, "bias": bias, **settings}
-        return (t.input(shape), state, *parameters), kwargs
-
-    return make
-
-
 checked(
     "gru",
-    _of_layers(gru),
-    _of_layers(torch.gru),
+    recurrent_samples.of_layers(gru, 1),
+    recurrent_samples.of_layers(torch.gru, 1),
     Sample("both directions", _network((2, 1, 2), 1, directions=2), derivatives=True),
     Sample("both directions, packed", _network((5, 2), 2, directions=2, batch_sizes=(3, 1, 1))),
     Sample("several vectors of units, batch first", _network((4, 3, 3), 37, batch_first=True)),

@@ -10,15 +10,16 @@ docs/math/recurrent.md.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core import backend, library, recurrent
+from ..core import backend, library, recurrent, recurrent_samples
 from ..core.autograd import Formula, differentiable
 from ..core.intercept import route
-from ..core.samples import Maker, Sample, checked
+from ..core.samples import Sample, checked
 
 _kernels = library.triton_kernels("rnn")
 
@@ -240,13 +241,8 @@ route((torch.rnn_tanh,), "rnn_tanh", rnn_tanh)
 route((torch.rnn_relu,), "rnn_relu", rnn_relu)
 
 
-def _sample(batch, features, hidden, bias=True):
-    def make(t: Maker):
-        biases = (t.input((hidden,)), t.input((hidden,))) if bias else ()
-        weights = t.input((hidden, features)), t.input((hidden, hidden))
-        return (t.input((batch, features)), t.input((batch, hidden)), *weights, *biases), {}
-
-    return make
+_sample = partial(recurrent_samples.cell, 1, 1)
+_network = partial(recurrent_samples.network, 1, 1)
 
 
 def _samples(*sizes):
@@ -263,40 +259,11 @@ checked("rnn_tanh_cell", rnn_tanh_cell, torch.rnn_tanh_cell, *_samples(3, 4, 67)
 checked("rnn_relu_cell", rnn_relu_cell, torch.rnn_relu_cell, *_samples(2, 3, 37))
 
 
-def _of_layers(function):
-    """The function of tensors alone, all parameters in a row, that the checks differentiate."""
-
-    def call(x, h, *parameters, batch_sizes=None, bias=True, layers=1, bidirectional=False, batch_first=False):
-        settings = (bias, layers, 0.0, False, bidirectional)
-        if batch_sizes is None:
-            return function(x, h, parameters, *settings, batch_first)
-        return function(x, torch.tensor(batch_sizes), h, parameters, *settings)
-
-    return call
-
-
-def _network(shape, hidden, layers=1, directions=1, bias=True, **settings):
-    def make(t: Maker):
-        batch_sizes = settings.get("batch_sizes")
-        batch = batch_sizes[0] if batch_sizes else shape[0 if settings.get("batch_first") else 1]
-        state = t.input((layers * directions, batch, hidden))
-        parameters = []
-        for k in range(layers):
-            for _ in range(directions):
-                features = shape[-1] if k == 0 else hidden * directions
-                parameters += [t.input((hidden, features)), t.input((hidden, hidden))]
-                parameters += [t.input((hidden,)), t.input((hidden,))] if bias else []
-        kwargs = {"layers": layers, "bidirectional": directions == 2, "bias": bias, **settings}
-        return (t.input(shape), state, *parameters), kwargs
-
-    return make
-
-
 for _op, _function, _torch_function in (("rnn_tanh", rnn_tanh, torch.rnn_tanh), ("rnn_relu", rnn_relu, torch.rnn_relu)):
     checked(
         _op,
-        _of_layers(_function),
-        _of_layers(_torch_function),
+        recurrent_samples.of_layers(_function, 1),
+        recurrent_samples.of_layers(_torch_function, 1),
         Sample("both directions", _network((2, 1, 2), 1, directions=2), derivatives=True),
         Sample("both directions, packed", _network((5, 2), 2, directions=2, batch_sizes=(3, 1, 1))),
         Sample("several vectors of units, batch first", _network((2, 3, 3), 37, batch_first=True)),
