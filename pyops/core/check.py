@@ -50,6 +50,17 @@ def non_negative(op: str, argument: str, value: float) -> None:
         fail(ValueError, op, argument, value, "a number >= 0")
 
 
+def ints(op: str, argument: str, value: Any, count: int, spread: bool = False) -> list[int]:
+    """One int for every dimension, from an int or a sequence; ``spread``: a sequence of one serves all as well."""
+    values = [value] * count if isinstance(value, int) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(v, int) for v in values):
+        fail(TypeError, op, argument, repr(value), f"an int or a sequence of {count} ints")
+    values = list(values) * count if spread and len(values) == 1 else list(values)
+    if len(values) != count:
+        fail(RuntimeError, op, argument, values, f"an int or {count} ints")
+    return values
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums over elements of ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

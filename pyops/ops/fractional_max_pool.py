@@ -76,15 +76,6 @@ def _arguments(dy, inputs: Tensors, kept: Tensors, constants: Tensors, needs) ->
 _apply = differentiable(Formula(_fwd, _bwd, 2, 1, _arguments, _reference, _fold))
 
 
-def _sizes(op: str, argument: str, value: Any, rank: int) -> list[int]:
-    values = [value] * rank if isinstance(value, int) else value
-    if not isinstance(values, (list, tuple)) or not all(isinstance(v, int) for v in values):
-        check.fail(TypeError, op, argument, repr(value), f"an int or a sequence of {rank} ints")
-    if len(values) != rank:
-        check.fail(RuntimeError, op, argument, list(values), f"an int or {rank} ints")
-    return list(values)
-
-
 def _pool(
     op: str, rank: int, input: Any, kernel_size: Any, output_size: Any, output_ratio: Any, return_indices: bool,
     samples: torch.Tensor | None,
@@ -96,9 +87,9 @@ def _pool(
     if x.dim() not in (rank + 1, rank + 2) or 0 in x.shape[x.dim() - rank - 1 :]:
         want = f"[N, C, *] or [C, *] with {rank} sizes > 0 in *"
         check.fail(RuntimeError, op, "input", f"shape {list(x.shape)}", want)
-    spatial, kernel = list(x.shape[x.dim() - rank :]), _sizes(op, "kernel_size", kernel_size, rank)
+    spatial, kernel = list(x.shape[x.dim() - rank :]), check.ints(op, "kernel_size", kernel_size, rank)
     if output_size is not None:
-        out = _sizes(op, "output_size", output_size, rank)
+        out = check.ints(op, "output_size", output_size, rank)
     else:
         ratios = [output_ratio] * rank if isinstance(output_ratio, (int, float)) else list(output_ratio)
         if len(ratios) != rank:

@@ -50,18 +50,9 @@ _apply = differentiable(
 )
 
 
-def _sizes(op: str, argument: str, value: Any, rank: int) -> list[int]:
-    values = [value] * rank if isinstance(value, int) else value
-    if not isinstance(values, (list, tuple)) or not all(isinstance(v, int) for v in values):
-        check.fail(TypeError, op, argument, repr(value), f"an int or a sequence of {rank} ints")
-    if len(values) != rank:
-        check.fail(RuntimeError, op, argument, list(values), f"an int or {rank} ints")
-    return list(values)
-
-
 def _output(op: str, x: torch.Tensor, rank: int, kernel: Any, stride: Any, padding: Any, size: Any) -> list[int]:
-    kernels, paddings = _sizes(op, "kernel_size", kernel, rank), _sizes(op, "padding", padding, rank)
-    strides = kernels if stride is None else _sizes(op, "stride", stride, rank)
+    kernels, paddings = check.ints(op, "kernel_size", kernel, rank), check.ints(op, "padding", padding, rank)
+    strides = kernels if stride is None else check.ints(op, "stride", stride, rank)
     spatial = x.shape[x.dim() - rank :]
     usual = [(i - 1) * s + k - 2 * p for i, s, k, p in zip(spatial, strides, kernels, paddings)]
     if size is None:

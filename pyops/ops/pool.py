@@ -116,17 +116,6 @@ _apply_avg = differentiable(Formula(_avg_fwd, _avg_bwd, 1, 1, _avg_arguments, _a
 # Arguments
 
 
-def _numbers(op: str, argument: str, value: Any, rank: int) -> list[int]:
-    """One int for every spatial dimension."""
-    values = [value] * rank if isinstance(value, int) else value
-    if not isinstance(values, (list, tuple)) or not all(isinstance(v, int) for v in values):
-        check.fail(TypeError, op, argument, repr(value), f"an int or a sequence of {rank} ints")
-    values = list(values) * rank if len(values) == 1 else list(values)
-    if len(values) != rank:
-        check.fail(RuntimeError, op, argument, list(values), f"an int or {rank} ints")
-    return values
-
-
 def _check_input(op: str, x: torch.Tensor, rank: int) -> torch.Tensor:
     check.floating(op, "input", x)
     (x,) = autocast.cast(op, x)
@@ -140,10 +129,11 @@ def _check_input(op: str, x: torch.Tensor, rank: int) -> torch.Tensor:
 def _window(
     op: str, x: torch.Tensor, rank: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> list[int]:
-    kernel = _numbers(op, "kernel_size", kernel_size, rank)
+    numbers = lambda argument, value: check.ints(op, argument, value, rank, spread=True)
+    kernel = numbers("kernel_size", kernel_size)
     empty = stride is None or (isinstance(stride, (list, tuple)) and len(stride) == 0)
-    strides = kernel if empty else _numbers(op, "stride", stride, rank)
-    paddings, dilations = _numbers(op, "padding", padding, rank), _numbers(op, "dilation", dilation, rank)
+    strides = kernel if empty else numbers("stride", stride)
+    paddings, dilations = numbers("padding", padding), numbers("dilation", dilation)
     for argument, values in (("kernel_size", kernel), ("stride", strides), ("dilation", dilations)):
         if min(values) < 1:
             check.fail(RuntimeError, op, argument, values, "numbers > 0")
@@ -376,7 +366,7 @@ def _lp_pool(rank: int, average: Any, maximum: Any) -> Any:
         if isinstance(norm_type, (int, float)) and math.isinf(norm_type):
             sign = math.copysign(1.0, norm_type)
             return maximum(input.abs() * sign, kernel_size, stride, 0, 1, ceil_mode) * sign
-        count = math.prod(_numbers(op, "kernel_size", kernel_size, rank))
+        count = math.prod(check.ints(op, "kernel_size", kernel_size, rank, spread=True))
         mean = average(input.pow(norm_type), kernel_size, stride, 0, ceil_mode)
         return (torch.sign(mean) * torch.relu(torch.abs(mean))).mul(count).pow(1.0 / norm_type)
 
