@@ -8,6 +8,7 @@
 //          prelu: a thread takes an element; dw: one block per channel
 // memory   every input read once, every output written once; prelu's dw reads x and dy once more
 // numerics in fp32 (fp64 for fp64); dw: fixed order
+#include "cuda/grid_stride.cuh"
 #include "cuda/math.cuh"
 
 #include "common/activation.h"
@@ -82,19 +83,13 @@ __global__ void prelu_weight_kernel(const T* dy, const T* x, T* dw, int64_t N, i
   if (threadIdx.x == 0) dw[blockIdx.x] = from_acc<T>(total);
 }
 
-unsigned blocks_for(int64_t threads) {
-  return static_cast<unsigned>(
-      std::min<int64_t>(ceil_div(threads, 256), static_cast<int64_t>(multiprocessor_count()) * 16));
-}
-
 template <class T>
 void run_activation(const T* dy, const T* x, T* y, int64_t N, int64_t kind, Parameters p, cudaStream_t stream) {
   constexpr int W = 16 / sizeof(T);
   const auto aligned = [](const void* q) { return reinterpret_cast<uintptr_t>(q) % 16 == 0; };
   const int64_t vectors = aligned(dy) && aligned(x) && aligned(y) ? N / W : 0;
-  launch(activation_kernel<T, W>,
-         {.grid = dim3(blocks_for(vectors > 0 ? vectors : N)), .block = dim3(256), .stream = stream}, dy, x, y, vectors,
-         N, static_cast<int>(kind), p);
+  launch(activation_kernel<T, W>, grid_stride(vectors > 0 ? vectors : N, stream), dy, x, y, vectors, N,
+         static_cast<int>(kind), p);
 }
 
 }  // namespace
@@ -152,10 +147,8 @@ Tensor gated_fwd(const Tensor& x, int64_t kind) {
   const int64_t M = x.size(0), N = x.size(2);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     Tensor y = op.empty<T>({M, N});
-    launch(gated_kernel<T>,
-           {.grid = dim3(blocks_for(M * N)), .block = dim3(256), .stream = static_cast<cudaStream_t>(op.stream())},
-           static_cast<const T*>(nullptr), op.in<T>(x, "x", {M, 2, N}), op.out<T>(y, "y", {M, N}), M, N,
-           static_cast<int>(kind));
+    launch(gated_kernel<T>, grid_stride(M * N, op.stream()), static_cast<const T*>(nullptr),
+           op.in<T>(x, "x", {M, 2, N}), op.out<T>(y, "y", {M, N}), M, N, static_cast<int>(kind));
     return y;
   });
 }
@@ -167,10 +160,8 @@ Tensor gated_bwd(const Tensor& dy, const Tensor& x, int64_t kind) {
   const int64_t M = x.size(0), N = x.size(2);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     Tensor dx = op.empty<T>({M, 2, N});
-    launch(gated_kernel<T>,
-           {.grid = dim3(blocks_for(M * N)), .block = dim3(256), .stream = static_cast<cudaStream_t>(op.stream())},
-           op.in<T>(dy, "dy", {M, N}), op.in<T>(x, "x", {M, 2, N}), op.out<T>(dx, "dx", {M, 2, N}), M, N,
-           static_cast<int>(kind));
+    launch(gated_kernel<T>, grid_stride(M * N, op.stream()), op.in<T>(dy, "dy", {M, N}), op.in<T>(x, "x", {M, 2, N}),
+           op.out<T>(dx, "dx", {M, 2, N}), M, N, static_cast<int>(kind));
     return dx;
   });
 }
@@ -181,10 +172,8 @@ Tensor prelu_fwd(const Tensor& x, const Tensor& weight) {
   const int64_t N = x.size(0), C = x.size(1), S = x.size(2);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     Tensor y = op.empty<T>({N, C, S});
-    launch(prelu_kernel<T>,
-           {.grid = dim3(blocks_for(N * C * S)), .block = dim3(256), .stream = static_cast<cudaStream_t>(op.stream())},
-           static_cast<const T*>(nullptr), op.in<T>(x, "x", {N, C, S}), op.in<T>(weight, "weight", {C}),
-           op.out<T>(y, "y", {N, C, S}), N * C * S, C, S);
+    launch(prelu_kernel<T>, grid_stride(N * C * S, op.stream()), static_cast<const T*>(nullptr),
+           op.in<T>(x, "x", {N, C, S}), op.in<T>(weight, "weight", {C}), op.out<T>(y, "y", {N, C, S}), N * C * S, C, S);
     return y;
   });
 }
@@ -197,8 +186,8 @@ std::tuple<Tensor, Tensor> prelu_bwd(const Tensor& dy, const Tensor& x, const Te
     Tensor dx = op.empty<T>({N, C, S}), dw = op.empty<T>({need_dw ? C : 0});
     const auto stream = static_cast<cudaStream_t>(op.stream());
     const T *pdy = op.in<T>(dy, "dy", {N, C, S}), *px = op.in<T>(x, "x", {N, C, S});
-    launch(prelu_kernel<T>, {.grid = dim3(blocks_for(N * C * S)), .block = dim3(256), .stream = stream}, pdy, px,
-           op.in<T>(weight, "weight", {C}), op.out<T>(dx, "dx", {N, C, S}), N * C * S, C, S);
+    launch(prelu_kernel<T>, grid_stride(N * C * S, stream), pdy, px, op.in<T>(weight, "weight", {C}),
+           op.out<T>(dx, "dx", {N, C, S}), N * C * S, C, S);
     if (!need_dw) return std::make_tuple(dx, dw);
     launch(prelu_weight_kernel<T>,
            {.grid = dim3(static_cast<unsigned>(C)),

@@ -5,9 +5,8 @@
 //          aligned; else a thread takes an element, and the draw of its channel
 // memory   x read once, y written once; the mask is drawn anew, never stored
 // numerics in fp32 (fp64 for fp64); NaN and infinity in a dropped element give NaN, as in torch
-#include <algorithm>
 
-#include "cuda/device.cuh"
+#include "cuda/grid_stride.cuh"
 
 namespace pyops {
 namespace {
@@ -48,11 +47,6 @@ __global__ void feature_dropout_kernel(const T* x, const int64_t* random, T* y, 
     y[i] = from_acc<T>(terms(to_acc(x[i]), stream.bits(i / (S * C) * C + i % C)));
 }
 
-LaunchConfig one_each(int64_t threads, void* stream) {
-  const int64_t blocks = std::min<int64_t>(ceil_div(threads, 256), static_cast<int64_t>(multiprocessor_count()) * 16);
-  return {.grid = dim3(static_cast<unsigned>(blocks)), .block = dim3(256), .stream = static_cast<cudaStream_t>(stream)};
-}
-
 }  // namespace
 }  // namespace pyops
 
@@ -77,10 +71,10 @@ Tensor dropout(const Tensor& x, const Tensor& random, int64_t threshold, double 
     const Terms<A> terms{static_cast<unsigned>(threshold), A(scale), A(shift), A(fill)};
     if (S == 1) {
       const uintptr_t both = reinterpret_cast<uintptr_t>(px) | reinterpret_cast<uintptr_t>(py);
-      launch(dropout_kernel<T>, one_each(ceil_div(N, 4), op.stream()), px, state, py, N, both % (4 * sizeof(T)) == 0,
+      launch(dropout_kernel<T>, grid_stride(ceil_div(N, 4), op.stream()), px, state, py, N, both % (4 * sizeof(T)) == 0,
              terms);
     } else {
-      launch(feature_dropout_kernel<T>, one_each(N, op.stream()), px, state, py, N, S, C, terms);
+      launch(feature_dropout_kernel<T>, grid_stride(N, op.stream()), px, state, py, N, S, C, terms);
     }
     return y;
   });

@@ -7,8 +7,8 @@
 //          switch over l is uniform over the grid
 // memory   every input read once, every output written once; a sum writes one number for a block
 // numerics in fp32 (fp64 for fp64), sums of a block in fixed order; y in that type where it is a sum
-#include <algorithm>
 
+#include "cuda/grid_stride.cuh"
 #include "cuda/math.cuh"
 
 #include "common/elementwise_loss.h"
@@ -62,11 +62,6 @@ __global__ void elementwise_loss_bwd_kernel(const D* dy, const T* x, const T* t,
   });
 }
 
-LaunchConfig one_each(int64_t threads, cudaStream_t stream) {
-  const int64_t blocks = std::min<int64_t>(ceil_div(threads, 256), static_cast<int64_t>(multiprocessor_count()) * 16);
-  return {.grid = dim3(static_cast<unsigned>(blocks)), .block = dim3(256), .stream = stream};
-}
-
 }  // namespace
 }  // namespace pyops
 
@@ -88,7 +83,7 @@ Tensor elementwise_loss_fwd(const Tensor& x, const Tensor& t, const OptionalTens
     const T *px = op.in<T>(x, "x", {n}), *pt = op.in<T>(t, "t", {n}), *pc = op.in_optional<T>(c, "c", {n});
     if (block == 1) {
       Tensor y = op.empty<T>({n});
-      launch(elementwise_loss_fwd_kernel<T>, one_each(n, stream), px, pt, pc, op.out<T>(y, "y", {n}), n, kind, a);
+      launch(elementwise_loss_fwd_kernel<T>, grid_stride(n, stream), px, pt, pc, op.out<T>(y, "y", {n}), n, kind, a);
       return y;
     }
     Tensor y = op.empty<A>({blocks});
@@ -116,11 +111,11 @@ std::tuple<Tensor, Tensor> elementwise_loss_bwd(const Tensor& dy, const Tensor& 
     T *pdx = need_dx ? ox : nullptr, *pdt = need_dt ? ot : nullptr;
     const T *px = op.in<T>(x, "x", {n}), *pt = op.in<T>(t, "t", {n}), *pc = op.in_optional<T>(c, "c", {n});
     if (block == 1)
-      launch(elementwise_loss_bwd_kernel<T, T>, one_each(n, stream), op.in<T>(dy, "dy", {n}), px, pt, pc, pdx, pdt, n,
-             kind, a, block);
-    else
-      launch(elementwise_loss_bwd_kernel<T, A>, one_each(n, stream), op.in<A>(dy, "dy", {blocks}), px, pt, pc, pdx, pdt,
+      launch(elementwise_loss_bwd_kernel<T, T>, grid_stride(n, stream), op.in<T>(dy, "dy", {n}), px, pt, pc, pdx, pdt,
              n, kind, a, block);
+    else
+      launch(elementwise_loss_bwd_kernel<T, A>, grid_stride(n, stream), op.in<A>(dy, "dy", {blocks}), px, pt, pc, pdx,
+             pdt, n, kind, a, block);
     return std::make_tuple(dx, dt);
   });
 }

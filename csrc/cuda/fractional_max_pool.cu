@@ -4,9 +4,8 @@
 // mapping  a thread per element of the result, neighbours in memory side by side; backward gathers: no atomics
 // memory   x read once from DRAM, its overlaps from L1; y and index written once
 // numerics in fp32 (fp64 for fp64); the first maximum wins, NaN wins always; backward adds in the order of the outputs
-#include <algorithm>
 
-#include "cuda/device.cuh"
+#include "cuda/grid_stride.cuh"
 
 #include "common/fractional_max_pool.h"
 
@@ -60,11 +59,6 @@ __global__ void fractional_max_pool_bwd_kernel(const T* dy, const int64_t* index
   }
 }
 
-LaunchConfig one_each(int64_t threads, void* stream) {
-  const int64_t blocks = std::min<int64_t>(ceil_div(threads, 256), static_cast<int64_t>(multiprocessor_count()) * 32);
-  return {.grid = dim3(static_cast<unsigned>(blocks)), .block = dim3(256), .stream = static_cast<cudaStream_t>(stream)};
-}
-
 }  // namespace
 }  // namespace pyops
 
@@ -85,7 +79,7 @@ std::tuple<Tensor, Tensor> fractional_max_pool_fwd(const Tensor& x, const Tensor
   const int64_t total = s.P * s.outputs();
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     Tensor y = op.empty<T>(out), index = op.empty<int64_t>(out);
-    launch(fractional_max_pool_kernel<T>, one_each(total, op.stream()), op.in<T>(x, "x", in),
+    launch(fractional_max_pool_kernel<T>, grid_stride(total, op.stream(), 32), op.in<T>(x, "x", in),
            op.in<T>(samples, "samples", {s.P, 3}), op.out<T>(y, "y", out), op.out<int64_t>(index, "index", out), total,
            s);
     return std::make_tuple(y, index);
@@ -100,7 +94,7 @@ Tensor fractional_max_pool_bwd(const Tensor& dy, const Tensor& index, std::vecto
   const int64_t total = s.P * s.inputs();
   return dispatch_floating(op, dy.scalar_type(), [&]<class T>() {
     Tensor dx = op.empty<T>(in);
-    launch(fractional_max_pool_bwd_kernel<T>, one_each(total, op.stream()), op.in<T>(dy, "dy", out),
+    launch(fractional_max_pool_bwd_kernel<T>, grid_stride(total, op.stream(), 32), op.in<T>(dy, "dy", out),
            op.in<int64_t>(index, "index", out), op.out<T>(dx, "dx", in), total, s);
     return dx;
   });

@@ -4,9 +4,8 @@
 // mapping  a thread per element: of x, to find the last i that writes to each place; of y, to fetch it
 // memory   index read once, x gathered once, y written once, 4 bytes of scratch per element of y written and read
 // numerics copies; an index outside [0, S) writes nothing and reads 0
-#include <algorithm>
 
-#include "cuda/device.cuh"
+#include "cuda/grid_stride.cuh"
 
 namespace pyops {
 namespace {
@@ -40,11 +39,6 @@ __global__ void max_unpool_bwd_kernel(const T* dy, const int64_t* index, T* dx, 
   }
 }
 
-LaunchConfig one_each(int64_t threads, void* stream) {
-  const int64_t blocks = std::min<int64_t>(ceil_div(threads, 256), static_cast<int64_t>(multiprocessor_count()) * 32);
-  return {.grid = dim3(static_cast<unsigned>(blocks)), .block = dim3(256), .stream = static_cast<cudaStream_t>(stream)};
-}
-
 }  // namespace
 }  // namespace pyops
 
@@ -63,11 +57,11 @@ Tensor max_unpool_fwd(const Tensor& x, const Tensor& index, int64_t size) {
   Tensor scratch = op.empty<int32_t>({P, S, C});
   unsigned* last = reinterpret_cast<unsigned*>(op.out<int32_t>(scratch, "scratch", {P, S, C}));
   zero_memory(last, static_cast<size_t>(P * S * C) * sizeof(unsigned), static_cast<cudaStream_t>(op.stream()));
-  launch(find_last_kernel, one_each(P * I * C, op.stream()), op.in<int64_t>(index, "index", {P, I, C}), last, P * I * C,
-         I, S, C);
+  launch(find_last_kernel, grid_stride(P * I * C, op.stream(), 32), op.in<int64_t>(index, "index", {P, I, C}), last,
+         P * I * C, I, S, C);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     Tensor y = op.empty<T>({P, S, C});
-    launch(max_unpool_kernel<T>, one_each(P * S * C, op.stream()), op.in<T>(x, "x", {P, I, C}),
+    launch(max_unpool_kernel<T>, grid_stride(P * S * C, op.stream(), 32), op.in<T>(x, "x", {P, I, C}),
            static_cast<const unsigned*>(last), op.out<T>(y, "y", {P, S, C}), P * S * C, I, S, C);
     return y;
   });
@@ -79,7 +73,7 @@ Tensor max_unpool_bwd(const Tensor& dy, const Tensor& index) {
   const int64_t P = dy.size(0), S = dy.size(1), C = dy.size(2), I = index.size(1);
   return dispatch_floating(op, dy.scalar_type(), [&]<class T>() {
     Tensor dx = op.empty<T>({P, I, C});
-    launch(max_unpool_bwd_kernel<T>, one_each(P * I * C, op.stream()), op.in<T>(dy, "dy", {P, S, C}),
+    launch(max_unpool_bwd_kernel<T>, grid_stride(P * I * C, op.stream(), 32), op.in<T>(dy, "dy", {P, S, C}),
            op.in<int64_t>(index, "index", {P, I, C}), op.out<T>(dx, "dx", {P, I, C}), P * I * C, I, S, C);
     return dx;
   });

@@ -5,9 +5,9 @@
 // mapping  a thread per element of the result, neighbours in memory side by side; backward gathers: no atomics
 // memory   x read once from DRAM, its overlaps from L1; y written once; positions of maxima as one byte each
 // numerics in fp32 (fp64 for fp64); the first maximum wins, NaN wins always; backward adds in the order of the outputs
-#include <algorithm>
 #include <limits>
 
+#include "cuda/grid_stride.cuh"
 #include "cuda/math.cuh"
 
 #include "common/pool.h"
@@ -113,11 +113,6 @@ __global__ void pool_bwd_kernel(const T* dy, const I* index, T* dx, int64_t tota
   }
 }
 
-LaunchConfig one_each(int64_t threads, void* stream) {
-  const int64_t blocks = std::min<int64_t>(ceil_div(threads, 256), static_cast<int64_t>(multiprocessor_count()) * 32);
-  return {.grid = dim3(static_cast<unsigned>(blocks)), .block = dim3(256), .stream = static_cast<cudaStream_t>(stream)};
-}
-
 }  // namespace
 }  // namespace pyops
 
@@ -148,10 +143,10 @@ std::tuple<Tensor, Tensor> max_pool_fwd(const Tensor& x, std::vector<int64_t> wi
     const T* px = op.in<T>(x, "x", in);
     T* py = op.out<T>(y, "y", out);
     if (keep == static_cast<int64_t>(Keep::positions))
-      launch(max_pool_kernel<T, int64_t>, one_each(total, op.stream()), px, py, op.out<int64_t>(index, "index", out),
-             total, s);
+      launch(max_pool_kernel<T, int64_t>, grid_stride(total, op.stream(), 32), px, py,
+             op.out<int64_t>(index, "index", out), total, s);
     else
-      launch(max_pool_kernel<T, uint8_t>, one_each(total, op.stream()), px, py,
+      launch(max_pool_kernel<T, uint8_t>, grid_stride(total, op.stream(), 32), px, py,
              taps ? op.out<uint8_t>(index, "index", out) : static_cast<uint8_t*>(nullptr), total, s);
     return std::make_tuple(y, index);
   });
@@ -168,11 +163,11 @@ Tensor max_pool_bwd(const Tensor& dy, const Tensor& index, std::vector<int64_t> 
     const T* pdy = op.in<T>(dy, "dy", out);
     T* pdx = op.out<T>(dx, "dx", in);
     if (index.scalar_type() == ScalarType::Byte)
-      launch(pool_bwd_kernel<T, uint8_t>, one_each(total, op.stream()), pdy, op.in<uint8_t>(index, "index", out), pdx,
-             total, s, false, int64_t{1});
+      launch(pool_bwd_kernel<T, uint8_t>, grid_stride(total, op.stream(), 32), pdy, op.in<uint8_t>(index, "index", out),
+             pdx, total, s, false, int64_t{1});
     else
-      launch(pool_bwd_kernel<T, int64_t>, one_each(total, op.stream()), pdy, op.in<int64_t>(index, "index", out), pdx,
-             total, s, false, int64_t{1});
+      launch(pool_bwd_kernel<T, int64_t>, grid_stride(total, op.stream(), 32), pdy, op.in<int64_t>(index, "index", out),
+             pdx, total, s, false, int64_t{1});
     return dx;
   });
 }
@@ -183,7 +178,8 @@ Tensor avg_pool_fwd(const Tensor& x, std::vector<int64_t> window, bool include_p
   const int64_t total = s.P * s.outputs() * s.C;
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     Tensor y = op.empty<T>({s.P, s.d.out, s.h.out, s.w.out, s.C});
-    launch(avg_pool_kernel<T>, one_each(total, op.stream()), op.in<T>(x, "x", {s.P, s.d.in, s.h.in, s.w.in, s.C}),
+    launch(avg_pool_kernel<T>, grid_stride(total, op.stream(), 32),
+           op.in<T>(x, "x", {s.P, s.d.in, s.h.in, s.w.in, s.C}),
            op.out<T>(y, "y", {s.P, s.d.out, s.h.out, s.w.out, s.C}), total, s, include_padding, divisor);
     return y;
   });
@@ -196,7 +192,7 @@ Tensor avg_pool_bwd(const Tensor& dy, std::vector<int64_t> size, std::vector<int
   const int64_t total = s.P * s.inputs() * s.C;
   return dispatch_floating(op, dy.scalar_type(), [&]<class T>() {
     Tensor dx = op.empty<T>({s.P, s.d.in, s.h.in, s.w.in, s.C});
-    launch(pool_bwd_kernel<T, uint8_t>, one_each(total, op.stream()),
+    launch(pool_bwd_kernel<T, uint8_t>, grid_stride(total, op.stream(), 32),
            op.in<T>(dy, "dy", {s.P, s.d.out, s.h.out, s.w.out, s.C}), static_cast<const uint8_t*>(nullptr),
            op.out<T>(dx, "dx", {s.P, s.d.in, s.h.in, s.w.in, s.C}), total, s, include_padding, divisor);
     return dx;

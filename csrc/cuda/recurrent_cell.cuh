@@ -1,6 +1,7 @@
 // One step of a recurrent cell, after the matrix products: a thread takes hidden units of [B, H], grid-stride.
 #pragma once
 
+#include "cuda/grid_stride.cuh"
 #include "cuda/math.cuh"
 
 #include "common/recurrent.h"
@@ -65,24 +66,15 @@ __global__ void cell_backward_kernel(const T* dh, const T* dc, CellInputs<T> in,
   }
 }
 
-inline unsigned cell_blocks(int64_t elements) {
-  return static_cast<unsigned>(
-      std::min<int64_t>(ceil_div(elements, 256), static_cast<int64_t>(multiprocessor_count()) * 16));
-}
-
 template <class Cell, class T>
 void cell_forward(const CellInputs<T>& in, T* h, T* c, int64_t B, int64_t H, void* stream) {
-  launch(cell_forward_kernel<Cell, T>,
-         {.grid = dim3(cell_blocks(B * H)), .block = dim3(256), .stream = static_cast<cudaStream_t>(stream)}, in, h, c,
-         B, H);
+  launch(cell_forward_kernel<Cell, T>, grid_stride(B * H, stream), in, h, c, B, H);
 }
 
 template <class Cell, class T>
 void cell_backward(const T* dh, const T* dc, const CellInputs<T>& in, T* da, T* db, T* dstate, int64_t B, int64_t H,
                    void* stream) {
-  launch(cell_backward_kernel<Cell, T>,
-         {.grid = dim3(cell_blocks(B * H)), .block = dim3(256), .stream = static_cast<cudaStream_t>(stream)}, dh, dc,
-         in, da, db, dstate, B, H);
+  launch(cell_backward_kernel<Cell, T>, grid_stride(B * H, stream), dh, dc, in, da, db, dstate, B, H);
 }
 
 }  // namespace pyops
