@@ -313,8 +313,14 @@ def _autocast(case: _Case, sample: Sample) -> str:
     """Under autocast the output has the dtype torch gives it."""
     args, kwargs, _ = case.arguments(sample, torch.float32)
     with torch.autocast(case.device.split(":")[0], torch.bfloat16):
-        ours, theirs = case.op.function(*args, **kwargs), case.op.reference(*args, **kwargs)
-    got, expected = ([y.dtype for y in _outputs(result)] for result in (ours, theirs))
+        got = [y.dtype for y in _outputs(case.op.function(*args, **kwargs))]
+        try:
+            expected = [y.dtype for y in _outputs(case.op.reference(*args, **kwargs))]
+        except RuntimeError as error:
+            if "primitive descriptor" not in str(error):
+                raise
+            # what torch leaves to oneDNN is in bfloat16, but this CPU cannot run it
+            expected = [torch.bfloat16] * len(got)
     return "" if got == expected else f"got {got}, torch {expected}"
 
 

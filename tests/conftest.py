@@ -37,7 +37,7 @@ _ONE_OF_EACH_KIND = {"layer_norm", "roi_align", "lstm_cell"}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """`test_race` repeats a room's accuracy check under the race detector; elsewhere `test_checks` has it already."""
+    """Mark as slow what is left to `make check`; keep `test_race`, which repeats a check, for the race detector."""
     for item in items:
         given = getattr(item, "callspec", None)
         if given is None or given.params.get("backend") not in ("emulator", "triton"):

@@ -12,10 +12,15 @@ X, H = torch.ones(2, 3), torch.ones(2, 4)
 W_IH, W_HH, B = torch.ones(16, 3), torch.ones(16, 4), torch.ones(16)
 
 
-@pytest.mark.parametrize("op", ["lstm_cell", "lstm"])
+@pytest.mark.parametrize("op", ["lstm_cell"])
 @pytest.mark.parametrize("check", OF_THE_RECIPE)
-def test_checks(op, check):
-    passes(op, "cpu", check)
+def test_checks(backend, op, check):
+    passes(op, backend, check)
+
+
+@pytest.mark.parametrize("check", OF_THE_RECIPE)
+def test_checks_of_sequences(check):
+    passes("lstm", "cpu", check)
 
 
 @pytest.mark.parametrize("op", ["lstm_cell", "lstm"])

@@ -110,9 +110,18 @@ inline int64_t row_of(const Space& s, const Run& r, int32_t jd, int32_t jh) {
   return d < 0 || d >= s.d.size || h < 0 || h >= s.h.size ? -1 : (int64_t(d) * s.h.size + h) * s.w.size;
 }
 
-// Weights of all groups as rows [(g, m)][(c, tap)] of acc_t: in place where they stand so already.
+// Do the rows [(g, m)][(c, tap)] stand in w itself? So it is in the forward of float.
+template <class scalar_t>
+bool stands_in_rows(const Problem& p) {
+  return std::is_same_v<scalar_t, accumulate_t<scalar_t>> && p.at.tap == 1 && p.at.c == p.space.taps() &&
+         p.at.m == p.K();
+}
+
+// Weights of all groups as rows [(g, m)][(c, tap)] of acc_t: w itself where they stand so, else a copy in buffer.
 template <class scalar_t, class acc_t>
 const acc_t* weight_rows(const Problem& p, const scalar_t* w, Buffer<acc_t>& buffer, int64_t first_m, int64_t count_m) {
+  if constexpr (std::is_same_v<scalar_t, acc_t>)
+    if (stands_in_rows<scalar_t>(p)) return w;
   const int64_t T = p.space.taps(), near = 16;
   std::vector<int64_t> tap(static_cast<size_t>(T));
   for (int64_t j = 0; j < T; ++j) tap[size_t(j)] = p.tap(j) * p.at.tap;
@@ -127,13 +136,6 @@ const acc_t* weight_rows(const Problem& p, const scalar_t* w, Buffer<acc_t>& buf
       }
   });
   return buffer.get();
-}
-
-// Do the rows [(g, m)][(c, tap)] stand in w itself? So it is in the forward of float.
-template <class scalar_t>
-bool stands_in_rows(const Problem& p) {
-  return std::is_same_v<scalar_t, accumulate_t<scalar_t>> && p.at.tap == 1 && p.at.c == p.space.taps() &&
-         p.at.m == p.K();
 }
 
 template <class scalar_t>
@@ -155,11 +157,7 @@ void planes(const Problem& p, const scalar_t* x, const scalar_t* w, const scalar
   const int64_t block = ceil_div(ceil_div(pixels, blocks), L) * L;
   for (int64_t m0 = 0; m0 < p.M; m0 += portion) {
     const int64_t M = std::min(portion, p.M - m0);
-    const acc_t* rows;
-    if constexpr (std::is_same_v<scalar_t, acc_t>)
-      rows = in_place ? w : weight_rows(p, w, arranged, m0, M);
-    else
-      rows = weight_rows(p, w, arranged, m0, M);
+    const acc_t* rows = weight_rows(p, w, arranged, m0, M);
     // With few blocks the rows are split as well; what one thread packs another may pack again.
     const int64_t wanted = 4 * thread_count(), tasks = p.G * ceil_div(pixels, block);
     const int64_t splits = thread_count() == 1 || p.G * M * K * pixels < (1 << 20)

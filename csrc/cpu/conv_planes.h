@@ -136,13 +136,8 @@ void product(const Problem& p, const scalar_t* x, const scalar_t* w, const scala
     for (int64_t j = 0; j < T; ++j)
       offsets[size_t(c * T + j)] = int32_t(plan.in_place ? c * in_plane : c * plan.channel_cells + plan.offset(s, j));
 
-  const bool standing = conv_gemm::stands_in_rows<scalar_t>(p);
-  Buffer<acc_t> arranged(standing ? 0 : p.G * p.M * K);
-  const acc_t* rows;
-  if constexpr (may_stay)
-    rows = standing ? w : conv_gemm::weight_rows(p, w, arranged, 0, p.M);
-  else
-    rows = conv_gemm::weight_rows(p, w, arranged, 0, p.M);
+  Buffer<acc_t> arranged(conv_gemm::stands_in_rows<scalar_t>(p) ? 0 : p.G * p.M * K);
+  const acc_t* rows = conv_gemm::weight_rows(p, w, arranged, 0, p.M);
   const int64_t tasks = p.N * p.G * plan.blocks(), work = plan.lanes(plan.rows, plan.width) * K;
   // With few blocks the output channels are split as well; what one thread copies another may copy again.
   const int64_t splits = thread_count() == 1 || tasks * work * p.M < (1 << 20)
