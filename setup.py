@@ -78,6 +78,14 @@ def build_cuda(torch: Path) -> bool:
     return wish == "1" or (wish == "auto" and nvcc is not None and has_cuda_torch)
 
 
+def cpu_capabilities(inplace: bool) -> str:
+    """PYOPS_CPU_CAPABILITIES=all|native: for an editable install only what this machine runs, for a wheel all."""
+    wish = os.environ.get("PYOPS_CPU_CAPABILITIES") or ("native" if inplace else "all")
+    if wish not in ("all", "native"):
+        fail(f"PYOPS_CPU_CAPABILITIES must be all or native, got {wish!r}")
+    return wish
+
+
 def cuda_architectures() -> str | None:
     """TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX") in CMake's spelling."""
     text = os.environ.get("TORCH_CUDA_ARCH_LIST")
@@ -131,6 +139,7 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": tool("ninja"),
             "PYOPS_TORCH_DIR": str(torch),
             "PYOPS_OUTPUT_DIR": str(package),
+            "PYOPS_CPU_CAPABILITIES": cpu_capabilities(bool(self.inplace)),
             "PYOPS_BUILD_CUDA": "ON" if cuda else "OFF",
             "PYOPS_BUILD_EMULATOR": "OFF" if emulator == "0" else "ON",
             "PYOPS_BUILD_EMULATOR_ASAN": "ON" if emulator == "asan" else "OFF",

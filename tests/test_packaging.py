@@ -34,7 +34,7 @@ def script(monkeypatch):
     spec = importlib.util.spec_from_file_location("pyops_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("CXX", "MAX_JOBS", "PYOPS_BUILD_CUDA", "TORCH_CUDA_ARCH_LIST"):
+    for name in ("CXX", "MAX_JOBS", "PYOPS_BUILD_CUDA", "PYOPS_CPU_CAPABILITIES", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
     return module
 
@@ -89,6 +89,14 @@ def test_cuda_problems_are_named(script, empty_path, monkeypatch, tmp_path):
     monkeypatch.setattr(script, "TOOLKIT", tmp_path / "no-toolkit")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert "requirements/emulator.txt" in refusal(script.cuda_headers)
+
+
+def test_a_wheel_has_all_instruction_sets_an_editable_install_those_of_the_machine(script, monkeypatch):
+    assert (script.cpu_capabilities(False), script.cpu_capabilities(True)) == ("all", "native")
+    monkeypatch.setenv("PYOPS_CPU_CAPABILITIES", "all")
+    assert script.cpu_capabilities(True) == "all"
+    monkeypatch.setenv("PYOPS_CPU_CAPABILITIES", "avx2")
+    assert "'avx2'" in refusal(script.cpu_capabilities, True)
 
 
 def test_headers_of_the_package_index_serve_where_no_toolkit_is(script, empty_path, monkeypatch, tmp_path):

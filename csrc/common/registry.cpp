@@ -1,5 +1,6 @@
 #include "common/registry.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 
@@ -16,13 +17,14 @@ int level_of(std::string_view name) { return name == "avx512" ? 2 : name == "avx
 
 const char* name_of(int level) { return level == 2 ? "avx512" : level == 1 ? "avx2" : "baseline"; }
 
+// The widest one that this CPU runs and this library has (CMakeLists.txt); the emulator's has none of its own.
 int supported_level() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(PYOPS_WIDEST_CAPABILITY)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? 2 : avx2 ? 1 : 0;
+  return std::min(avx512 ? 2 : avx2 ? 1 : 0, level_of(PYOPS_WIDEST_CAPABILITY));
 #else
   return 0;
 #endif

@@ -22,7 +22,7 @@
 
 namespace pyops::registry {
 
-// "baseline", "avx2" or "avx512": the widest one this CPU runs, or PYOPS_CPU_CAPABILITY where this CPU runs it.
+// "baseline", "avx2" or "avx512": the widest one of this build that this CPU runs, or PYOPS_CPU_CAPABILITY if it does.
 const char* active_cpu_capability();
 const char* supported_cpu_capability();
 void record(const char* op, std::string signature);

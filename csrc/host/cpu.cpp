@@ -131,8 +131,10 @@ std::vector<std::pair<std::string, bool>> cpu_variants() {
   // The same conditions as csrc/common/registry.cpp, which makes the choice.
   auto has = instructions();
   const bool avx2 = has["avx2"] && has["fma"] && has["f16c"];
-  variants.emplace_back("avx2", avx2);
-  variants.emplace_back("avx512", avx2 && has["avx512f"] && has["avx512bw"] && has["avx512dq"] && has["avx512vl"]);
+  const std::string widest = PYOPS_WIDEST_CAPABILITY;
+  if (widest != "baseline") variants.emplace_back("avx2", avx2);
+  if (widest == "avx512")
+    variants.emplace_back("avx512", avx2 && has["avx512f"] && has["avx512bw"] && has["avx512dq"] && has["avx512vl"]);
 #endif
   return variants;
 }

@@ -115,7 +115,9 @@ def _lines(info: dict[str, Any]) -> list[str]:
     lines.append(_row("forced", info["forced_backend"] or "nothing: each device runs its default backend"))
 
     if cpu["capability"] is not None:
-        lines.append(_row("CPU kernels", f"{cpu['capability']} in use, {cpu['supported']} supported by this CPU"))
+        lines.append(
+            _row("CPU kernels", f"{cpu['capability']} in use, up to {cpu['supported']} in this build on this CPU")
+        )
     if "model" in cpu:
         caches = [f"{name} {_size(size)}" for name, size in cpu["caches"].items()]
         lines.append(_row("CPU", " · ".join([cpu["model"], f"{cpu['usable_cores']} cores usable", *caches])))
