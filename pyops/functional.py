@@ -58,6 +58,7 @@ from .ops.fractional_max_pool import fractional_max_pool2d, fractional_max_pool3
 from .ops.group_norm import group_norm, instance_norm
 from .ops.gru import gru, gru_cell
 from .ops.im2col import fold, unfold
+from .ops.interpolate import interpolate
 from .ops.layer_norm import layer_norm
 from .ops.lstm import lstm, lstm_cell
 from .ops.margin_loss import multi_margin_loss
@@ -135,6 +136,7 @@ __all__ = [
     "hardtanh",
     "huber_loss",
     "instance_norm",
+    "interpolate",
     "kl_div",
     "knn",
     "l1_loss",

@@ -37,6 +37,7 @@ from .ops.fractional_max_pool import FractionalMaxPool2d, FractionalMaxPool3d
 from .ops.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .ops.gru import GRU, GRUCell
 from .ops.im2col import Fold, Unfold
+from .ops.interpolate import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d
 from .ops.layer_norm import LayerNorm
 from .ops.lstm import LSTM, LSTMCell
 from .ops.margin_loss import MultiMarginLoss
@@ -184,6 +185,9 @@ __all__ = [
     "Tanhshrink",
     "Threshold",
     "Unfold",
+    "Upsample",
+    "UpsamplingBilinear2d",
+    "UpsamplingNearest2d",
     "ZeroPad1d",
     "ZeroPad2d",
     "ZeroPad3d",
