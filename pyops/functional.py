@@ -60,6 +60,7 @@ from .ops.gru import gru, gru_cell
 from .ops.im2col import fold, unfold
 from .ops.interpolate import interpolate
 from .ops.layer_norm import layer_norm
+from .ops.linear import bias_act, bilinear, linear, linear_act
 from .ops.lstm import lstm, lstm_cell
 from .ops.margin_loss import multi_margin_loss
 from .ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
@@ -99,6 +100,8 @@ __all__ = [
     "avg_pool2d",
     "avg_pool3d",
     "batch_norm",
+    "bias_act",
+    "bilinear",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cdist",
@@ -142,6 +145,8 @@ __all__ = [
     "l1_loss",
     "layer_norm",
     "leaky_relu",
+    "linear",
+    "linear_act",
     "linear_cross_entropy",
     "log_softmax",
     "logsigmoid",

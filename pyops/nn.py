@@ -39,6 +39,7 @@ from .ops.gru import GRU, GRUCell
 from .ops.im2col import Fold, Unfold
 from .ops.interpolate import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d
 from .ops.layer_norm import LayerNorm
+from .ops.linear import Bilinear, Linear
 from .ops.lstm import LSTM, LSTMCell
 from .ops.margin_loss import MultiMarginLoss
 from .ops.max_unpool import MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
@@ -104,6 +105,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Bilinear",
     "CircularPad1d",
     "CircularPad2d",
     "CircularPad3d",
@@ -146,6 +148,7 @@ __all__ = [
     "LSTMCell",
     "LayerNorm",
     "LeakyReLU",
+    "Linear",
     "LogSigmoid",
     "LogSoftmax",
     "MSELoss",

@@ -263,6 +263,12 @@ struct Threshold {
 
 inline constexpr int64_t kinds = 19;
 
+// For bindings; a template, so that this header knows nothing of torch.
+template <class Scope>
+void check_kind(const Scope& op, int64_t kind) {
+  op.check(kind >= 0 && kind < kinds, "kind must be in [0, ", kinds, "), got ", kind);
+}
+
 // Calls f.template operator()<F>() for the function of this number, 0 <= kind < kinds.
 template <class F>
 PYOPS_HOST_DEVICE void with_activation(int kind, F&& f) {

@@ -7,17 +7,14 @@
 // memory   every input read once, every output written once
 // numerics vector polynomials of cpu/math.h, about one ulp in float and double; half types in float. dw: double sums,
 //          planes in order
-#include "common/activation.h"
+#include "cpu/activation.h"
 
 #include "common/registry.h"
-#include "cpu/elementwise.h"
-#include "cpu/math.h"
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
 
 // ---- kernels
 
-using activation::Parameters;
 using activation::with_activation;
 
 template <class acc_t>
@@ -36,6 +33,11 @@ void activation_gradient_block(int kind, Parameters p, acc_t* dx, const acc_t* d
                   [&](int64_t i, auto lanes) { return F::gradient(V::load(dy + i, lanes), V::load(x + i, lanes), p); });
   });
 }
+
+template void activation_block(int, Parameters, float*, const float*, int64_t, bool);
+template void activation_block(int, Parameters, double*, const double*, int64_t, bool);
+template void activation_gradient_block(int, Parameters, float*, const float*, const float*, int64_t, bool);
+template void activation_gradient_block(int, Parameters, double*, const double*, const double*, int64_t, bool);
 
 // [M, 2, N] in runs of whole or part rows: f(row, first, count) over blocks of [M, N].
 template <class F>
@@ -156,13 +158,9 @@ void prelu_backward(const scalar_t* dy, const scalar_t* x, const acc_t* w, scala
 
 // ---- binding
 
-static void check_kind(const OpScope& op, int64_t kind) {
-  op.check(kind >= 0 && kind < activation::kinds, "kind must be in [0, ", activation::kinds, "), got ", kind);
-}
-
 Tensor activation_fwd(const Tensor& x, int64_t kind, double a, double b, double c) {
   OpScope op("activation_fwd", x);
-  check_kind(op, kind);
+  activation::check_kind(op, kind);
   const int64_t N = x.numel();
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
@@ -179,7 +177,7 @@ Tensor activation_fwd(const Tensor& x, int64_t kind, double a, double b, double 
 
 void activation_inplace(Tensor x, int64_t kind, double a, double b, double c) {
   OpScope op("activation_inplace", x);
-  check_kind(op, kind);
+  activation::check_kind(op, kind);
   const int64_t N = x.numel();
   dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
@@ -195,7 +193,7 @@ void activation_inplace(Tensor x, int64_t kind, double a, double b, double c) {
 
 Tensor activation_bwd(const Tensor& dy, const Tensor& x, int64_t kind, double a, double b, double c) {
   OpScope op("activation_bwd", dy);
-  check_kind(op, kind);
+  activation::check_kind(op, kind);
   const int64_t N = x.numel();
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
@@ -212,7 +210,7 @@ Tensor activation_bwd(const Tensor& dy, const Tensor& x, int64_t kind, double a,
 
 Tensor gated_fwd(const Tensor& x, int64_t kind) {
   OpScope op("gated_fwd", x);
-  check_kind(op, kind);
+  activation::check_kind(op, kind);
   op.check(x.dim() == 3 && x.size(1) == 2, "x must be [M, 2, N]");
   const int64_t M = x.size(0), N = x.size(2);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
@@ -224,7 +222,7 @@ Tensor gated_fwd(const Tensor& x, int64_t kind) {
 
 Tensor gated_bwd(const Tensor& dy, const Tensor& x, int64_t kind) {
   OpScope op("gated_bwd", dy);
-  check_kind(op, kind);
+  activation::check_kind(op, kind);
   op.check(x.dim() == 3 && x.size(1) == 2, "x must be [M, 2, N]");
   const int64_t M = x.size(0), N = x.size(2);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {

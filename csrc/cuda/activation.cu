@@ -102,13 +102,9 @@ void run_activation(const T* dy, const T* x, T* y, int64_t N, int64_t kind, Para
 namespace pyops {
 namespace {
 
-void check_kind(const OpScope& op, int64_t kind) {
-  op.check(kind >= 0 && kind < activation::kinds, "kind must be in [0, ", activation::kinds, "), got ", kind);
-}
-
 Tensor activation_fwd(const Tensor& x, int64_t kind, double a, double b, double c) {
   OpScope op("activation_fwd", x);
-  check_kind(op, kind);
+  activation::check_kind(op, kind);
   const int64_t N = x.numel();
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     Tensor y = op.empty<T>({N});
@@ -120,7 +116,7 @@ Tensor activation_fwd(const Tensor& x, int64_t kind, double a, double b, double 
 
 void activation_inplace(Tensor x, int64_t kind, double a, double b, double c) {
   OpScope op("activation_inplace", x);
-  check_kind(op, kind);
+  activation::check_kind(op, kind);
   const int64_t N = x.numel();
   dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     T* p = op.out<T>(x, "x", {N});
@@ -130,7 +126,7 @@ void activation_inplace(Tensor x, int64_t kind, double a, double b, double c) {
 
 Tensor activation_bwd(const Tensor& dy, const Tensor& x, int64_t kind, double a, double b, double c) {
   OpScope op("activation_bwd", dy);
-  check_kind(op, kind);
+  activation::check_kind(op, kind);
   const int64_t N = x.numel();
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     Tensor dx = op.empty<T>({N});
@@ -142,7 +138,7 @@ Tensor activation_bwd(const Tensor& dy, const Tensor& x, int64_t kind, double a,
 
 Tensor gated_fwd(const Tensor& x, int64_t kind) {
   OpScope op("gated_fwd", x);
-  check_kind(op, kind);
+  activation::check_kind(op, kind);
   op.check(x.dim() == 3 && x.size(1) == 2, "x must be [M, 2, N]");
   const int64_t M = x.size(0), N = x.size(2);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
@@ -155,7 +151,7 @@ Tensor gated_fwd(const Tensor& x, int64_t kind) {
 
 Tensor gated_bwd(const Tensor& dy, const Tensor& x, int64_t kind) {
   OpScope op("gated_bwd", dy);
-  check_kind(op, kind);
+  activation::check_kind(op, kind);
   op.check(x.dim() == 3 && x.size(1) == 2, "x must be [M, 2, N]");
   const int64_t M = x.size(0), N = x.size(2);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {

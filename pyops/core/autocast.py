@@ -31,6 +31,7 @@ LOW_ON: dict[str, tuple[str, ...]] = {
     **{f"{name}{n}d": ("cpu", "cuda") for name in ("conv", "conv_transpose") for n in (1, 2, 3)},
     "depthwise_conv": ("cpu", "cuda"),
     "prelu": ("cpu", "cuda"),
+    "linear": ("cpu", "cuda"),
     **dict.fromkeys(("lstm", "rnn_tanh", "rnn_relu"), ("cpu", "cuda")),
     # On the CPU torch's oneDNN runs a plain LSTM in low precision; where it runs step by step, states keep their dtype.
     **dict.fromkeys(("lstm_by_steps", "gru"), ("cuda",)),

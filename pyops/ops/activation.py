@@ -1,6 +1,7 @@
 """Activation functions: ``y = f(x)`` element by element, and gates ``y = a * f(b)``.
 
-Every function is one row of ``_FUNCTIONS``: its number in csrc/common/activation.h and, in plain torch, its truth.
+Every function is one row of ``FUNCTIONS`` in pyops/core/activations.py: its number in csrc/common/activation.h and, in
+plain torch, its truth.
 
 Sources: torch.nn.functional; He et al. 2015 (prelu), https://arxiv.org/abs/1502.01852; Clevert et al. 2016 (elu),
 https://arxiv.org/abs/1511.07289; Klambauer et al. 2017 (selu), https://arxiv.org/abs/1706.02515; Hendrycks, Gimpel 2016
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 
 from ..core import autocast, backend, check, library
+from ..core.activations import FUNCTIONS, SELU_ALPHA, SELU_SCALE, TRUTH
+from ..core.activations import hardsigmoid as _hardsigmoid_truth
 from ..core.autograd import Formula, Tensors, differentiable
 from ..core.intercept import route
 from ..core.layout import flatten_dense
@@ -30,40 +33,6 @@ from ..core.samples import Maker, Sample, checked
 
 _kernels = library.triton_kernels("activation")
 _torch = torch.nn.functional
-
-
-def _elu(x, a, b, c):
-    return torch.where(x <= 0, (a * b) * torch.expm1(torch.where(x <= 0, x, torch.zeros_like(x)) * c), x * b)
-
-
-def _hardsigmoid(x):
-    # torch's own has no second derivative, and multiplies by 1/6 in float32 in every dtype
-    return torch.where((x > -3) & (x < 3), (x + 3) / 6, torch.where(x != x, x, (x >= 3).to(x.dtype)))
-
-
-# name -> (number in csrc/common/activation.h, the same in plain torch with parameters a, b, c)
-_FUNCTIONS: dict[str, tuple[int, Callable[..., torch.Tensor]]] = {
-    "relu": (0, lambda x, a, b, c: torch.relu(x)),
-    "leaky_relu": (1, lambda x, a, b, c: _torch.leaky_relu(x, a)),
-    "elu": (2, _elu),
-    "gelu": (3, lambda x, a, b, c: _torch.gelu(x)),
-    "gelu_tanh": (4, lambda x, a, b, c: _torch.gelu(x, approximate="tanh")),
-    "silu": (5, lambda x, a, b, c: _torch.silu(x)),
-    "mish": (6, lambda x, a, b, c: _torch.mish(x)),
-    "sigmoid": (7, lambda x, a, b, c: torch.sigmoid(x)),
-    "hardsigmoid": (8, lambda x, a, b, c: _hardsigmoid(x)),
-    "hardswish": (9, lambda x, a, b, c: _torch.hardswish(x)),
-    "hardtanh": (10, lambda x, a, b, c: _torch.hardtanh(x, a, b)),
-    "softplus": (11, lambda x, a, b, c: _torch.softplus(x, a, b)),
-    "softsign": (12, lambda x, a, b, c: x / (1 + x.abs())),
-    "tanh": (13, lambda x, a, b, c: torch.tanh(x)),
-    "logsigmoid": (14, lambda x, a, b, c: _torch.logsigmoid(x)),
-    "hardshrink": (15, lambda x, a, b, c: _torch.hardshrink(x, a)),
-    "softshrink": (16, lambda x, a, b, c: _torch.softshrink(x, a)),
-    "tanhshrink": (17, lambda x, a, b, c: x - torch.tanh(x)),
-    "threshold": (18, lambda x, a, b, c: _torch.threshold(x, a, b)),
-}
-_TRUTH = dict(_FUNCTIONS.values())
 
 
 def _like(x, *_):
@@ -110,7 +79,7 @@ _apply = differentiable(
     Formula(
         _fwd, _bwd, 1, 1,
         lambda dy, inputs, statistics, constants, needs: (dy, *inputs, *constants),
-        lambda x, kind, a, b, c: (_TRUTH[kind](x, a, b, c),),
+        lambda x, kind, a, b, c: (TRUTH[kind](x, a, b, c),),
         _fold,
     )
 )  # fmt: skip
@@ -118,7 +87,7 @@ _apply_gated = differentiable(
     Formula(
         _gated_fwd, _gated_bwd, 1, 1,
         lambda dy, inputs, statistics, constants, needs: (dy, *inputs, *constants),
-        lambda x, kind: (x[:, 0] * _TRUTH[kind](x[:, 1], 0.0, 0.0, 0.0),),
+        lambda x, kind: (x[:, 0] * TRUTH[kind](x[:, 1], 0.0, 0.0, 0.0),),
         _gated_fold,
     )
 )  # fmt: skip
@@ -135,7 +104,7 @@ def _call(op: str, name: str, x: torch.Tensor, inplace: bool, a: float = 0.0, b:
     check.floating(op, "input", x)
     (x,) = autocast.cast(op, x)
     namespace = backend.namespace_for(op, x)
-    arguments = _FUNCTIONS[name][0], float(a), float(b), float(c)
+    arguments = FUNCTIONS[name][0], float(a), float(b), float(c)
     if not inplace:
         flat, restore = flatten_dense(x)
         return restore(_apply(namespace, flat, *arguments))
@@ -199,9 +168,6 @@ def threshold(input: torch.Tensor, threshold: float, value: float, inplace: bool
 def elu(input: torch.Tensor, alpha: float = 1.0, inplace: bool = False) -> torch.Tensor:
     """``x if x > 0 else alpha * (exp(x) - 1)``; drops in for torch.nn.functional.elu."""
     return _call("elu", "elu", input, inplace, _number("elu", "alpha", alpha), 1.0, 1.0)
-
-
-SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
 
 
 def selu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
@@ -343,7 +309,7 @@ def gated(op: str, input: torch.Tensor, dim: int, function: str) -> torch.Tensor
     half = (*shape[:dim], shape[dim] // 2, *shape[dim + 1 :])
     rows = math.prod(shape[:dim])
     x = input.contiguous().view(rows, 2, math.prod(half[dim:]))
-    return _apply_gated(backend.namespace_for(op, input), x, _FUNCTIONS[function][0]).view(half)
+    return _apply_gated(backend.namespace_for(op, input), x, FUNCTIONS[function][0]).view(half)
 
 
 def prelu(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -509,7 +475,7 @@ _CHECKED: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]
     "silu": (silu, _torch.silu, {}),
     "mish": (mish, _torch.mish, {}),
     "sigmoid": (sigmoid, torch.sigmoid, {}),
-    "hardsigmoid": (hardsigmoid, _hardsigmoid, {}),
+    "hardsigmoid": (hardsigmoid, _hardsigmoid_truth, {}),
     "hardswish": (hardswish, _torch.hardswish, {}),
     "softplus": (softplus, _torch.softplus, {"beta": 1.5, "threshold": 2.0}),
     "softsign": (softsign, _torch.softsign, {}),
