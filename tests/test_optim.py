@@ -5,7 +5,8 @@ import pickle
 import pytest
 import torch
 
-from pyops import optim
+from pyops import functional as F
+from pyops import nn, optim
 from pyops.core import backend as backends
 from pyops.core import library
 
@@ -420,17 +421,17 @@ def test_averaged_model():
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_softmax_classifier_on_digits(name):
-    """Real digits, full batches, 30 steps: the same parameters as torch after every one of them."""
+    """Real digits, full batches, 30 steps of layer, loss and optimizer: each gives the parameters that torch's give."""
     x, y = digits()
-    layers = [torch.nn.Linear(64, 10).double() for _ in range(2)]
+    layers = [m.Linear(64, 10).double() for m in (nn, torch.nn)]
     layers[1].load_state_dict(layers[0].state_dict())
     rate = {"lr": 0.5} if name == "SGD" else {"lr": 0.05}
     rate |= {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
     optimizers = [getattr(m, name)(layer.parameters(), **rate) for m, layer in zip((optim, torch.optim), layers)]
     for _ in range(30):
-        for optimizer, layer in zip(optimizers, layers):
+        for optimizer, layer, functional in zip(optimizers, layers, (F, torch.nn.functional)):
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(layer(x), y).backward()
+            functional.cross_entropy(layer(x), y).backward()
             optimizer.step()
         same(layers[0].parameters(), layers[1].parameters(), 1e-9)
     assert (layers[0](x).argmax(1) == y).double().mean() > 0.9
@@ -439,16 +440,16 @@ def test_softmax_classifier_on_digits(name):
 @pytest.mark.parametrize("name", CLASSES)
 def test_linear_svm_on_digits(name):
     x, y = (t[:500] for t in digits())
-    layers = [torch.nn.Linear(64, 10).double() for _ in range(2)]
+    layers = [m.Linear(64, 10).double() for m in (nn, torch.nn)]
     layers[1].load_state_dict(layers[0].state_dict())
     optimizers = [
         getattr(m, name)(layer.parameters(), lr=0.02, weight_decay=1e-3)
         for m, layer in zip((optim, torch.optim), layers)
     ]
     for _ in range(20):
-        for optimizer, layer in zip(optimizers, layers):
+        for optimizer, layer, functional in zip(optimizers, layers, (F, torch.nn.functional)):
             optimizer.zero_grad()
-            torch.nn.functional.multi_margin_loss(layer(x), y).backward()
+            functional.multi_margin_loss(layer(x), y).backward()
             optimizer.step()
         same(layers[0].parameters(), layers[1].parameters(), 1e-9)
 
