@@ -55,6 +55,7 @@ from .ops.elementwise_loss import (
     smooth_l1_loss,
 )
 from .ops.fractional_max_pool import fractional_max_pool2d, fractional_max_pool3d
+from .ops.grid_sample import affine_grid, grid_sample
 from .ops.group_norm import group_norm, instance_norm
 from .ops.gru import gru, gru_cell
 from .ops.im2col import fold, unfold
@@ -94,6 +95,7 @@ __all__ = [
     "adaptive_max_pool1d",
     "adaptive_max_pool2d",
     "adaptive_max_pool3d",
+    "affine_grid",
     "alpha_dropout",
     "attention_varlen",
     "avg_pool1d",
@@ -130,6 +132,7 @@ __all__ = [
     "gelu",
     "glu",
     "gram_matrix",
+    "grid_sample",
     "group_norm",
     "gru",
     "gru_cell",

@@ -24,6 +24,7 @@ FLOAT32_ON: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((f"{kind}_pool3d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg")), ("cpu",)),
     **dict.fromkeys((f"max_unpool{n}d" for n in (1, 2, 3)), ("cpu",)),
     **dict.fromkeys((f"fractional_max_pool{n}d" for n in (2, 3)), ("cpu",)),
+    "grid_sample": ("cpu",),
 }
 
 # op -> device types on which autocast runs it in its low precision: what torch counts with the matrix products.
@@ -32,6 +33,7 @@ LOW_ON: dict[str, tuple[str, ...]] = {
     "depthwise_conv": ("cpu", "cuda"),
     "prelu": ("cpu", "cuda"),
     "linear": ("cpu", "cuda"),
+    "affine_grid": ("cpu", "cuda"),
     **dict.fromkeys(("lstm", "rnn_tanh", "rnn_relu"), ("cpu", "cuda")),
     # On the CPU torch's oneDNN runs a plain LSTM in low precision; where it runs step by step, states keep their dtype.
     **dict.fromkeys(("lstm_by_steps", "gru"), ("cuda",)),

@@ -1,0 +1,225 @@
+// grid_sample · CPU
+//   y[n,c,p] = sum over taps of w(tap) x[n,c,i(tap)];  dx scatters w dy;  dgrid = sum over taps of dw/dg sum_c dy x
+// layout   x: [N, C, D, H, W] or [N, D, H, W, C] · grid: [N, P, dims] · y: [N, C, P] or [N, P, C]
+// (common/grid_sample.h) mapping  a thread takes blocks of points and all their channels, for dx channels and all their
+// points, so that nobody
+//          else adds to what it adds to; lanes over points, or over the channels of channels_last
+// memory   taps of a block of points stay in the first-level cache and serve every channel
+// numerics acc_t; dx in the order of the points, whatever the number of threads
+#include "common/grid_sample_binding.h"
+#include "common/registry.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace pyops::PYOPS_CPU_CAPABILITY {
+
+using namespace grid_sample;
+
+// ---- kernels
+
+inline constexpr int64_t block_points = 64;
+
+// The taps of up to block_points points. A tap outside has index 0 and `inside` 0.
+template <class A, int T>
+struct Block {
+  static constexpr int most = T == 2 ? 8 : T * T;
+  int taps;
+  int64_t points;
+  int32_t index[most][block_points], inside[most][block_points];
+  A weight[most][block_points], slope[3][most][block_points];
+
+  template <class U>
+  void read(const Shape& s, const U* grid, int64_t count) {
+    points = count;
+    taps = s.dims == 3 ? T * T * T : T * T;
+    for (int64_t p = 0; p < count; ++p) {
+      const A g[3] = {A(grid[p * s.dims]), A(grid[p * s.dims + 1]), s.dims == 3 ? A(grid[p * s.dims + 2]) : A(0)};
+      each_tap<T>(s, g, [&](int tap, int64_t at, A w, A dw, A dh, A dd) {
+        index[tap][p] = at < 0 ? 0 : int32_t(at), inside[tap][p] = at >= 0;
+        weight[tap][p] = w, slope[0][tap][p] = dw, slope[1][tap][p] = dh, slope[2][tap][p] = dd;
+      });
+    }
+  }
+};
+
+template <class T, class A, int taps>
+void sample(const T* x, const T* grid, T* y, const Shape& s) {
+  using V = Vec<A>;
+  const int64_t blocks = ceil_div(s.P, block_points);
+  parallel_for(
+      s.N * blocks, ceil_div(16384, block_points * std::max<int64_t>(s.C, 1)), [&](int64_t begin, int64_t end) {
+        Block<A, taps> b;
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t n = i / blocks, first = i % blocks * block_points;
+          b.read(s, grid + (n * s.P + first) * s.dims, std::min(block_points, s.P - first));
+          const T* from = x + n * s.C * s.S();
+          T* to = y + n * s.C * s.P + first * s.step();
+          if (s.channels_last) {
+            for (int64_t p = 0; p < b.points; ++p)
+              each_vector<A>(s.C, [&](int64_t c, auto lanes) {
+                V sum;
+                for (int t = 0; t < b.taps; ++t) {
+                  const V w(b.weight[t][p]);
+                  sum =
+                      b.inside[t][p] ? fma(w, V::load(from + b.index[t][p] * s.C + c, lanes), sum) : sum + w * V(A(0));
+                }
+                sum.store(to + p * s.C + c, lanes);
+              });
+            continue;
+          }
+          for (int64_t c = 0; c < s.C; ++c) {
+            const T* plane = from + c * s.S();
+            A sum[block_points] = {};
+            for (int t = 0; t < b.taps; ++t)
+              for (int64_t p = 0; p < b.points; ++p) {
+                const A v = A(plane[b.index[t][p]]);
+                sum[p] += b.weight[t][p] * (b.inside[t][p] ? v : A(0));
+              }
+            for (int64_t p = 0; p < b.points; ++p) to[c * s.P + p] = T(sum[p]);
+          }
+        }
+      });
+}
+
+template <class T, class A, int taps>
+void sample_bwd_grid(const T* dy, const T* x, const T* grid, T* dgrid, const Shape& s) {
+  using V = Vec<A>;
+  const int64_t blocks = ceil_div(s.P, block_points);
+  parallel_for(s.N * blocks, ceil_div(8192, block_points * std::max<int64_t>(s.C, 1)), [&](int64_t begin, int64_t end) {
+    Block<A, taps> b;
+    A dot[Block<A, taps>::most][block_points];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / blocks, first = i % blocks * block_points;
+      b.read(s, grid + (n * s.P + first) * s.dims, std::min(block_points, s.P - first));
+      const T *from = x + n * s.C * s.S(), *g = dy + n * s.C * s.P + first * s.step();
+      for (int t = 0; t < b.taps; ++t) std::fill(dot[t], dot[t] + block_points, A(0));
+      if (s.channels_last) {
+        for (int64_t p = 0; p < b.points; ++p)
+          for (int t = 0; t < b.taps; ++t) {
+            if (!b.inside[t][p]) continue;
+            V total;
+            each_vector<A>(s.C, [&](int64_t c, auto lanes) {
+              total = fma(V::load(from + b.index[t][p] * s.C + c, lanes), V::load(g + p * s.C + c, lanes), total);
+            });
+            dot[t][p] = sum(total);
+          }
+      } else {
+        for (int64_t c = 0; c < s.C; ++c) {
+          const T *plane = from + c * s.S(), *gc = g + c * s.P;
+          for (int t = 0; t < b.taps; ++t)
+            for (int64_t p = 0; p < b.points; ++p) {
+              const A v = A(plane[b.index[t][p]]);
+              dot[t][p] += A(gc[p]) * (b.inside[t][p] ? v : A(0));
+            }
+        }
+      }
+      T* to = dgrid + (n * s.P + first) * s.dims;
+      for (int64_t p = 0; p < b.points; ++p)
+        for (int64_t d = 0; d < s.dims; ++d) {
+          A total = 0;
+          for (int t = 0; t < b.taps; ++t) total += b.slope[d][t][p] * dot[t][p];
+          to[p * s.dims + d] = T(total);
+        }
+    }
+  });
+}
+
+// Adds the channels [first, last) of one example into sum: [channels, S] or, channels_last, [S, C] from `first` on.
+template <class T, class A, int taps>
+void add_points(const T* dy, const T* grid, A* sum, const Shape& s, int64_t first, int64_t last) {
+  using V = Vec<A>;
+  Block<A, taps> b;
+  for (int64_t at = 0; at < s.P; at += block_points) {
+    b.read(s, grid + at * s.dims, std::min(block_points, s.P - at));
+    if (s.channels_last) {
+      for (int64_t p = 0; p < b.points; ++p)
+        for (int t = 0; t < b.taps; ++t) {
+          if (!b.inside[t][p]) continue;
+          const V w(b.weight[t][p]);
+          const T* from = dy + (at + p) * s.C + first;
+          A* to = sum + b.index[t][p] * s.C + first;
+          each_vector<A>(last - first, [&](int64_t c, auto lanes) {
+            fma(w, V::load(from + c, lanes), V::load(to + c, lanes)).store(to + c, lanes);
+          });
+        }
+      continue;
+    }
+    for (int64_t c = first; c < last; ++c) {
+      const T* from = dy + c * s.P + at;
+      A* plane = sum + (c - first) * s.S();
+      for (int64_t p = 0; p < b.points; ++p) {
+        const A g = A(from[p]);
+        for (int t = 0; t < b.taps; ++t)
+          if (b.inside[t][p]) plane[b.index[t][p]] += b.weight[t][p] * g;
+      }
+    }
+  }
+}
+
+template <class T, class A, int taps>
+void sample_bwd_x(const T* dy, const T* grid, T* dx, const Shape& s) {
+  const int64_t S = s.S();
+  // whole vectors of channels, so that threads do not share a line of channels_last
+  const int64_t unit = s.channels_last ? 16 : 1, units = ceil_div(s.C, unit);
+  parallel_for(s.N * units, ceil_div(8192, std::max<int64_t>(s.P * unit, 1)), [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t n = begin / units, stop = std::min(end, (n + 1) * units);
+      const int64_t first = (begin - n * units) * unit, last = std::min((stop - n * units) * unit, s.C);
+      const T *g = dy + n * s.C * s.P, *points = grid + n * s.P * s.dims;
+      T* to = dx + n * s.C * S + (s.channels_last ? 0 : first * S);
+      // rows of `width` elements, C apart where channels_last
+      const int64_t rows = s.channels_last ? S : 1, width = s.channels_last ? last - first : (last - first) * S;
+      const int64_t apart = s.channels_last ? s.C : 0, offset = s.channels_last ? first : 0;
+      if constexpr (std::is_same_v<T, A>) {
+        for (int64_t r = 0; r < rows; ++r) std::fill_n(to + r * apart + offset, width, A(0));
+        add_points<T, A, taps>(g, points, to, s, first, last);
+      } else {
+        Buffer<A> sum(s.channels_last ? S * s.C : width, A(0));
+        add_points<T, A, taps>(g, points, sum.get(), s, first, last);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t i = 0; i < width; ++i) to[r * apart + offset + i] = T(sum[r * apart + offset + i]);
+      }
+      begin = stop;
+    }
+  });
+}
+
+// ---- binding
+
+Tensor grid_sample_fwd(const Tensor& x, const Tensor& grid, int64_t mode, int64_t padding, bool align_corners,
+                       bool channels_last) {
+  OpScope op("grid_sample_fwd", x);
+  const Shape s = shape_of(op, x, grid, mode, padding, align_corners, channels_last);
+  return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
+    Tensor y = empty_y(op, s, scalar_type_of<T>);
+    dispatch_mode(mode, [&]<int taps>() {
+      sample<T, accumulate_t<T>, taps>(in_x<T>(op, x, s), in_grid<T>(op, grid, s), out_y<T>(op, y, s), s);
+    });
+    return y;
+  });
+}
+
+std::tuple<Tensor, Tensor> grid_sample_bwd(const Tensor& dy, const Tensor& x, const Tensor& grid, int64_t mode,
+                                           int64_t padding, bool align_corners, bool channels_last, bool needs_x,
+                                           bool needs_grid) {
+  OpScope op("grid_sample_bwd", x);
+  const Shape s = shape_of(op, x, grid, mode, padding, align_corners, channels_last);
+  return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
+    using A = accumulate_t<T>;
+    const T *g = in_dy<T>(op, dy, s), *px = in_x<T>(op, x, s), *points = in_grid<T>(op, grid, s);
+    Tensor dx = needs_x ? op.empty<T>(ShapeRef(x)) : op.empty<T>({0});
+    Tensor dgrid = needs_grid ? op.empty<T>(ShapeRef(grid)) : op.empty<T>({0});
+    dispatch_mode(mode, [&]<int taps>() {
+      if (needs_x) sample_bwd_x<T, A, taps>(g, points, out_like<T>(op, dx, "dx", x), s);
+      if (needs_grid) sample_bwd_grid<T, A, taps>(g, px, points, out_like<T>(op, dgrid, "dgrid", grid), s);
+    });
+    return std::make_tuple(dx, dgrid);
+  });
+}
+
+PYOPS_LIBRARY(m) {
+  PYOPS_IMPL(m, grid_sample_fwd);
+  PYOPS_IMPL(m, grid_sample_bwd);
+}
+
+}  // namespace pyops::PYOPS_CPU_CAPABILITY
