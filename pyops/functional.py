@@ -1,6 +1,7 @@
 """The functions of torch.nn.functional, on pyops kernels."""
 
 from .core.convolution import conv_algorithm
+from .ops.act_dropout_add import act_dropout_add
 from .ops.activation import (
     celu,
     elu,
@@ -54,6 +55,7 @@ from .ops.elementwise_loss import (
     mse_loss,
     smooth_l1_loss,
 )
+from .ops.embedding import embedding, embedding_bag
 from .ops.fractional_max_pool import fractional_max_pool2d, fractional_max_pool3d
 from .ops.grid_sample import affine_grid, grid_sample
 from .ops.group_norm import group_norm, instance_norm
@@ -89,6 +91,7 @@ from .ops.rnn import rnn_relu, rnn_relu_cell, rnn_tanh, rnn_tanh_cell
 from .ops.softmax import log_softmax, softmax, softmin
 
 __all__ = [
+    "act_dropout_add",
     "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",
     "adaptive_avg_pool3d",
@@ -125,6 +128,8 @@ __all__ = [
     "dropout2d",
     "dropout3d",
     "elu",
+    "embedding",
+    "embedding_bag",
     "feature_alpha_dropout",
     "fold",
     "fractional_max_pool2d",

@@ -33,6 +33,7 @@ from .ops.cross_entropy import CrossEntropyLoss, NLLLoss
 from .ops.distance import CosineSimilarity, KNeighborsClassifier, PairwiseDistance
 from .ops.dropout import AlphaDropout, DropConnectLinear, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
 from .ops.elementwise_loss import BCELoss, BCEWithLogitsLoss, HuberLoss, KLDivLoss, L1Loss, MSELoss, SmoothL1Loss
+from .ops.embedding import Embedding, EmbeddingBag
 from .ops.fractional_max_pool import FractionalMaxPool2d, FractionalMaxPool3d
 from .ops.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .ops.gru import GRU, GRUCell
@@ -125,6 +126,8 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "Embedding",
+    "EmbeddingBag",
     "FeatureAlphaDropout",
     "Fold",
     "FractionalMaxPool2d",

@@ -92,7 +92,7 @@ def compile_all(words: tuple[str, ...] = (), architectures: tuple[int, ...] = AR
     return [
         compile_specimen(s, arch)
         for s in load_specimens()
-        if not words or any(w in s.kernel.__name__ for w in words)
+        if not words or any(w in f"{s.kernel.fn.__module__} {s.kernel.__name__}" for w in words)
         for arch in architectures
         if worth_compiling(s, arch)
     ]

@@ -60,6 +60,7 @@ FUSED: dict[str, tuple[str, float, float, float]] = {
             *("softsign", "tanh", "logsigmoid", "tanhshrink"),
         )
     },
+    "identity": ("leaky_relu", 1.0, 0.0, 0.0),
     "relu6": ("hardtanh", 0.0, 6.0, 0.0),
     "hardtanh": ("hardtanh", -1.0, 1.0, 0.0),
     "leaky_relu": ("leaky_relu", 0.01, 0.0, 0.0),

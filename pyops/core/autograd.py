@@ -61,6 +61,8 @@ class Formula:
             composite gradient of the reference is used if not stated.
         finish: optional ``(results, inputs, kept, needs) -> gradients``: what follows from the results of the backward
             op by torch's own ops, such as the gradient of a weight as one matrix product. Not differentiated.
+        added: the last input with a gradient is added to the output as it is: its gradient is dy itself, and the
+            backward op returns none for it.
     """
 
     forward: Op
@@ -74,6 +76,7 @@ class Formula:
     keep: tuple[int, ...] | None = None
     second: Callable[..., tuple[Any, Tensors]] | None = None
     finish: Callable[[Tensors, Tensors, Tensors, tuple[bool, ...]], Tensors] | None = None
+    added: bool = False
 
 
 def _results(result: Any) -> Tensors:
@@ -178,6 +181,8 @@ class _Recipe:
         dy = dys[0] if self.formula.outputs == 1 else dys
         arguments = self.formula.backward_arguments(dy, inputs, kept, constants, needs)
         results = _results(self.formula.backward(namespace, *arguments))
+        if self.formula.added:
+            results = (*results, dys[0].view_as(dys[0]))  # a Function may not return what it was given
         return results if self.formula.finish is None else self.formula.finish(results, inputs, kept, needs)
 
     def second(
@@ -253,7 +258,7 @@ def differentiable(formula: Formula) -> Callable[..., Any]:
             gradient = recipe.gradient(constants, needs)
             with torch.enable_grad():
                 batched = torch.vmap(gradient, in_dims=in_dims[3 : 3 + m + n], randomness="same")
-                grads = iter(batched(*tensors[: m + n]))
+                grads = iter([g.view_as(g) for g in batched(*tensors[: m + n])])  # dy itself is no result
             wanted = recipe.wanted(tensors[m : m + n], needs)
             spare = next(t for t in tensors if t is not None).new_empty(0)
             slots = range(formula.gradients)

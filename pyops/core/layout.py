@@ -71,3 +71,11 @@ def flatten_dense(x: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor
         return x.contiguous().view(-1), lambda y: y.view(shape)
     inverse = sorted(range(x.dim()), key=order.__getitem__)
     return moved.view(-1), lambda y: y.view(moved.shape).permute(inverse)
+
+
+def memory_order(x: torch.Tensor) -> list[int]:
+    """Dimensions from the slowest to the fastest: elements are numbered as they lie in memory."""
+    dims = list(range(x.dim()))
+    if x.is_contiguous() or 0 in x.stride():
+        return dims
+    return sorted(dims, key=lambda d: -x.stride(d))

@@ -29,7 +29,7 @@ import torch
 
 from ..core import backend, check, library, random
 from ..core.intercept import route
-from ..core.layout import is_channels_last
+from ..core.layout import is_channels_last, memory_order
 from ..core.multilinear import Multilinear, Tensors, differentiable
 from ..core.samples import Maker, Sample, checked
 
@@ -84,21 +84,13 @@ def _numbers(p: float, alpha: bool) -> tuple[int, float, float, float]:
     return random.drop_threshold(p), a, shift, a * limit + shift
 
 
-def _memory_order(x: torch.Tensor) -> list[int]:
-    """Dimensions from the slowest to the fastest: elements are numbered as they lie in memory."""
-    dims = list(range(x.dim()))
-    if x.is_contiguous() or 0 in x.stride():
-        return dims
-    return sorted(dims, key=lambda d: -x.stride(d))
-
-
 def _masked(
     op: str, x: torch.Tensor, state: torch.Tensor, p: float, alpha: bool = False, features: bool = False
 ) -> torch.Tensor:
     """x with what ``state`` drops dropped: single elements, or whole channels [N, C]."""
     namespace, numbers = backend.namespace_for(op, x), _numbers(p, alpha)
     if not features:
-        order = _memory_order(x)
+        order = memory_order(x)
         moved = x.permute(order).contiguous()
         y = _apply(namespace, moved.view(1, 1, -1), state, *numbers).view(moved.shape)
         return y.permute(sorted(range(x.dim()), key=order.__getitem__))

@@ -1,0 +1,117 @@
+// embedding · CPU
+//   gather_rows  y[k] = x[index[k]]
+//   gather_sum   y[v] = sum over k in [offsets[v], offsets[v+1]) of scale[k] * x[index[k]]
+// layout   x [R, D], gather_rows: y [K, D] · gather_sum: index, scale [K], offsets [V + 1], y [V, D]
+// mapping  a thread takes rows of y, lanes over D
+// memory   the rows that are named are read once each time they are named, y is written once
+// numerics sums of 64 terms in acc_t, of these in double, in the order of k; an index outside [0, R) is refused before
+// anything is read
+#include "common/registry.h"
+#include "cpu/elementwise.h"
+
+namespace pyops::PYOPS_CPU_CAPABILITY {
+
+// ---- kernels
+
+template <class scalar_t>
+void gather(const scalar_t* x, const int64_t* index, scalar_t* y, int64_t K, int64_t D) {
+  parallel_for(K, ceil_div(elementwise_grain, D), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) std::copy_n(x + index[k] * D, D, y + k * D);
+  });
+}
+
+// sums[i] += terms [first, last) of columns [column, column + n)
+template <class scalar_t, class acc_t>
+void add_terms(const scalar_t* x, const int64_t* index, const scalar_t* scale, int64_t first, int64_t last, int64_t D,
+               int64_t column, int64_t n, acc_t* sums) {
+  using V = Vec<acc_t>;
+  for (int64_t k = first; k < last; ++k) {
+    const scalar_t* from = x + index[k] * D + column;
+    const V factor(scale != nullptr ? acc_t(scale[k]) : acc_t(1));
+    each_vector<acc_t>(n, [&](int64_t i, auto lanes) {
+      fma(V::load(from + i, lanes), factor, V::load(sums + i, lanes)).store(sums + i, lanes);
+    });
+  }
+}
+
+// One column block of a row of y after the other, so that its sums stay in the first-level cache. Sums of 64 terms are
+// added, not terms, or a row named a million times would lose its last digits.
+template <class scalar_t, class acc_t>
+void gather_sums(const scalar_t* x, const int64_t* index, const int64_t* offsets, const scalar_t* scale, scalar_t* y,
+                 int64_t V, int64_t K, int64_t D) {
+  constexpr int64_t together = 64;
+  const int64_t rows = std::max<int64_t>(1, elementwise_grain / (D * (1 + K / std::max<int64_t>(V, 1))));
+  parallel_for(V, rows, [&](int64_t begin, int64_t end) {
+    alignas(64) acc_t sums[elementwise_block];
+    double totals[elementwise_block];
+    for (int64_t v = begin; v < end; ++v)
+      for (int64_t column = 0; column < D; column += elementwise_block) {
+        const int64_t n = std::min(elementwise_block, D - column), first = offsets[v], last = offsets[v + 1];
+        std::fill(sums, sums + n, acc_t(0));
+        if (last - first <= together) {
+          add_terms(x, index, scale, first, last, D, column, n, sums);
+        } else {
+          std::fill(totals, totals + n, 0.0);
+          for (int64_t k = first; k < last; k += together) {
+            add_terms(x, index, scale, k, std::min(k + together, last), D, column, n, sums);
+            for (int64_t i = 0; i < n; ++i) totals[i] += double(sums[i]), sums[i] = 0;
+          }
+          for (int64_t i = 0; i < n; ++i) sums[i] = acc_t(totals[i]);
+        }
+        narrowed(y + v * D + column, sums, n);
+      }
+  });
+}
+
+// ---- binding
+
+static const int64_t* checked_index(const OpScope& op, const Tensor& index, int64_t R) {
+  const int64_t K = index.numel();
+  const int64_t* p = op.in<int64_t>(index, "index", {K});
+  for (int64_t k = 0; k < K; ++k)
+    if (p[k] < 0 || p[k] >= R) op.check(false, "index must lie in [0, ", R, "), got ", p[k]);
+  return p;
+}
+
+// The last two arguments are for the gradient, which the room forms from gather_sum.
+Tensor gather_rows(const Tensor& x, const Tensor& index, int64_t, bool) {
+  OpScope op("gather_rows", x);
+  op.check(x.dim() == 2, "x must be [R, D]");
+  const int64_t R = x.size(0), D = x.size(1), K = index.numel();
+  const int64_t* at = checked_index(op, index, R);
+  return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
+    Tensor y = op.empty<scalar_t>({K, D});
+    const scalar_t* from = op.in<scalar_t>(x, "x", {R, D});
+    scalar_t* to = op.out<scalar_t>(y, "y", {K, D});
+    if (D > 0) gather(from, at, to, K, D);
+    return y;
+  });
+}
+
+Tensor gather_sum(const Tensor& x, const Tensor& index, const Tensor& offsets, const OptionalTensor& scale) {
+  OpScope op("gather_sum", x);
+  op.check(x.dim() == 2, "x must be [R, D]");
+  op.check(offsets.dim() == 1 && offsets.size(0) >= 1, "offsets must be [V + 1]");
+  const int64_t R = x.size(0), D = x.size(1), K = index.numel(), V = offsets.size(0) - 1;
+  const int64_t* ends = op.in<int64_t>(offsets, "offsets", {V + 1});
+  const int64_t* at = op.in<int64_t>(index, "index", {K});
+  op.check(ends[0] >= 0 && ends[V] <= K, "offsets must lie in [0, ", K, "]");
+  for (int64_t v = 0; v < V; ++v) op.check(ends[v] <= ends[v + 1], "offsets must not decrease");
+  for (int64_t k = ends[0]; k < ends[V]; ++k)
+    if (at[k] < 0 || at[k] >= R) op.check(false, "index must lie in [0, ", R, "), got ", at[k]);
+  return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
+    Tensor y = op.empty<scalar_t>({V, D});
+    const scalar_t* from = op.in<scalar_t>(x, "x", {R, D});
+    const scalar_t* by = op.in_optional<scalar_t>(scale, "scale", {K});
+    scalar_t* to = op.out<scalar_t>(y, "y", {V, D});
+    if (D > 0) gather_sums<scalar_t, accumulate_t<scalar_t>>(from, at, ends, by, to, V, K, D);
+    return y;
+  });
+}
+
+PYOPS_LIBRARY(m) {
+  PYOPS_IMPL(m, gather_rows);
+  PYOPS_IMPL(m, gather_sum);
+}
+
+}  // namespace pyops::PYOPS_CPU_CAPABILITY

@@ -1,0 +1,125 @@
+// embedding · CUDA
+//   gather_rows  y[k] = x[index[k]]
+//   gather_sum   y[v] = sum over k in [offsets[v], offsets[v+1]) of scale[k] * x[index[k]]
+// layout   x [R, D], gather_rows: y [K, D] · gather_sum: index, scale [K], offsets [V + 1], y [V, D]
+// mapping  gather_rows: a thread takes a 16-byte vector of y where rows are whole vectors, else an element
+//          gather_sum: a block takes 32 columns of a row of y, lane l a column, its 8 warps the terms in turn
+// memory   the rows that are named are read once each time they are named, y is written once
+// numerics sums in fp32 (fp64 for fp64), the order fixed by the number of terms; an index outside [0, R) gives NaN and
+//          reads nothing
+#include "cuda/grid_stride.cuh"
+
+namespace pyops {
+namespace {
+
+template <class T, int W>
+__global__ void gather_rows_kernel(const T* x, const int64_t* index, T* y, int64_t R, int64_t K, int64_t vectors) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < K * vectors; i += stride) {
+    const int64_t at = index[i / vectors];
+    Vec<T, W> v;
+    if (at >= 0 && at < R) {
+      v = load_vec<W>(x + (at * vectors + i % vectors) * W);
+    } else {
+#pragma unroll
+      for (int j = 0; j < W; ++j) v[j] = from_acc<T>(accumulate_t<T>(NAN));
+    }
+    store_vec(y + i * W, v);
+  }
+}
+
+template <class A>
+struct GatherShared {
+  A part[8][32];
+};
+
+template <class T>
+__global__ void __launch_bounds__(256)
+    gather_sum_kernel(const T* x, const int64_t* index, const int64_t* offsets, const T* scale, T* y, int64_t R,
+                      int64_t K, int64_t V, int64_t D) {
+  using A = accumulate_t<T>;
+  auto& s = shared_storage<GatherShared<A>>();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t column = static_cast<int64_t>(blockIdx.y) * 32 + lane;
+  for (int64_t v = blockIdx.x; v < V; v += gridDim.x) {
+    const int64_t first = offsets[v], last = offsets[v + 1];
+    const bool inside = first >= 0 && last <= K;
+    A sum = inside ? A(0) : A(NAN);
+    if (column < D && inside)
+      for (int64_t k = first + warp; k < last; k += 8) {
+        const int64_t at = index[k];
+        const A value = at >= 0 && at < R ? A(to_acc(x[at * D + column])) : A(NAN);
+        sum += scale != nullptr ? value * to_acc(scale[k]) : value;
+      }
+    s.part[warp][lane] = sum;
+    __syncthreads();
+    if (warp == 0 && column < D) {
+      for (int w = 1; w < 8; ++w) sum += s.part[w][lane];
+      y[v * D + column] = from_acc<T>(sum);
+    }
+    __syncthreads();
+  }
+}
+
+template <class T>
+void run_gather(const T* x, const int64_t* index, T* y, int64_t R, int64_t K, int64_t D, void* stream) {
+  constexpr int W = 16 / sizeof(T);
+  const uintptr_t both = reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y);
+  if (both % 16 == 0 && D % W == 0)
+    launch(gather_rows_kernel<T, W>, grid_stride(K * (D / W), stream), x, index, y, R, K, D / W);
+  else
+    launch(gather_rows_kernel<T, 1>, grid_stride(K * D, stream), x, index, y, R, K, D);
+}
+
+}  // namespace
+}  // namespace pyops
+
+// binding
+
+#include "common/registry.h"
+
+namespace pyops {
+namespace {
+
+// The last two arguments are for the gradient, which the room forms from gather_sum.
+Tensor gather_rows(const Tensor& x, const Tensor& index, int64_t, bool) {
+  OpScope op("gather_rows", x);
+  op.check(x.dim() == 2, "x must be [R, D]");
+  const int64_t R = x.size(0), D = x.size(1), K = index.numel();
+  const int64_t* at = op.in<int64_t>(index, "index", {K});
+  return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
+    Tensor y = op.empty<T>({K, D});
+    run_gather<T>(op.in<T>(x, "x", {R, D}), at, op.out<T>(y, "y", {K, D}), R, K, D, op.stream());
+    return y;
+  });
+}
+
+Tensor gather_sum(const Tensor& x, const Tensor& index, const Tensor& offsets, const OptionalTensor& scale) {
+  OpScope op("gather_sum", x);
+  op.check(x.dim() == 2, "x must be [R, D]");
+  op.check(offsets.dim() == 1 && offsets.size(0) >= 1, "offsets must be [V + 1]");
+  const int64_t R = x.size(0), D = x.size(1), K = index.numel(), V = offsets.size(0) - 1;
+  const int64_t* ends = op.in<int64_t>(offsets, "offsets", {V + 1});
+  const int64_t* at = op.in<int64_t>(index, "index", {K});
+  return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
+    Tensor y = op.empty<T>({V, D});
+    const T* by = op.in_optional<T>(scale, "scale", {K});
+    const int64_t rows = std::min<int64_t>(V, multiprocessor_count() * 32);
+    launch(gather_sum_kernel<T>,
+           {.grid = dim3(static_cast<unsigned>(rows), static_cast<unsigned>(ceil_div(D, 32))),
+            .block = dim3(256),
+            .smem = sizeof(GatherShared<accumulate_t<T>>),
+            .stream = static_cast<cudaStream_t>(op.stream())},
+           op.in<T>(x, "x", {R, D}), at, ends, by, op.out<T>(y, "y", {V, D}), R, K, V, D);
+    return y;
+  });
+}
+
+}  // namespace
+}  // namespace pyops
+
+PYOPS_LIBRARY(m) {
+  using namespace pyops;
+  PYOPS_IMPL(m, gather_rows);
+  PYOPS_IMPL(m, gather_sum);
+}

@@ -1,0 +1,186 @@
+import pytest
+import torch
+
+from pyops import functional as F
+from pyops import nn, testing, use
+from pyops.core import backend as backends
+
+from .harness import agrees_on_every_cpu_capability, passes, refuses, same_refusal
+
+torch_F = torch.nn.functional
+
+
+@pytest.mark.parametrize("check", testing.checks())
+def test_checks(backend, check):
+    passes("embedding", backend, check)
+
+
+@pytest.mark.parametrize("check", testing.checks())
+def test_bag_on_the_cpu(check):
+    passes("embedding_bag", "cpu", check)
+
+
+def test_bag_accuracy(backend):
+    passes("embedding_bag", backend, "accuracy")
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("op", ["embedding", "embedding_bag"])
+def test_race(backend, op):
+    passes(op, backend, "accuracy")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_named_often_is_summed_in_float32(backend, dtype):
+    times = 3000 if backend == "cpu" else 300
+    weight = torch.zeros(3, 2, dtype=dtype, requires_grad=True)
+    dy = (torch.randn(times, 2, generator=torch.Generator().manual_seed(0)) + 1).to(dtype)
+    with backends.backend(backend):
+        y = F.embedding(torch.ones(times, dtype=torch.int64), weight)
+        (dw,) = torch.autograd.grad(y, weight, dy)
+    exact = dy.double().sum(0)
+    assert ((dw[1].double() - exact).abs() <= 4 * torch.finfo(dtype).eps * exact.abs()).all()
+    assert not dw[0].any() and not dw[2].any()
+
+
+def test_int32_indices_and_strided_arguments():
+    weight, index = torch.randn(4, 6)[:, ::2], torch.tensor([[1, 3], [0, 0]], dtype=torch.int32)
+    torch.testing.assert_close(F.embedding(index.mT, weight), torch_F.embedding(index.mT, weight))
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+def test_max_norm_shrinks_the_named_rows_in_place(norm_type):
+    ours = torch.randn(6, 5)
+    theirs = ours.clone()
+    index = torch.tensor([3, 1, 3])
+    y = F.embedding(index, ours, max_norm=0.7, norm_type=norm_type)
+    expected = torch_F.embedding(index, theirs, max_norm=0.7, norm_type=norm_type)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_no_gradient_reaches_the_padding_row():
+    weight = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([1, 2, 2, -1 % 4])
+    for padding in (2, -2, None):
+        grads = [
+            torch.autograd.grad(f(index, weight, padding).square().sum(), weight)[0]
+            for f in (F.embedding, torch_F.embedding)
+        ]
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding", [None, 1])
+def test_bags_as_torch(backend, mode, padding):
+    weight = torch.randn(7, 4, requires_grad=True)
+    index = torch.tensor([[1, 2, 1], [0, 6, 6], [1, 1, 1]])
+    calls = [
+        lambda f: f(index, weight, mode=mode, padding_idx=padding),
+        lambda f: f(index.view(-1), weight, torch.tensor([0, 0, 5, 9]), mode=mode, padding_idx=padding),
+        lambda f: f(
+            index.view(-1), weight, torch.tensor([0, 4, 9]), mode=mode, include_last_offset=True, padding_idx=padding
+        ),
+    ]
+    for call in calls:
+        with backends.backend(backend):
+            y = call(F.embedding_bag)
+            (dw,) = torch.autograd.grad(y.sin().sum(), weight)
+        expected = call(torch_F.embedding_bag)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(dw, torch.autograd.grad(expected.sin().sum(), weight)[0])
+
+
+def test_modules():
+    ours, theirs = nn.Embedding(5, 3, padding_idx=1), torch.nn.Embedding(5, 3, padding_idx=1)
+    assert repr(ours) == repr(theirs) and not ours.weight[1].any()
+    ours.load_state_dict(theirs.state_dict())
+    index = torch.tensor([[0, 1], [4, 4]])
+    torch.testing.assert_close(ours(index), theirs(index))
+    frozen = nn.Embedding.from_pretrained(torch.randn(5, 3))
+    assert isinstance(frozen, nn.Embedding) and not frozen.weight.requires_grad
+    assert torch.equal(frozen(index), frozen.weight[index])
+    bags, reference = nn.EmbeddingBag(5, 3, mode="sum"), torch.nn.EmbeddingBag(5, 3, mode="sum")
+    bags.load_state_dict(reference.state_dict())
+    torch.testing.assert_close(bags(index), reference(index))
+
+
+def test_an_unmodified_model_is_routed():
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 2))
+    index = torch.tensor([[0, 3]])
+    with use() as report:
+        y = model(index)
+        torch.nn.Embedding(5, 4, sparse=True)(index)
+        torch.nn.EmbeddingBag(5, 4)(index)
+        torch.nn.EmbeddingBag(5, 4, mode="max")(index)
+    torch.testing.assert_close(y, model(index))
+    assert report.entries["embedding"].backends == {"cpu": 1} and report.entries["embedding"].kept
+    assert report.entries["embedding_bag"].backends == {"cpu": 1} and report.entries["embedding_bag"].kept
+
+
+def test_on_every_cpu_capability(tmp_path):
+    agrees_on_every_cpu_capability(tmp_path, "embedding", "embedding_bag")
+
+
+def test_a_raw_op_reads_nothing_outside_the_table(backend):
+    x, index = torch.randn(3, 4), torch.tensor([0, 3, -1])
+    ends = torch.tensor([0, 1, 3])
+    with backends.backend(backend):
+        namespace = getattr(torch.ops, backends.namespace_for("embedding", x))
+        if backend == "cpu":
+            with pytest.raises(RuntimeError, match=r"\[0, 3\)"):
+                namespace.gather_rows(x, index, -1, False)
+            with pytest.raises(RuntimeError, match=r"\[0, 3\)"):
+                namespace.gather_sum(x, index, ends, None)
+            with pytest.raises(RuntimeError, match="offsets"):
+                namespace.gather_sum(x, index, torch.tensor([0, 4]), None)
+            return
+        y = namespace.gather_rows(x, index, -1, False)
+        assert torch.equal(y[0], x[0]) and y[1:].isnan().all()
+        y = namespace.gather_sum(x, index, ends, None)
+        assert torch.equal(y[0], x[0]) and y[1].isnan().all()
+        assert namespace.gather_sum(x, index, torch.tensor([0, 4]), None).isnan().all()
+
+
+X, W = torch.tensor([0, 2]), torch.randn(3, 4)
+
+
+def test_bad_input():
+    refuses(IndexError, ("embedding", "'input'", "3", "[0, 3)"), F.embedding, torch.tensor([0, 3]), W)
+    refuses(IndexError, ("embedding", "'input'", "-1"), F.embedding, torch.tensor([-1]), W)
+    refuses(RuntimeError, ("embedding", "'input'", "float32"), F.embedding, torch.ones(2), W)
+    refuses(RuntimeError, ("embedding", "'weight'", "[12]"), F.embedding, X, W.view(-1))
+    refuses(NotImplementedError, ("embedding", "'weight'", "int64"), F.embedding, X, W.long())
+    refuses(AssertionError, ("embedding", "'padding_idx'", "3"), F.embedding, X, W, 3)
+    refuses(NotImplementedError, ("embedding", "'sparse'"), F.embedding, X, W.clone().requires_grad_(), sparse=True)
+    refuses(TypeError, ("embedding", "'input'", "list"), F.embedding, [0], W)
+    bag = F.embedding_bag
+    refuses(ValueError, ("embedding_bag", "'mode'", "'prod'"), bag, X[None], W, mode="prod")
+    refuses(ValueError, ("embedding_bag", "'offsets'", "None"), bag, X, W)
+    refuses(ValueError, ("embedding_bag", "'offsets'"), bag, X[None], W, torch.tensor([0]))
+    refuses(RuntimeError, ("embedding_bag", "'offsets'", "[1]"), bag, X, W, torch.tensor([1]))
+    refuses(RuntimeError, ("embedding_bag", "'offsets'", "[0, 3]"), bag, X, W, torch.tensor([0, 3]))
+    refuses(IndexError, ("embedding_bag", "'input'", "3"), bag, X[None] + 1, W)
+    weights = torch.ones(1, 2)
+    refuses(NotImplementedError, ("embedding_bag", "'per_sample_weights'"), bag, X[None], W, per_sample_weights=weights)
+    refuses(ValueError, ("embedding_bag", "[1, 2]"), bag, X[None, :1], W, mode="sum", per_sample_weights=weights)
+
+
+@pytest.mark.parametrize(
+    "name, args",
+    [
+        ("embedding", (torch.tensor([0, 3]), W)),
+        ("embedding", (torch.tensor([-1]), W)),
+        ("embedding", (torch.ones(2), W)),
+        ("embedding", (X, W.view(-1))),
+        ("embedding", (X, W, 3)),
+        ("embedding", (X, W, -4)),
+        ("embedding", ([0], W)),
+        ("embedding_bag", (X, W)),
+        ("embedding_bag", (X[None], W, torch.tensor([0]))),
+        ("embedding_bag", (X, W, torch.tensor([1]))),
+        ("embedding_bag", (X[None], W, None, None, 2, False, "prod")),
+    ],
+)
+def test_refuses_as_torch(name, args):
+    same_refusal(getattr(F, name), getattr(torch_F, name), *args)
