@@ -156,6 +156,22 @@ def modules_agree(ours: torch.nn.Module, theirs: torch.nn.Module, x: torch.Tenso
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
+def peak_bytes(function) -> int:
+    """How far the process grows while ``function`` runs: all of its memory, also what kernels take for themselves."""
+    reset = Path("/proc/self/clear_refs")
+    if not os.access(reset, os.W_OK):
+        pytest.skip("the kernel does not let a process reset its peak")
+
+    def kilobytes(field: str) -> int:
+        (line,) = [s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(field)]
+        return int(line.split()[1])
+
+    reset.write_text("5")
+    before = kilobytes("VmRSS:")
+    function()
+    return (kilobytes("VmHWM:") - before) * 1024
+
+
 @lru_cache
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
     """The 1797 handwritten digits of scikit-learn: pixels [1797, 64] in [0, 1], float64, and labels [1797].

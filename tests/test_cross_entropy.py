@@ -7,7 +7,7 @@ from pyops import backend as forced
 from pyops import functional as F
 from pyops import nn, testing, use
 
-from .harness import agrees_on_every_cpu_capability, modules_agree, passes, refuses, same_refusal
+from .harness import agrees_on_every_cpu_capability, modules_agree, passes, peak_bytes, refuses, same_refusal
 
 torch_F = torch.nn.functional
 X, T = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 4, 2, 2, 1, 3])
@@ -237,3 +237,12 @@ def test_messages():
     refuses(NotImplementedError, ("nll_loss", "'input'", "int64"), F.nll_loss, X.long(), T)
     refuses(ValueError, ("linear_cross_entropy", "'chunk'", "0"), F.linear_cross_entropy, X, X, T, chunk=0)
     refuses(RuntimeError, ("linear_cross_entropy", "'weight'"), F.linear_cross_entropy, X, X.T, T)
+
+
+def test_memory_is_the_gradient_alone():
+    """torch holds three times the logits here: log-probabilities, and two gradients of them."""
+    x = torch.randn(1024, 16000, requires_grad=True)
+    labels = torch.arange(1024)
+    size = x.numel() * 4
+    assert peak_bytes(lambda: F.cross_entropy(x.detach(), labels)) < size // 4
+    assert peak_bytes(lambda: torch.autograd.grad(F.cross_entropy(x, labels), x)) < 1.25 * size

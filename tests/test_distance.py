@@ -7,7 +7,7 @@ from pyops import functional as F
 from pyops import nn, testing, use
 from pyops.core import backend as backends
 
-from .harness import agrees, agrees_on_every_cpu_capability, digits, passes, refuses, same_refusal
+from .harness import agrees, agrees_on_every_cpu_capability, digits, passes, peak_bytes, refuses, same_refusal
 
 ORDERS = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, math.inf]
 
@@ -78,6 +78,13 @@ def test_memory_is_the_result_and_a_copy():
     with torch.profiler.profile(profile_memory=True) as profile:
         F.cdist(x, y)
     assert sum(max(e.self_cpu_memory_usage, 0) for e in profile.events()) < 2 * 400 * 500 * 4
+
+
+def test_knn_never_holds_the_matrix_of_distances():
+    """8000 × 16000 distances would be 512 MB."""
+    query, data = torch.randn(8000, 2), torch.randn(16000, 2)
+    F.knn(query[:10], data, 3)
+    assert peak_bytes(lambda: F.knn(query, data, 3)) < 32 << 20
 
 
 def test_nan_and_infinity(backend):
