@@ -69,6 +69,7 @@ from .ops.margin_loss import multi_margin_loss
 from .ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
 from .ops.mixup import cutmix, mixup
 from .ops.pad import pad
+from .ops.pca import PCA, pca, pca_inverse, pca_transform
 from .ops.pool import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -91,6 +92,7 @@ from .ops.rnn import rnn_relu, rnn_relu_cell, rnn_tanh, rnn_tanh_cell
 from .ops.softmax import log_softmax, softmax, softmin
 
 __all__ = [
+    "PCA",
     "act_dropout_add",
     "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",
@@ -176,6 +178,9 @@ __all__ = [
     "nll_loss",
     "pad",
     "pairwise_distance",
+    "pca",
+    "pca_inverse",
+    "pca_transform",
     "prelu",
     "relu",
     "relu6",
