@@ -2,9 +2,64 @@ import pytest
 import torch
 from torch import nn
 
-from pyops import vision
+from pyops import backend as forced
+from pyops import testing, vision
+from pyops.ops import deform_conv as room
 
-from .harness import refuses
+from .harness import agrees_on_every_cpu_capability, passes, refuses
+
+
+@pytest.mark.parametrize("check", testing.checks())
+def test_checks(backend, check):
+    if backend == "triton":
+        pytest.skip("deform_conv2d has no Triton kernel")
+    if backend != "cpu" and check not in ("accuracy", "opcheck", "determinism"):
+        pytest.skip("derivatives of higher order, transforms and layouts are the same Python on every backend")
+    passes("deform_conv2d", backend, check)
+
+
+@pytest.mark.race
+def test_race(backend):
+    if backend == "emulator":
+        passes("deform_conv2d", backend, "accuracy")
+
+
+def test_cpu_capabilities(tmp_path):
+    agrees_on_every_cpu_capability(tmp_path, "deform_conv2d")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("places", [1, 17, 64])
+def test_columns_of_a_few_places_at_a_time(backend, places, dtype, monkeypatch):
+    """Blocks that end inside an image, at its end and beyond it give what one block gives."""
+    if backend == "triton":
+        pytest.skip("deform_conv2d has no Triton kernel")
+    x, offset, weight, bias, mask = (t.to(dtype).requires_grad_() for t in arguments(3, 8, 6, 2, 1, h=5, w=9))
+    results = []
+    for workspace in (room.WORKSPACE, places * 8 * 6 * dtype.itemsize):
+        monkeypatch.setattr(room, "WORKSPACE", workspace)
+        with forced(backend):
+            y = vision.deform_conv2d(x, offset, weight, bias, (1, 2), 1, mask=mask)
+            along = torch.sin(torch.arange(y.numel())).reshape(y.shape).to(dtype)
+            results.append((y, *torch.autograd.grad(y, (x, offset, weight, bias, mask), along)))
+    for whole, pieces in zip(*results):
+        torch.testing.assert_close(pieces, whole, rtol=2e-2 if dtype == torch.bfloat16 else 1e-9, atol=1e-9)
+
+
+def test_only_what_is_asked_for_is_computed():
+    x, offset, weight, _, _ = arguments()
+    for chosen in (x, offset, weight):
+        y = vision.deform_conv2d(*(t.requires_grad_(t is chosen) for t in (x, offset, weight)), None, (1, 2), 1)
+        assert torch.autograd.grad(y.sum(), chosen)[0].any()
+
+
+def test_under_autocast_as_torchvision():
+    x, offset, weight, bias, mask = (t.float() for t in arguments())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = vision.deform_conv2d(x.bfloat16(), offset, weight, bias, (1, 2), 1, mask=mask)
+    assert y.dtype == torch.bfloat16
+    exact = vision.deform_conv2d(x.bfloat16().float(), offset, weight, bias, (1, 2), 1, mask=mask)
+    assert torch.equal(y, exact.bfloat16())
 
 
 def arguments(n=2, c=4, k=6, groups=2, offset_groups=2, r=3, s=2, h=5, w=6, stride=(1, 2), dtype=torch.float64):
@@ -73,15 +128,34 @@ def test_derivatives(masked):
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
-def test_wild_offsets_read_nothing():
-    x, offset, weight, _, _ = arguments()
-    for value in (float("inf"), float("-inf"), float("nan"), 1e30, -1e30):
+@pytest.mark.race
+def test_wild_offsets_read_nothing(backend):
+    if backend == "triton":
+        pytest.skip("deform_conv2d has no Triton kernel")
+    x, offset, weight, _, _ = arguments(1)
+    for value in (float("inf"), float("-inf"), float("nan"), 1e30, -1e30, 3e9, -(2.0**31)):
         wild = torch.full_like(offset, value).requires_grad_()
-        y = vision.deform_conv2d(x, wild, weight, None, (1, 2), 1)
+        with forced(backend):
+            y = vision.deform_conv2d(x.requires_grad_(), wild, weight, None, (1, 2), 1)
+            gradients = torch.autograd.grad(y.sum(), (x, wild))
         assert not y.any()
-        (gradient,) = torch.autograd.grad(y.sum(), wild)
-        assert not gradient.any()
+        assert not any(g.any() for g in gradients)
     assert vision.deform_conv2d(x[:0], offset[:0], weight, None, (1, 2), 1).shape[0] == 0
+
+
+def test_masks_and_pixels_that_are_not_finite_show_where_they_are_read(backend):
+    if backend == "triton":
+        pytest.skip("deform_conv2d has no Triton kernel")
+    x, offset, weight, _, mask = arguments(1, 2, 2, 1, 1, 1, 1, 4, 4, (1, 1), torch.float32)
+    offset = offset.zero_()[:, :, :3, :3].repeat(1, 1, 2, 2)
+    mask = torch.ones(1, 1, 6, 6)
+    x[0, 0, 1, 1], mask[0, 0, 4, 5] = float("inf"), float("nan")
+    with forced(backend):
+        y = vision.deform_conv2d(x, offset, weight, None, 1, 1, mask=mask)
+    # the pixel is at place (2, 2); with no share at its neighbours it is still read there: 0 * inf
+    bad = torch.zeros(6, 6, dtype=torch.bool)
+    bad[1:3, 1:3] = bad[4, 5] = True
+    assert torch.equal(~y[0, 0].isfinite(), bad)
 
 
 def test_module():

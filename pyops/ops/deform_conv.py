@@ -1,13 +1,13 @@
 """Deformable convolution: every tap of the filter reads where its offset points, optionally weighted.
 
-    y[n,k,p,q] = b[k] + Σ_c Σ_rs w[k,c,r,s] m[n,g,rs,p,q] x[n,c](p sh - ph + r dh + Δy, q sw - pw + s dw + Δx)
+    y[n,k,p,q] = b[k] + Σ_c Σ_rs w[k,c,r,s] m[n,o,rs,p,q] x[n,c](p sh - ph + r dh + Δy, q sw - pw + s dw + Δx)
 
-    x(·): bilinear, 0 outside the map;  Δ = offset[n,g,rs], two numbers;  g: the offset group of channel c
+    x(·): bilinear, 0 outside the map;  Δ = offset[n,o,rs], two numbers;  o: the offset group of channel c
 
-    x: [N, C, H, W]   w: [K, C/groups, R, S]   offset: [N, 2 G R S, P, Q]   m: [N, G R S, P, Q]   y: [N, K, P, Q]
+    x: [N, C, H, W]   w: [K, C/G, R, S]   offset: [N, 2 O R S, P, Q]   m: [N, O R S, P, Q]   y: [N, K, P, Q]
 
-Put together from torch's ops, an image at a time, so memory is that of one image's columns; differentiable to every
-order.
+The kernels work channels last: what the taps read at a place are columns, which exist for a block of places at a time
+and go into a matrix product with the filters. Gradients are derived in docs/math/detection.md.
 
 Source: Dai et al. 2017, https://arxiv.org/abs/1703.06211; Zhu et al. 2019; torchvision.ops.deform_conv2d.
 """
@@ -19,7 +19,78 @@ from typing import Any
 
 import torch
 
-from ..core import check
+from ..core import backend, check, library
+from ..core.autocast import HALF
+from ..core.autograd import Formula, Tensors, differentiable
+from ..core.layout import is_channels_last
+from ..core.samples import Maker, Sample, checked
+
+WORKSPACE = 64 << 20  # bytes of columns that exist at a time on a GPU
+
+_TENSORS = "Tensor x, Tensor offset, Tensor? mask, Tensor w"
+_HOW = "int[] stride, int[] padding, int[] dilation, str algorithm, int workspace"
+
+
+def _fwd_fake(x, offset, mask, w, stride, padding, dilation, algorithm, workspace):
+    return x.new_empty((x.shape[0], offset.shape[2], offset.shape[3], w.shape[0]))
+
+
+def _bwd_fake(dy, x, offset, mask, w, stride, padding, dilation, algorithm, workspace, of_data, of_weight):
+    asked = (x if of_data else None, offset if of_data else None, mask if of_data else None, w if of_weight else None)
+    return tuple(x.new_empty(0) if t is None else torch.empty_like(t) for t in asked)
+
+
+_fwd = library.declare(f"deform_conv_fwd({_TENSORS}, {_HOW}) -> Tensor", _fwd_fake, None)
+_bwd = library.declare(
+    f"deform_conv_bwd(Tensor dy, {_TENSORS}, {_HOW}, bool of_data, bool of_weight) -> (Tensor, Tensor, Tensor, Tensor)",
+    _bwd_fake,
+    None,
+)
+
+
+def _reference(x, offset, mask, w, stride, padding, dilation, algorithm, workspace):
+    """The columns of all places, then one product. x: [N, H, W, C], w: [K, R, S, C/G]."""
+    (n, height, width, c), (k, r, s, per_group), (p, q) = x.shape, w.shape, offset.shape[2:]
+    groups, taps = c // per_group, r * s
+    o = offset.shape[1] // (2 * taps)
+    wide = check.accumulate_dtype(x.dtype)
+    place = lambda count, step, first: torch.arange(count, device=x.device) * step - first
+    base_y = place(r, dilation[0], 0)[:, None, None, None] + place(p, stride[0], padding[0])[:, None]
+    base_x = place(s, dilation[1], 0)[:, None, None] + place(q, stride[1], padding[1])
+    base_y, base_x = (t.expand(r, s, p, q).reshape(1, taps, p * q).to(wide) for t in (base_y, base_x))
+    moves = offset.to(wide).reshape(n, o, taps, 2, p * q)
+    y, u = base_y + moves[:, :, :, 0], base_x + moves[:, :, :, 1]
+    inside = (y > -1) & (y < height) & (u > -1) & (u < width)
+    # where a sample does not count its address and its gradient must not either
+    y, u = (torch.where(inside, t, torch.zeros_like(t)) for t in (y, u))
+    y0, u0 = y.detach().floor(), u.detach().floor()
+    flat = x.to(wide).reshape(n, height * width, o, c // o).transpose(1, 2)
+    col: Any = None
+    for down in (0, 1):
+        for right in (0, 1):
+            row, column = y0 + down, u0 + right
+            valid = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long()
+            index = index.reshape(n, o, taps * p * q, 1).expand(n, o, taps * p * q, c // o)
+            picked = flat.gather(2, index).reshape(n, o, taps, p * q, c // o)
+            share = (y - y0 if down else 1 - (y - y0)) * (u - u0 if right else 1 - (u - u0))
+            share = torch.where(valid, share, torch.zeros_like(share))
+            share = share if mask is None else share * mask.to(wide).reshape(n, o, taps, p * q)
+            # a pixel that is not finite must not reach a place that does not read it
+            part = torch.where(valid[..., None], picked, torch.zeros_like(picked)) * share[..., None]
+            col = part if col is None else col + part
+    # as the kernels store them
+    col = col.to(x.dtype).to(wide).permute(0, 3, 2, 1, 4).reshape(n, p * q, taps, groups, per_group)
+    filters = w.to(wide).reshape(groups, k // groups, taps, per_group)
+    y = torch.einsum("nitgc,gktc->nigk", col, filters).reshape(n, p, q, k)
+    return (y.to(x.dtype),)
+
+
+def _backward_arguments(dy, inputs: Tensors, statistics: Tensors, constants: Tensors, needs) -> Tensors:
+    return dy, *inputs, *constants, any(needs[:3]), needs[3]
+
+
+_apply = differentiable(Formula(_fwd, _bwd, 4, 4, _backward_arguments, _reference))
 
 
 def _pair(op: str, argument: str, value: Any, least: int) -> tuple[int, int]:
@@ -29,28 +100,16 @@ def _pair(op: str, argument: str, value: Any, least: int) -> tuple[int, int]:
     return a, b
 
 
-def _columns(x, y, x_at, mask):
-    """One image: x [G, C/G, H, W] read at y, x_at [G, T] (T taps and places), times mask [G, T]: [G, C/G, T]."""
-    groups, channels, h, w = x.shape
-    flat = x.reshape(groups, channels, h * w)
-    inside = (y > -1) & (y < h) & (x_at > -1) & (x_at < w)
-    # where a sample does not count its address and its gradient must not either
-    y, x_at = (torch.where(inside, t, torch.zeros_like(t)) for t in (y, x_at))
-    y0, x0 = y.detach().floor(), x_at.detach().floor()
-    ty, tx = y - y0, x_at - x0
-    total = None
-    for dy, wy in ((0, 1 - ty), (1, ty)):
-        for dx, wx in ((0, 1 - tx), (1, tx)):
-            row, column = y0 + dy, x0 + dx
-            valid = inside & (row >= 0) & (row < h) & (column >= 0) & (column < w)
-            index = (row.clamp(0, h - 1) * w + column.clamp(0, w - 1)).long()
-            picked = flat.gather(2, index[:, None].expand(groups, channels, index.shape[1]))
-            weight = torch.where(valid, wy * wx, torch.zeros_like(wy))
-            weight = weight if mask is None else weight * mask
-            # a pixel that is not finite must not reach a place that does not read it
-            part = torch.where(valid[:, None], picked, torch.zeros_like(picked)) * weight[:, None]
-            total = part if total is None else total + part
-    return total
+def _run(function, x, offset, mask, weight, bias, *how):
+    """``function`` on canonical tensors, channels last; the result as x lies in memory."""
+    y = function(
+        x.movedim(1, -1).contiguous(), offset.contiguous(), None if mask is None else mask.contiguous(),
+        weight.movedim(1, -1).contiguous(), *how,
+    )  # fmt: skip
+    y = y[0] if isinstance(y, tuple) else y
+    y = y if bias is None else y + bias
+    y = y.movedim(-1, 1)
+    return y if is_channels_last(x) else y.contiguous()
 
 
 def deform_conv2d(
@@ -74,17 +133,24 @@ def deform_conv2d(
         mask: Tensor[N, G * R * S, P, Q] or None (1).
 
     Returns:
-        Tensor[N, K, P, Q] in the input's dtype.
+        Tensor[N, K, P, Q] in the input's dtype; channels last where the input is.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit together.
         ValueError: stride, padding or dilation out of range.
 
-    Half precision is computed in float32. Put together from torch's ops: gradients of every order in every tensor,
-    forward mode and torch.compile are torch's. Any batch size.
+    Sums are taken in float32 (float64 for float64); on a GPU the columns are stored in the input's dtype, and float32
+    products follow torch.backends.cuda.matmul.allow_tf32. Under autocast it runs in float32, as torchvision's. Bitwise
+    deterministic, all gradients too. A tap whose place is not finite or off the map reads 0. Gradients of every order
+    in every tensor (those above the first put together from torch's ops), forward mode, vmap, torch.compile. Any batch
+    size; memory beyond the results is that of a block of columns. C++ and CUDA only.
     """
     op = "deform_conv2d"
     check.floating(op, "input", input)
+    dtype = input.dtype
+    if torch.is_autocast_enabled(input.device.type):
+        given = (input, offset, mask, weight, bias)
+        input, offset, mask, weight, bias = (t.float() if t is not None and t.dtype in HALF else t for t in given)
     sh, sw = _pair(op, "stride", stride, 1)
     ph, pw = _pair(op, "padding", padding, 0)
     dh, dw = _pair(op, "dilation", dilation, 1)
@@ -110,25 +176,11 @@ def deform_conv2d(
     for name, t in (("offset", offset), ("weight", weight), ("bias", bias), ("mask", mask)):
         if t is not None and (t.dtype != input.dtype or t.device != input.device):
             check.fail(RuntimeError, op, name, f"{t.dtype} on {t.device}", f"{input.dtype} on {input.device}")
-    wide = check.accumulate_dtype(input.dtype)
-    place = lambda count, step: torch.arange(count, device=input.device, dtype=wide) * step
-    rows = place(r, dh)[:, None, None, None] + (place(p, sh) - ph)[:, None]
-    columns = place(s, dw)[:, None, None] + (place(q, sw) - pw)
-    rows, columns = (t.expand(r, s, p, q).reshape(1, -1) for t in (rows, columns))
-    filters = weight.to(wide).reshape(c // per_group, k // (c // per_group), per_group * taps)
-    results = []
-    for i in range(n):
-        move = offset[i].to(wide).reshape(g, taps, 2, p * q)
-        y = rows + move[:, :, 0].reshape(g, -1)
-        x = columns + move[:, :, 1].reshape(g, -1)
-        weights = None if mask is None else mask[i].to(wide).reshape(g, -1)
-        col = _columns(input[i].to(wide).reshape(g, c // g, h, w), y, x, weights)
-        col = col.reshape(c // per_group, per_group * taps, p * q)
-        results.append((filters @ col).reshape(k, p, q))
-    out = torch.stack(results) if results else input.new_zeros((0, k, p, q), dtype=wide)
-    if bias is not None:
-        out = out + bias.to(wide)[:, None, None]
-    return out.to(input.dtype)
+    tf32 = input.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    how = [sh, sw], [ph, pw], [dh, dw], "tf32" if tf32 else "ieee", WORKSPACE
+    namespace = backend.namespace_for(op, input)
+    y = _run(lambda *a: _apply(namespace, *a), input, offset, mask, weight, bias, *how)
+    return y.to(dtype)
 
 
 class DeformConv2d(torch.nn.Module):
@@ -176,3 +228,43 @@ class DeformConv2d(torch.nn.Module):
         text += f", dilation={self.dilation}" if self.dilation != (1, 1) else ""
         text += f", groups={self.groups}" if self.groups != 1 else ""
         return text + (", bias=False)" if self.bias is None else ")")
+
+
+def _sample(n, c, k, size, taps, groups=1, offset_groups=1, masked=True, channels_last=False, **how):
+    def make(t: Maker):
+        both = lambda name, default: (
+            (how.get(name, default),) * 2 if isinstance(how.get(name, default), int) else how[name]
+        )
+        stride, padding, dilation = both("stride", 1), both("padding", 0), both("dilation", 1)
+        places = [
+            (h + 2 * p - d * (r - 1) - 1) // s + 1 for h, p, d, r, s in zip(size, padding, dilation, taps, stride)
+        ]
+        moves = offset_groups * taps[0] * taps[1]
+        x = t.input((n, c, *size), channels_last=channels_last)
+        offset = t.input((n, 2 * moves, *places), 0.3)
+        mask = t.input((n, moves, *places), 1.0) if masked else None
+        return (x, offset, t.input((k, c // groups, *taps)), t.input((k,)), stride, padding, dilation, mask), {}
+
+    return make
+
+
+def _truth(input, offset, weight, bias, stride, padding, dilation, mask):
+    return _run(_reference, input, offset, mask, weight, bias, stride, padding, dilation, "", 0)
+
+
+checked(
+    "deform_conv2d",
+    deform_conv2d,
+    _truth,
+    Sample(
+        "groups, offset groups, every parameter differs by side",
+        _sample(1, 2, 2, (2, 3), (2, 1), 2, 2, stride=(1, 2), padding=(1, 0), dilation=(2, 1)),
+        derivatives=True,
+    ),
+    Sample("no mask", _sample(1, 1, 2, (2, 3), (2, 2), masked=False), derivatives=True),
+    Sample("more offset groups than groups, ragged", _sample(3, 6, 35, (5, 4), (3, 3), 1, 3, padding=1)),
+    Sample("more groups than offset groups", _sample(2, 12, 12, (5, 7), (3, 2), 6, 2, padding=1, stride=2)),
+    Sample("channels last, whole vectors", _sample(2, 64, 16, (4, 5), (3, 3), 2, 2, channels_last=True, padding=1)),
+    Sample("one tap", _sample(1, 40, 3, (9, 9), (1, 1))),
+    Sample("no image", _sample(0, 2, 2, (4, 4), (2, 2))),
+)
