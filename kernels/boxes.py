@@ -207,7 +207,9 @@ def specimens() -> list[Specimen]:
             size = {"N": "i32", "M": "i32"}
             constants = {"EPS": 1e-7, "KIND": kind}
             forward = constants | {"BLOCK_N": 16, "BLOCK_M": 128}
-            found.append(Specimen(box_overlap_fwd_kernel, boxes | {"y": f"*{a}"} | size, forward, 4, False))  # spills
+            found.append(Specimen(box_overlap_fwd_kernel, boxes | {"y": f"*{a}"} | size, forward, 4, t != "fp64"))
             types = {"dy": f"*{a}"} | boxes | {"d1": f"*{t}"} | size | {"stride_n": "i32", "stride_m": "i32"}
-            found.append(Specimen(box_overlap_bwd_kernel, types, constants | {"BLOCK_N": 8, "BLOCK_M": 64}, 4, False))
+            found.append(
+                Specimen(box_overlap_bwd_kernel, types, constants | {"BLOCK_N": 8, "BLOCK_M": 64}, 4, t != "fp64")
+            )
     return found

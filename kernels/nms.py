@@ -1,7 +1,7 @@
 """nms · Triton
   box j of a segment is kept when no kept box i < j of its segment overlaps it
 layout   boxes: [N, 4] as (x1, y1, x2, y2), segments contiguous, the best score first · segments: [N] · keep: [N]
-mapping  panels of 128 boxes in order: one program solves the panel by iterating to the fixed point, then later boxes
+mapping  panels of 64 boxes in order: one program solves the panel by iterating to the fixed point, then later boxes
          meet the kept boxes of the panel only. The host waits for nothing
 memory   one byte per box
 numerics fp32 (fp64 for fp64), IEEE division, no fused multiply-add: every backend keeps the same boxes
@@ -17,7 +17,9 @@ import triton.language as tl
 
 from ._toolbox import Specimen, accumulate_dtype, cdiv
 
-PANEL = 128
+# As many pairs at a time as stay in registers.
+PANEL = 64
+COLUMNS = 32
 
 
 @triton.jit
@@ -71,15 +73,15 @@ def nms_panel_kernel(boxes, segments, keep, limit, first, N, PANEL: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["first", "N"])
-def nms_apply_kernel(boxes, segments, keep, limit, first, N, PANEL: tl.constexpr):
+def nms_apply_kernel(boxes, segments, keep, limit, first, N, PANEL: tl.constexpr, COLUMNS: tl.constexpr):
     """Removes the boxes after the panel that a kept box of it overlaps."""
     row = tl.cast(first, tl.int64) + tl.arange(0, PANEL)
-    column = tl.cast(first, tl.int64) + PANEL * (1 + tl.program_id(0)) + tl.arange(0, PANEL)
+    column = tl.cast(first, tl.int64) + PANEL + COLUMNS * tl.program_id(0) + tl.arange(0, COLUMNS)
     columns = column < N
     found = _overlaps(boxes, segments, row, column, row < N, columns, limit)
     kept = tl.load(keep + row, mask=row < N, other=0).to(tl.int32)
     hit = tl.max(found.to(tl.int32) * kept[:, None], 0)
-    tl.store(keep + column, tl.zeros((PANEL,), tl.int8), mask=columns & (hit > 0))
+    tl.store(keep + column, tl.zeros((COLUMNS,), tl.int8), mask=columns & (hit > 0))
 
 
 def nms_mask(boxes: torch.Tensor, segments: torch.Tensor | None, threshold: float) -> torch.Tensor:
@@ -92,7 +94,8 @@ def nms_mask(boxes: torch.Tensor, segments: torch.Tensor | None, threshold: floa
         nms_panel_kernel[(1,)](boxes, segments, keep, limit, first, n, **options)
         rest = n - first - PANEL
         if rest > 0:
-            nms_apply_kernel[(cdiv(rest, PANEL),)](boxes, segments, keep, limit, first, n, **options)
+            options["COLUMNS"] = COLUMNS
+            nms_apply_kernel[(cdiv(rest, COLUMNS),)](boxes, segments, keep, limit, first, n, **options)
     return keep.bool()
 
 
@@ -109,8 +112,8 @@ def specimens() -> list[Specimen]:
     found = []
     for t, a in (("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")):
         types = {"boxes": f"*{t}", "segments": "*i64", "keep": "*i8", "limit": f"*{a}", "first": "i32", "N": "i32"}
-        # They spill registers: on a GPU the CUDA kernels are the default, these twins are for comparison.
-        for kernel in (nms_panel_kernel, nms_apply_kernel):
-            found.append(Specimen(kernel, types, {"PANEL": PANEL}, 8, False))
-            found.append(Specimen(kernel, types, {"PANEL": PANEL, "segments": None}, 8, False))
+        for kernel, sizes in ((nms_panel_kernel, {}), (nms_apply_kernel, {"COLUMNS": COLUMNS})):
+            for segments in ({}, {"segments": None}):
+                constants = {"PANEL": PANEL} | sizes | segments
+                found.append(Specimen(kernel, types, constants, 8, t != "fp64"))
     return found

@@ -2,9 +2,9 @@
 //   box j of a segment is kept when no kept box i < j of its segment overlaps it (common/nms.h)
 // layout   boxes: [N, 4] as (x1, y1, x2, y2), segments contiguous, within a segment the best score first
 //          segments: [N], ascending · keep: [N]
-// mapping  threads over segments; lanes over boxes. A long segment is sorted by x1 as well: overlap above the threshold
-// t
-//          bounds x1_j to [x1_i - w_i (1 - t) / t, x1_i + w_i (1 - t)], a window found by binary search
+// mapping  threads over segments; lanes over boxes. In a long segment boxes are kept one by one while each removes
+//          many; what is left is sorted by x1: overlap above the threshold t bounds x1_j to
+//          [x1_i - w_i (1 - t) / t, x1_i + w_i (1 - t)], a window found by binary search
 // memory   O(N); soft_nms: O(N)
 // numerics acc_t, each operation rounded alone, so every backend keeps the same boxes
 #include "common/nms.h"
@@ -61,50 +61,83 @@ struct Columns {
   }
 };
 
-template <class acc_t, class scalar_t>
-void nms_pairs(const scalar_t* boxes, bool* keep, int64_t n, acc_t threshold) {
-  Columns<acc_t> columns(n);
-  for (int64_t i = 0; i < n; ++i) columns.set(i, boxes + 4 * i);
-  for (int64_t i = 0; i < n; ++i) {
-    keep[i] = columns.dead[i] == 0;
-    if (keep[i]) columns.suppress(i, i + 1, n, threshold);
+// Boxes that are not decided yet, best first: their columns and where their answers go.
+template <class acc_t>
+struct Undecided {
+  Columns<acc_t> columns;
+  Buffer<int64_t> index;
+  int64_t count;
+
+  template <class scalar_t>
+  Undecided(const scalar_t* boxes, int64_t n) : columns(n), index(n), count(n) {
+    for (int64_t i = 0; i < n; ++i) {
+      columns.set(i, boxes + 4 * i);
+      index[i] = i;
+    }
   }
-}
+
+  // Every kept box against all that follow.
+  void pairs(bool* keep, acc_t threshold) {
+    for (int64_t i = 0; i < count; ++i) {
+      keep[index[i]] = columns.dead[i] == 0;
+      if (columns.dead[i] == 0) columns.suppress(i, i + 1, count, threshold);
+    }
+  }
+
+  // The same, for as long as a kept box removes many: where nearly all boxes overlap, few are left to sort.
+  void thin(bool* keep, acc_t threshold) {
+    for (int weak = 0; count > short_segment && weak < 2;) {
+      keep[index[0]] = true;
+      columns.suppress(0, 1, count, threshold);
+      int64_t left = 0;
+      for (int64_t i = 1; i < count; ++i) {
+        const bool kept = columns.dead[i] == 0;
+        keep[index[i]] = kept;
+        index[left] = index[i];
+        for (int k = 0; k < 5; ++k) columns.column(k)[left] = columns.column(k)[i];
+        left += kept;
+      }
+      std::fill_n(columns.dead.get(), left, flag_t<acc_t>(0));
+      weak += (count - left) * 32 < count;
+      count = left;
+    }
+  }
+};
 
 // Boxes of a long segment in order of x1. The quotient is symmetric, so a kept box never marks an earlier kept one.
-template <class acc_t, class scalar_t>
-void nms_sweep(const scalar_t* boxes, bool* keep, int64_t n, acc_t threshold) {
+template <class acc_t>
+void nms_sweep(Undecided<acc_t>& boxes, bool* keep, acc_t threshold) {
   std::vector<std::pair<acc_t, int64_t>> by_x;
-  by_x.reserve(size_t(n));
+  by_x.reserve(size_t(boxes.count));
   constexpr acc_t tiny = std::is_same_v<acc_t, float> ? acc_t(1e-30) : acc_t(1e-290);
   double widest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const acc_t x1 = acc_t(boxes[4 * i]), y1 = acc_t(boxes[4 * i + 1]), x2 = acc_t(boxes[4 * i + 2]),
-                y2 = acc_t(boxes[4 * i + 3]);
-    const acc_t size = suppression::area(x1, y1, x2, y2);
-    keep[i] = true;  // and stays, where the box is empty, crossed or not finite: such a box overlaps nothing
+  for (int64_t i = 0; i < boxes.count; ++i) {
+    const acc_t x1 = boxes.columns.column(0)[i], y1 = boxes.columns.column(1)[i], x2 = boxes.columns.column(2)[i],
+                y2 = boxes.columns.column(3)[i], size = boxes.columns.column(4)[i];
+    keep[boxes.index[i]] = true;  // and stays, where it is empty, crossed or not finite: such a box overlaps nothing
     if (!(x2 > x1 && y2 > y1) || !(size <= std::numeric_limits<acc_t>::max())) continue;
     // Below this the rounding of areas says nothing: such a segment is compared pair by pair.
-    if (size < tiny) return nms_pairs(boxes, keep, n, threshold);
+    if (size < tiny) return boxes.pairs(keep, threshold);
     widest = std::max(widest, double(x2) - double(x1));
     by_x.emplace_back(x1, i);
   }
   std::sort(by_x.begin(), by_x.end());
   const int64_t count = int64_t(by_x.size());
   Columns<acc_t> columns(count);
-  Buffer<int64_t> position(n, -1);
+  Buffer<int64_t> position(boxes.count, -1);
   for (int64_t k = 0; k < count; ++k) {
-    columns.set(k, boxes + 4 * by_x[size_t(k)].second);
-    position[by_x[size_t(k)].second] = k;
+    const int64_t i = by_x[size_t(k)].second;
+    for (int c = 0; c < 5; ++c) columns.column(c)[k] = boxes.columns.column(c)[i];
+    position[i] = k;
   }
   // Room for the rounding of the quotient, which is far below 1e-5.
   const double t = double(threshold) * (1 - 1e-5);
   const acc_t* x1 = columns.column(0);
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; i < boxes.count; ++i) {
     const int64_t at = position[i];
     if (at < 0) continue;
-    keep[i] = columns.dead[at] == 0;
-    if (!keep[i]) continue;
+    keep[boxes.index[i]] = columns.dead[at] == 0;
+    if (columns.dead[at] != 0) continue;
     const double x = double(x1[at]), w = double(columns.column(2)[at]) - x;
     const double back = std::min(widest, t > 0 ? w * (1 - t) / t : widest);
     const double low = x - back, high = x + w * std::max(0.0, 1 - t);
@@ -112,6 +145,16 @@ void nms_sweep(const scalar_t* boxes, bool* keep, int64_t n, acc_t threshold) {
     const int64_t end = std::partition_point(x1 + at, x1 + count, [&](acc_t v) { return double(v) <= high; }) - x1;
     columns.suppress(at, begin, end, threshold);
   }
+}
+
+template <class acc_t, class scalar_t>
+void nms_segment(const scalar_t* boxes, bool* keep, int64_t n, acc_t threshold) {
+  Undecided<acc_t> undecided(boxes, n);
+  undecided.thin(keep, threshold);
+  if (undecided.count <= short_segment)
+    undecided.pairs(keep, threshold);
+  else
+    nms_sweep(undecided, keep, threshold);
 }
 
 template <class scalar_t>
@@ -127,10 +170,7 @@ void nms_segments(const scalar_t* boxes, const int64_t* segments, bool* keep, in
                [&](int64_t begin, int64_t end) {
                  for (int64_t s = begin; s < end; ++s) {
                    const int64_t first = starts[size_t(s)], n = starts[size_t(s) + 1] - first;
-                   if (n <= short_segment)
-                     nms_pairs<acc_t>(boxes + 4 * first, keep + first, n, threshold);
-                   else
-                     nms_sweep<acc_t>(boxes + 4 * first, keep + first, n, threshold);
+                   nms_segment(boxes + 4 * first, keep + first, n, threshold);
                  }
                });
 }

@@ -96,7 +96,7 @@ def _kept(
     namespace = backend.namespace_for(op, boxes)
     threshold = min(float(threshold), 2.0)  # an IoU is at most 1
     if idxs is None:
-        return order, _mask(namespace, boxes[order].contiguous(), None, threshold)
+        return order, _mask(namespace, boxes.index_select(0, order), None, threshold)
     of_class = _segments(op, boxes, idxs)[order]
     sorted_class, grouped = of_class.sort(stable=True)
     if sorted_class.is_floating_point():
@@ -104,7 +104,7 @@ def _kept(
         sorted_class = torch.cat((sorted_class[:1] != sorted_class[:1], sorted_class[1:] != sorted_class[:-1])).cumsum(
             0
         )
-    kept = _mask(namespace, boxes[order[grouped]].contiguous(), sorted_class.contiguous(), threshold)
+    kept = _mask(namespace, boxes.index_select(0, order[grouped]), sorted_class.contiguous(), threshold)
     return order, torch.empty_like(kept).scatter_(0, grouped, kept)
 
 
