@@ -2,7 +2,7 @@
 //   y[r,c,p,q] = mean over the samples of bin (p, q) of RoI r, bilinear in x[n_r, c]       (common/roi.h)
 // layout   x_l: [N, C, H_l, W_l] or, channels_last, [N, H_l, W_l, C] · y likewise over (P, Q) · rois: [R, 5] in pixels
 // of
-//          its level · levels: [R] or none; every level in one launch
+//          its level · levels: [R] or none; every level in one launch, backward too
 // mapping  forward NHWC: a warp per bin, lanes over vectors of channels. Forward NCHW: a thread per bin over 8
 // channels.
 //          Backward gathers: a block owns a tile of pixels of one image, collects the RoIs that touch it in order, and
@@ -24,6 +24,17 @@ struct Maps {
   T* x[max_levels];
   int64_t H[max_levels], W[max_levels];
   int count;
+};
+
+// Backward: the tiles of all images of all levels, numbered one after the other.
+struct Tiles {
+  unsigned first[max_levels + 1], rows[max_levels], columns[max_levels];
+
+  PYOPS_DEVICE int level_of(unsigned tile, int count) const {
+    int level = 0;
+    while (level + 1 < count && tile >= first[level + 1]) ++level;
+    return level;
+  }
 };
 
 struct Shape {
@@ -159,15 +170,15 @@ PYOPS_DEVICE bool touches(const roi::Axis<A>& axis, int64_t bins, int64_t first,
 template <class T, int V, bool ChannelsLast, bool PositionSensitive>
 __global__ void __launch_bounds__(gather_threads, 2)
     roi_align_bwd_kernel(const T* __restrict__ dy, const accumulate_t<T>* __restrict__ rois,
-                         const int64_t* __restrict__ levels, Maps<T> maps, Shape s, int level, unsigned tiles_x,
-                         unsigned tiles_y, int64_t channels) {
+                         const int64_t* __restrict__ levels, Maps<T> maps, Shape s, Tiles tiles, int64_t channels) {
   using A = accumulate_t<T>;
   constexpr int columns = ChannelsLast ? 8 : 32, owned = ChannelsLast ? columns * V : V;
   auto& shared = shared_storage<GatherShared<A, columns>>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int level = tiles.level_of(blockIdx.x, maps.count);
   const int64_t H = maps.H[level], W = maps.W[level], bins = s.P * s.Q;
-  const unsigned tile = blockIdx.x % (tiles_x * tiles_y);
-  const int64_t n = blockIdx.x / (tiles_x * tiles_y);
+  const unsigned tiles_x = tiles.columns[level], in_level = blockIdx.x - tiles.first[level];
+  const unsigned n = in_level / (tiles_x * tiles.rows[level]), tile = in_level - n * tiles_x * tiles.rows[level];
   const int64_t row0 = static_cast<int64_t>(tile / tiles_x) * tile_rows;
   const int64_t column0 = static_cast<int64_t>(tile % tiles_x) * columns;
   const int64_t c0 =
@@ -388,27 +399,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> roi_align_bwd(
     auto* plevels = op.in_optional<int64_t>(levels, "levels", {s.R});
     const auto stream = static_cast<cudaStream_t>(op.stream());
     const bool vectors = s.C % V == 0 && is_aligned(pdy, 16);
+    Tiles tiles{};
+    int64_t total = 0;
     for (int l = 0; l < in.count; ++l) {
-      if (s.N * s.C * maps.H[l] * maps.W[l] == 0) continue;
-      const int64_t tiles_y = ceil_div(maps.H[l], tile_rows), tiles_x = ceil_div(maps.W[l], channels_last ? 8 : 32);
-      op.check(s.N * tiles_x * tiles_y < (int64_t{1} << 31), "x must have less than 2^31 tiles of pixels");
-      const auto run = [&](auto kernel, int64_t groups, size_t smem) {
-        launch(kernel,
-               {.grid = dim3(static_cast<unsigned>(s.N * tiles_x * tiles_y), static_cast<unsigned>(groups)),
-                .block = dim3(gather_threads),
-                .smem = smem,
-                .stream = stream},
-               pdy, prois, plevels, maps, s, l, static_cast<unsigned>(tiles_x), static_cast<unsigned>(tiles_y), C);
-      };
-      if (channels_last && vectors)
-        run(roi_align_bwd_kernel<T, V, true, false>, ceil_div(s.C, 32 * V), sizeof(GatherShared<A, 8>));
-      else if (channels_last)
-        run(roi_align_bwd_kernel<T, 1, true, false>, ceil_div(s.C, 32), sizeof(GatherShared<A, 8>));
-      else if (position_sensitive)
-        run(roi_align_bwd_kernel<T, 8, false, true>, ceil_div(s.C, 8), sizeof(GatherShared<A, 32>));
-      else
-        run(roi_align_bwd_kernel<T, 8, false, false>, ceil_div(s.C, 8), sizeof(GatherShared<A, 32>));
+      const int64_t rows = ceil_div(maps.H[l], tile_rows), columns = ceil_div(maps.W[l], channels_last ? 8 : 32);
+      tiles.first[l] = static_cast<unsigned>(total);
+      tiles.rows[l] = static_cast<unsigned>(rows);
+      tiles.columns[l] = static_cast<unsigned>(columns);
+      total += s.N * rows * columns;
+      op.check(total < (int64_t{1} << 31), "x must have less than 2^31 tiles of pixels");
     }
+    tiles.first[in.count] = static_cast<unsigned>(total);
+    if (s.C == 0) total = 0;
+    const auto run = [&](auto kernel, int64_t groups, size_t smem) {
+      launch(kernel,
+             {.grid = dim3(static_cast<unsigned>(total), static_cast<unsigned>(groups)),
+              .block = dim3(gather_threads),
+              .smem = smem,
+              .stream = stream},
+             pdy, prois, plevels, maps, s, tiles, C);
+    };
+    if (channels_last && vectors)
+      run(roi_align_bwd_kernel<T, V, true, false>, ceil_div(s.C, 32 * V), sizeof(GatherShared<A, 8>));
+    else if (channels_last)
+      run(roi_align_bwd_kernel<T, 1, true, false>, ceil_div(s.C, 32), sizeof(GatherShared<A, 8>));
+    else if (position_sensitive)
+      run(roi_align_bwd_kernel<T, 8, false, true>, ceil_div(s.C, 8), sizeof(GatherShared<A, 32>));
+    else
+      run(roi_align_bwd_kernel<T, 8, false, false>, ceil_div(s.C, 8), sizeof(GatherShared<A, 32>));
     return std::make_tuple(dx[0], dx[1], dx[2], dx[3], dx[4]);
   });
 }
