@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import __version__, functional
+from . import __version__, functional, vision
 from .core import backend, info, library
 from .core.explain import explain
 
@@ -48,7 +48,9 @@ class Parser(argparse.ArgumentParser):
 
 def public_ops() -> dict[str, str]:
     """Every public function and the stem of the room that holds it."""
-    return {name: getattr(functional, name).__module__.rsplit(".", 1)[-1] for name in functional.__all__}
+    found = {name: getattr(facade, name) for facade in (functional, vision) for name in facade.__all__}
+    functions = {name: f for name, f in found.items() if hasattr(functional, name) or not isinstance(f, type)}
+    return {name: f.__module__.rsplit(".", 1)[-1] for name, f in functions.items()}
 
 
 def op_name(text: str) -> str:

@@ -19,13 +19,16 @@ from .ops.boxes import (
     remove_small_boxes,
 )
 from .ops.deform_conv import DeformConv2d, deform_conv2d
+from .ops.drop_block import DropBlock2d, DropBlock3d, drop_block2d, drop_block3d
 from .ops.feature_pyramid import (
+    MLP,
     Conv2dNormActivation,
     Conv3dNormActivation,
     FeaturePyramidNetwork,
     FrozenBatchNorm2d,
     LastLevelMaxPool,
     LastLevelP6P7,
+    Permute,
     SqueezeExcitation,
 )
 from .ops.focal_loss import sigmoid_focal_loss
@@ -35,10 +38,13 @@ from .ops.roi_pool import PSRoIPool, RoIPool, ps_roi_pool, roi_pool
 from .ops.stochastic_depth import StochasticDepth, stochastic_depth
 
 __all__ = [
+    "MLP",
     "AnchorGenerator",
     "Conv2dNormActivation",
     "Conv3dNormActivation",
     "DeformConv2d",
+    "DropBlock2d",
+    "DropBlock3d",
     "FeaturePyramidNetwork",
     "FrozenBatchNorm2d",
     "LastLevelMaxPool",
@@ -46,6 +52,7 @@ __all__ = [
     "MultiScaleRoIAlign",
     "PSRoIAlign",
     "PSRoIPool",
+    "Permute",
     "RoIAlign",
     "RoIPool",
     "SqueezeExcitation",
@@ -62,6 +69,8 @@ __all__ = [
     "deform_conv2d",
     "distance_box_iou",
     "distance_box_iou_loss",
+    "drop_block2d",
+    "drop_block3d",
     "encode_boxes",
     "filter_proposals",
     "generalized_box_iou",

@@ -46,6 +46,109 @@ print("works", ours)
 """
 
 
-def test_torchvision_runs_on_pyops():
-    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
-    assert run.returncode == 0 and "works" in run.stdout, run.stderr[-3000:]
+# Names, arguments and defaults; modules also by their forward.
+SIGNATURES = """
+import inspect
+from pyops import vision
+from pyops.compat import torchvision as compat
+
+compat.install()
+from torchvision import ops
+from torchvision.ops import boxes, feature_pyramid_network, misc
+
+def signature(f):
+    return [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+
+def same(name, ours, theirs):
+    ours, theirs = signature(ours), signature(theirs)
+    assert [p[:2] for p in ours] == [p[:2] for p in theirs], (name, ours, theirs)
+    for (argument, _, a), (_, _, b) in zip(ours, theirs):
+        # a default of theirs may be a class of torch, or one number for both sides
+        assert a == b or (not isinstance(a, type) and str(a) == str(b)), (name, argument, a, b)
+
+for name in ops.__all__:
+    ours, theirs = getattr(vision, name), getattr(ops, name)
+    if not isinstance(theirs, type):
+        same(name, ours, theirs)
+        continue
+    for method in ("__init__", "forward"):
+        if getattr(theirs, method).__qualname__.split(".")[0] in (name, theirs.__mro__[1].__name__):
+            same(f"{name}.{method}", getattr(ours, method), getattr(theirs, method))
+print(len(ops.__all__), "names")
+"""
+
+# What is put together from torch in both libraries gives the same numbers.
+VALUES = """
+import torch
+from pyops import vision
+from pyops.compat import torchvision as compat
+
+compat.install()
+from torchvision import ops
+
+g = torch.Generator().manual_seed(0)
+rand = lambda *shape: torch.rand(shape, generator=g, dtype=torch.float64)
+turned = torch.cat((rand(9, 2) * 9, rand(9, 2) + 1, rand(9, 1) * 360 - 180), 1)
+corners = ops.box_convert(turned, "xywhr", "xyxyxyxy")
+by_format = {"xywhr": turned, "cxcywhr": ops.box_convert(turned, "xywhr", "cxcywhr"), "xyxyxyxy": corners}
+for a, boxes in by_format.items():
+    for b in by_format:
+        torch.testing.assert_close(vision.box_convert(boxes, a, b), ops.box_convert(boxes, a, b))
+whole = (turned * 9).round().long()
+assert torch.equal(vision.box_convert(whole, "xywhr", "cxcywhr"), ops.box_convert(whole, "xywhr", "cxcywhr"))
+assert vision.box_convert(whole, "xywhr", "xyxyxyxy").dtype == torch.int64
+flat = rand(9, 4)
+for fmt in ("xyxy", "xywh", "cxcywh"):
+    for other in ("xyxy", "xywh", "cxcywh"):
+        torch.testing.assert_close(vision.box_convert(flat, fmt, other), ops.box_convert(flat, fmt, other))
+    torch.testing.assert_close(vision.box_area(flat, fmt), ops.box_area(flat, fmt))
+first, second = (torch.cat((c, c + rand(9, 2)), 1) for c in (rand(9, 2), rand(9, 2)))
+for name in ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou"):
+    torch.testing.assert_close(getattr(vision, name)(first, second), getattr(ops, name)(first, second))
+for name in ("generalized_box_iou_loss", "distance_box_iou_loss", "complete_box_iou_loss"):
+    for reduction in ("none", "mean", "sum"):
+        ours, theirs = (getattr(m, name)(first, second, reduction) for m in (vision, ops))
+        torch.testing.assert_close(ours, theirs)
+masks = (rand(5, 8, 9) > 0.7).long()
+assert torch.equal(vision.masks_to_boxes(masks), ops.masks_to_boxes(masks))
+assert torch.equal(vision.remove_small_boxes(first, 0.5), ops.remove_small_boxes(first, 0.5))
+torch.testing.assert_close(vision.clip_boxes_to_image(first, (1, 1)), ops.clip_boxes_to_image(first, (1, 1)))
+logits, targets = rand(9, 4) * 4 - 2, (rand(9, 4) > 0.5).double()
+for reduction in ("none", "mean", "sum"):
+    ours, theirs = (m.sigmoid_focal_loss(logits, targets, 0.3, 1.5, reduction) for m in (vision, ops))
+    torch.testing.assert_close(ours, theirs)
+for name, shape in (("drop_block2d", (2, 3, 9, 8)), ("drop_block3d", (2, 3, 5, 9, 8)), ("stochastic_depth", (9, 3))):
+    x = rand(*shape)
+    how = (0.3, 3) if "block" in name else (0.3, "row")
+    results = []
+    for m in (vision, ops):
+        torch.manual_seed(3)
+        results.append(getattr(m, name)(x, *how))
+    torch.testing.assert_close(*results)
+for build in (
+    lambda m: m.MLP(4, [8, 3], torch.nn.LayerNorm), lambda m: m.SqueezeExcitation(4, 2),
+    lambda m: m.Conv2dNormActivation(4, 6), lambda m: m.Conv3dNormActivation(4, 6, dilation=2),
+    lambda m: m.FrozenBatchNorm2d(4), lambda m: m.Permute([1, 0]), lambda m: m.FeaturePyramidNetwork([4, 4], 6),
+    lambda m: m.DeformConv2d(4, 6, 3, groups=2), lambda m: m.DropBlock3d(0.1, 3),
+    lambda m: m.StochasticDepth(0.1, "row"),
+    lambda m: m.RoIAlign(7, 0.5, 2), lambda m: m.RoIPool(7, 0.5), lambda m: m.PSRoIAlign(7, 0.5, 2),
+    lambda m: m.PSRoIPool(7, 0.5), lambda m: m.MultiScaleRoIAlign(["a"], 7, 2),
+):
+    torch.manual_seed(4)
+    ours = build(vision)
+    torch.manual_seed(4)
+    theirs = build(ops)
+    state, expected = ours.state_dict(), theirs.state_dict()
+    assert list(state) == list(expected), build
+    for a, b in zip(state.values(), expected.values()):
+        torch.testing.assert_close(a, b)
+    if "Norm2d" not in type(ours).__name__ or "Frozen" in type(ours).__name__:
+        assert repr(ours) == repr(theirs), (repr(ours), repr(theirs))
+print("the same")
+"""
+
+
+@pytest.mark.parametrize("program, last", [(PROGRAM, "works"), (SIGNATURES, "names"), (VALUES, "the same")])
+def test_torchvision(program, last):
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0 and last in run.stdout, run.stderr[-3000:]

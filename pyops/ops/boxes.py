@@ -193,6 +193,7 @@ def complete_box_iou_loss(
 
 
 _FORMATS = ("xyxy", "xywh", "cxcywh")
+_ROTATED = {"xywhr": 5, "cxcywhr": 5, "xyxyxyxy": 8}
 
 
 def _to_corners(boxes: torch.Tensor, fmt: str) -> torch.Tensor:
@@ -204,26 +205,64 @@ def _to_corners(boxes: torch.Tensor, fmt: str) -> torch.Tensor:
     return torch.cat((first - sides / 2, first + sides / 2), -1)
 
 
+def _edges(sides: torch.Tensor, degrees: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The edges (x, y) along the width and along the height of boxes turned counter-clockwise; y points down."""
+    turn = degrees * (math.pi / 180)
+    cos, sin = torch.cos(turn), torch.sin(turn)
+    w, h = sides.unbind(-1)
+    return torch.stack((w * cos, -w * sin), -1), torch.stack((h * sin, h * cos), -1)
+
+
+def _convert_rotated(boxes: torch.Tensor, in_fmt: str, out_fmt: str) -> torch.Tensor:
+    if in_fmt == "xyxyxyxy":
+        p1, p2, p3 = boxes[..., :2], boxes[..., 2:4], boxes[..., 4:6]
+        along, across = p2 - p1, p3 - p2
+        sides = torch.stack([edge.square().sum(-1).sqrt() for edge in (along, across)], -1)
+        degrees = torch.atan2(-along[..., 1], along[..., 0]) * (180 / math.pi)
+        first = p1
+    else:
+        first, sides, degrees = boxes[..., :2], boxes[..., 2:4], boxes[..., 4]
+    along, across = _edges(sides, degrees)
+    if in_fmt == "cxcywhr":
+        first = first - along / 2 - across / 2
+    if out_fmt == "xyxyxyxy":
+        converted = torch.cat((first, first + along, first + along + across, first + across), -1)
+    else:
+        first = first + along / 2 + across / 2 if out_fmt == "cxcywhr" else first
+        converted = torch.cat((first, sides, degrees[..., None]), -1)
+    return converted if boxes.is_floating_point() else converted.round().to(boxes.dtype)
+
+
 def box_convert(boxes: torch.Tensor, in_fmt: str, out_fmt: str) -> torch.Tensor:
-    """Boxes in another format; drops in for torchvision.ops.box_convert on axis-aligned boxes.
+    """Boxes in another format; drops in for torchvision.ops.box_convert.
 
     Args:
-        boxes: Tensor[*, 4].
-        in_fmt, out_fmt: ``"xyxy"`` corners, ``"xywh"`` corner and sides, ``"cxcywh"`` centre and sides.
+        boxes: Tensor[*, 4], or [*, 5] and [*, 8] where they are rotated.
+        in_fmt, out_fmt: ``"xyxy"`` corners, ``"xywh"`` corner and sides, ``"cxcywh"`` centre and sides; rotated:
+            ``"xywhr"`` first corner, sides and degrees counter-clockwise (y points down), ``"cxcywhr"`` the same from
+            the centre, ``"xyxyxyxy"`` the four corners: top left, top right, bottom right, bottom left.
 
     Returns:
-        Tensor[*, 4]; a copy also where the formats are equal.
+        Tensor[*, 4], [*, 5] or [*, 8]; a copy also where the formats are equal. Rotated integers are rounded.
 
     Raises:
         ValueError: an unknown format.
+        NotImplementedError: from a rotated format to one that is not, or back.
+        RuntimeError: another last dimension than the format has.
     """
     for name, fmt in (("in_fmt", in_fmt), ("out_fmt", out_fmt)):
-        if fmt not in _FORMATS:
-            check.fail(ValueError, "box_convert", name, repr(fmt), "'xyxy', 'xywh' or 'cxcywh'")
-    if boxes.shape[-1:] != (4,):
-        check.fail(RuntimeError, "box_convert", "boxes", f"shape {list(boxes.shape)}", "shape [..., 4]")
+        if fmt not in _FORMATS and fmt not in _ROTATED:
+            check.fail(ValueError, "box_convert", name, repr(fmt), f"one of {', '.join((*_FORMATS, *_ROTATED))}")
+    width = _ROTATED.get(in_fmt, 4)
+    if boxes.shape[-1:] != (width,):
+        check.fail(RuntimeError, "box_convert", "boxes", f"shape {list(boxes.shape)}", f"shape [..., {width}]")
     if in_fmt == out_fmt:
         return boxes.clone()
+    if (in_fmt in _ROTATED) != (out_fmt in _ROTATED):
+        expected = f"a format with{'' if in_fmt in _ROTATED else 'out'} rotation, as in_fmt {in_fmt!r}"
+        check.fail(NotImplementedError, "box_convert", "out_fmt", repr(out_fmt), expected)
+    if in_fmt in _ROTATED:
+        return _convert_rotated(boxes, in_fmt, out_fmt)
     corners = _to_corners(boxes, in_fmt)
     if out_fmt == "xyxy":
         return corners

@@ -11,6 +11,7 @@ Source: Lin et al. 2017, https://arxiv.org/abs/1612.03144; torchvision.ops.featu
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -149,6 +150,45 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self.scale_activation(self.fc2(self.activation(self.fc1(self.avgpool(input))))) * input
+
+
+class MLP(nn.Sequential):
+    """Linear layers, each but the last followed by norm, activation and dropout; drops in for torchvision.ops.MLP.
+
+    Args:
+        in_channels: features of the input.
+        hidden_channels: features after every layer.
+        norm_layer, activation_layer: constructors; no norm where None.
+        inplace: of the activation and the dropout; None leaves it to them.
+        bias: of the linear layers.
+        dropout: probability, after every layer.
+    """
+
+    def __init__(
+        self, in_channels: int, hidden_channels: list[int], norm_layer: Layer | None = None,
+        activation_layer: Layer | None = nn.ReLU, inplace: bool | None = None, bias: bool = True, dropout: float = 0.0,
+    ) -> None:  # fmt: skip
+        how = {} if inplace is None else {"inplace": inplace}
+        widths = [in_channels, *hidden_channels]
+        layers: list[nn.Module] = []
+        for i, (before, after) in enumerate(itertools.pairwise(widths)):
+            layers.append(nn.Linear(before, after, bias=bias))
+            if i + 2 < len(widths):
+                layers += [norm_layer(after)] if norm_layer is not None else []
+                layers += [activation_layer(**how)] if activation_layer is not None else []
+            layers.append(nn.Dropout(dropout, **how))
+        super().__init__(*layers)
+
+
+class Permute(nn.Module):
+    """``torch.permute`` as a module; see torchvision.ops.Permute."""
+
+    def __init__(self, dims: list[int]) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(self.dims)
 
 
 class ExtraFPNBlock(nn.Module):
