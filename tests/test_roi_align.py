@@ -196,6 +196,17 @@ def test_lists_modules_and_repr():
     assert vision.roi_align(X[:0], ROIS[:0], 2).shape == (0, 3, 2, 2)
 
 
+@pytest.mark.parametrize("op", ["roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"])
+def test_autocast_takes_boxes_of_another_dtype_as_torchvision(op):
+    x, function = torch.randn(2, 4, 5, 6).bfloat16(), getattr(vision, op)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = function(x, ROIS, 2)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, function(x, ROIS.bfloat16(), 2))  # small whole numbers: the same in both
+    with pytest.raises(RuntimeError, match="'boxes'"):
+        function(x, ROIS, 2)
+
+
 def test_bad_input():
     align = vision.roi_align
     refuses(RuntimeError, ("roi_align", "'input'", "[3, 5, 6]"), align, X[0], ROIS, 2)

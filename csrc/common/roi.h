@@ -51,10 +51,12 @@ struct Axis {
   }
 
   // The samples of bin p that may lie in [low, high] are first <= i < last; callers look again at each. All where
-  // bins are so extreme that the quotient below would not be exact.
+  // bins are so extreme that the quotient below would not be exact; but none of the 1e9 of an adaptive grid, of which
+  // one or two would lie there and weigh 1e-9.
   PYOPS_ROI void samples(int64_t p, A low, A high, int64_t& first, int64_t& last) const {
     first = 0;
     last = grid;
+    if (bin >= A(1e30) && grid > (int64_t{1} << 24)) last = 0;
     if (!(bin > A(1e-10) && bin < A(1e30)) || grid < 8) return;
     const A scale = quotient(static_cast<A>(grid), bin), base = start + static_cast<A>(p) * bin,
             g = static_cast<A>(grid);

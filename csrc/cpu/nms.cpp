@@ -3,8 +3,8 @@
 // layout   boxes: [N, 4] as (x1, y1, x2, y2), segments contiguous, within a segment the best score first
 //          segments: [N], ascending · keep: [N]
 // mapping  threads over segments; lanes over boxes. In a long segment boxes are kept one by one while each removes
-//          many; what is left is sorted by x1: overlap above the threshold t bounds x1_j to
-//          [x1_i - w_i (1 - t) / t, x1_i + w_i (1 - t)], a window found by binary search
+//          many; what is left is sorted by x1 within strips of y1: overlap above the threshold t bounds x1_j to
+//          [x1_i - w_i (1 - t) / t, x1_i + w_i (1 - t)], a window found by binary search, and y1_j likewise
 // memory   O(N); soft_nms: O(N)
 // numerics acc_t, each operation rounded alone, so every backend keeps the same boxes
 #include "common/nms.h"
@@ -104,34 +104,74 @@ struct Undecided {
   }
 };
 
-// Boxes of a long segment in order of x1. The quotient is symmetric, so a kept box never marks an earlier kept one.
+// Strips of y1, as high as two boxes, each in order of x1: where a box can be that overlaps another.
+class Strips {
+ public:
+  Strips(double low, double high, double mean_height, int64_t boxes) : low_(low) {
+    const double most = double(boxes / 256), wanted = (high - low) / (2 * mean_height);
+    count_ = std::max<int64_t>(1, int64_t(wanted < most ? wanted : most));
+    scale_ = high > low ? double(count_) / (high - low) : 0.0;
+  }
+  int64_t count() const { return count_; }
+  // Never falls as y grows, whatever is rounded.
+  int64_t at(double y) const {
+    const double strip = (y - low_) * scale_;
+    return strip > 0 ? (strip < double(count_) ? int64_t(strip) : count_ - 1) : 0;
+  }
+
+ private:
+  double low_, scale_;
+  int64_t count_;
+};
+
+// Boxes of a long segment by strip and x1. The quotient is symmetric, so a kept box never marks an earlier kept one.
 template <class acc_t>
 void nms_sweep(Undecided<acc_t>& boxes, bool* keep, acc_t threshold) {
-  std::vector<std::pair<acc_t, int64_t>> by_x;
-  by_x.reserve(size_t(boxes.count));
+  struct Entry {
+    int64_t strip, box;
+    acc_t x1;
+  };
+  std::vector<Entry> sorted;
+  sorted.reserve(size_t(boxes.count));
   constexpr acc_t tiny = std::is_same_v<acc_t, float> ? acc_t(1e-30) : acc_t(1e-290);
-  double widest = 0;
+  double widest = 0, tallest = 0, heights = 0, top = INFINITY, bottom = -INFINITY;
+  const auto corner = [&](int k, int64_t i) { return boxes.columns.column(k)[i]; };
   for (int64_t i = 0; i < boxes.count; ++i) {
-    const acc_t x1 = boxes.columns.column(0)[i], y1 = boxes.columns.column(1)[i], x2 = boxes.columns.column(2)[i],
-                y2 = boxes.columns.column(3)[i], size = boxes.columns.column(4)[i];
+    const acc_t x1 = corner(0, i), y1 = corner(1, i), x2 = corner(2, i), y2 = corner(3, i), size = corner(4, i);
     keep[boxes.index[i]] = true;  // and stays, where it is empty, crossed or not finite: such a box overlaps nothing
     if (!(x2 > x1 && y2 > y1) || !(size <= std::numeric_limits<acc_t>::max())) continue;
     // Below this the rounding of areas says nothing: such a segment is compared pair by pair.
     if (size < tiny) return boxes.pairs(keep, threshold);
+    const double height = double(y2) - double(y1);
     widest = std::max(widest, double(x2) - double(x1));
-    by_x.emplace_back(x1, i);
+    tallest = std::max(tallest, height);
+    heights += height;
+    top = std::min(top, double(y1));
+    bottom = std::max(bottom, double(y1));
+    sorted.push_back({0, i, x1});
   }
-  std::sort(by_x.begin(), by_x.end());
-  const int64_t count = int64_t(by_x.size());
+  const int64_t count = int64_t(sorted.size());
+  if (count == 0) return;
+  const Strips strips(top, bottom, heights / double(count), count);
+  for (Entry& e : sorted) e.strip = strips.at(double(corner(1, e.box)));
+  std::sort(sorted.begin(), sorted.end(), [](const Entry& a, const Entry& b) {
+    return a.strip != b.strip ? a.strip < b.strip : a.x1 != b.x1 ? a.x1 < b.x1 : a.box < b.box;
+  });
   Columns<acc_t> columns(count);
-  Buffer<int64_t> position(boxes.count, -1);
+  Buffer<int64_t> position(boxes.count, -1), starts(strips.count() + 1, 0);
   for (int64_t k = 0; k < count; ++k) {
-    const int64_t i = by_x[size_t(k)].second;
-    for (int c = 0; c < 5; ++c) columns.column(c)[k] = boxes.columns.column(c)[i];
-    position[i] = k;
+    const Entry& e = sorted[size_t(k)];
+    for (int c = 0; c < 5; ++c) columns.column(c)[k] = corner(c, e.box);
+    position[e.box] = k;
+    starts[e.strip + 1] = k + 1;
   }
+  for (int64_t s = 0; s < strips.count(); ++s) starts[s + 1] = std::max(starts[s + 1], starts[s]);
   // Room for the rounding of the quotient, which is far below 1e-5.
   const double t = double(threshold) * (1 - 1e-5);
+  const auto back = [&](double side, double longest) {
+    return std::min(longest, t > 0 ? side * (1 - t) / t : longest);
+  };
+  const double ahead = std::max(0.0, 1 - t);
   const acc_t* x1 = columns.column(0);
   for (int64_t i = 0; i < boxes.count; ++i) {
     const int64_t at = position[i];
@@ -139,11 +179,15 @@ void nms_sweep(Undecided<acc_t>& boxes, bool* keep, acc_t threshold) {
     keep[boxes.index[i]] = columns.dead[at] == 0;
     if (columns.dead[at] != 0) continue;
     const double x = double(x1[at]), w = double(columns.column(2)[at]) - x;
-    const double back = std::min(widest, t > 0 ? w * (1 - t) / t : widest);
-    const double low = x - back, high = x + w * std::max(0.0, 1 - t);
-    const int64_t begin = std::partition_point(x1, x1 + at, [&](acc_t v) { return double(v) < low; }) - x1;
-    const int64_t end = std::partition_point(x1 + at, x1 + count, [&](acc_t v) { return double(v) <= high; }) - x1;
-    columns.suppress(at, begin, end, threshold);
+    const double y = double(columns.column(1)[at]), h = double(columns.column(3)[at]) - y;
+    const double low = x - back(w, widest), high = x + w * ahead;
+    const int64_t last = strips.at(y + h * ahead);
+    for (int64_t s = strips.at(y - back(h, tallest)); s <= last; ++s) {
+      const acc_t *from = x1 + starts[s], *to = x1 + starts[s + 1];
+      const int64_t begin = std::partition_point(from, to, [&](acc_t v) { return double(v) < low; }) - x1;
+      const int64_t end = std::partition_point(x1 + begin, to, [&](acc_t v) { return double(v) <= high; }) - x1;
+      columns.suppress(at, begin, end, threshold);
+    }
   }
 }
 

@@ -108,7 +108,12 @@ def scaled_regions(op: str, input: torch.Tensor, given: Any, scale: float) -> to
     if input.dim() != 4:
         check.fail(RuntimeError, op, "input", f"shape {list(input.shape)}", "shape [N, C, H, W]")
     rois = regions(op, input, given)
-    if isinstance(given, torch.Tensor) and rois.dtype != input.dtype:
+    # under autocast torchvision takes boxes of any dtype
+    if (
+        isinstance(given, torch.Tensor)
+        and rois.dtype != input.dtype
+        and not torch.is_autocast_enabled(rois.device.type)
+    ):
         check.fail(RuntimeError, op, "boxes", rois.dtype, f"{input.dtype}, as the input")
     rois = rois.detach().to(check.accumulate_dtype(input.dtype))
     return torch.cat((rois[:, :1], rois[:, 1:] * scale), 1)
@@ -116,7 +121,7 @@ def scaled_regions(op: str, input: torch.Tensor, given: Any, scale: float) -> to
 
 def output_size(op: str, size: Any) -> tuple[int, int]:
     """(height, width) of the pooled output, both positive."""
-    h, w = (size, size) if isinstance(size, int) else tuple(size)
-    if not (isinstance(h, int) and isinstance(w, int) and h > 0 and w > 0):
-        check.fail(ValueError, op, "output_size", (h, w), "positive integers")
-    return h, w
+    given = (size, size) if isinstance(size, int) else tuple(size)
+    if len(given) != 2 or not all(isinstance(v, int) and v > 0 for v in given):
+        check.fail(ValueError, op, "output_size", given, "one or two positive integers")
+    return given[0], given[1]
