@@ -20,41 +20,58 @@ void gather(const scalar_t* x, const int64_t* index, scalar_t* y, int64_t K, int
   });
 }
 
-// sums[i] += terms [first, last) of columns [column, column + n)
+inline constexpr int strip_vectors = 8;
+
+// sums[i] = terms [first, last) of columns [column, column + n), n up to a strip; a whole strip is summed in registers,
+// while the rows named next, before `end`, are on their way.
 template <class scalar_t, class acc_t>
-void add_terms(const scalar_t* x, const int64_t* index, const scalar_t* scale, int64_t first, int64_t last, int64_t D,
-               int64_t column, int64_t n, acc_t* sums) {
+void sum_terms(const scalar_t* x, const int64_t* index, const scalar_t* scale, int64_t first, int64_t last, int64_t end,
+               int64_t D, int64_t column, int64_t n, acc_t* sums) {
   using V = Vec<acc_t>;
+  constexpr int64_t W = V::width, ahead = 4, line = 64 / int64_t(sizeof(scalar_t));
+  const auto factor = [&](int64_t k) { return V(scale != nullptr ? acc_t(scale[k]) : acc_t(1)); };
+  if (n == strip_vectors * W) {
+    V total[strip_vectors];
+    for (int64_t k = first; k < last; ++k) {
+      if (k + ahead < end)
+        for (int64_t i = 0; i < n; i += line) __builtin_prefetch(x + index[k + ahead] * D + column + i);
+      const scalar_t* from = x + index[k] * D + column;
+      const V by = factor(k);
+#pragma GCC unroll 8
+      for (int j = 0; j < strip_vectors; ++j) total[j] = fma(V::load(from + j * W), by, total[j]);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < strip_vectors; ++j) total[j].store(sums + j * W);
+    return;
+  }
+  std::fill(sums, sums + n, acc_t(0));
   for (int64_t k = first; k < last; ++k) {
     const scalar_t* from = x + index[k] * D + column;
-    const V factor(scale != nullptr ? acc_t(scale[k]) : acc_t(1));
+    const V by = factor(k);
     each_vector<acc_t>(n, [&](int64_t i, auto lanes) {
-      fma(V::load(from + i, lanes), factor, V::load(sums + i, lanes)).store(sums + i, lanes);
+      fma(V::load(from + i, lanes), by, V::load(sums + i, lanes)).store(sums + i, lanes);
     });
   }
 }
 
-// One column block of a row of y after the other, so that its sums stay in the first-level cache. Sums of 64 terms are
-// added, not terms, or a row named a million times would lose its last digits.
+// Sums of 64 terms are added, not terms, or a row named a million times would lose its last digits.
 template <class scalar_t, class acc_t>
 void gather_sums(const scalar_t* x, const int64_t* index, const int64_t* offsets, const scalar_t* scale, scalar_t* y,
                  int64_t V, int64_t K, int64_t D) {
-  constexpr int64_t together = 64;
+  constexpr int64_t together = 64, strip = strip_vectors * Vec<acc_t>::width;
   const int64_t rows = std::max<int64_t>(1, elementwise_grain / (D * (1 + K / std::max<int64_t>(V, 1))));
   parallel_for(V, rows, [&](int64_t begin, int64_t end) {
-    alignas(64) acc_t sums[elementwise_block];
-    double totals[elementwise_block];
+    alignas(64) acc_t sums[strip];
+    double totals[strip];
     for (int64_t v = begin; v < end; ++v)
-      for (int64_t column = 0; column < D; column += elementwise_block) {
-        const int64_t n = std::min(elementwise_block, D - column), first = offsets[v], last = offsets[v + 1];
-        std::fill(sums, sums + n, acc_t(0));
-        if (last - first <= together) {
-          add_terms(x, index, scale, first, last, D, column, n, sums);
-        } else {
-          std::fill(totals, totals + n, 0.0);
-          for (int64_t k = first; k < last; k += together) {
-            add_terms(x, index, scale, k, std::min(k + together, last), D, column, n, sums);
-            for (int64_t i = 0; i < n; ++i) totals[i] += double(sums[i]), sums[i] = 0;
+      for (int64_t column = 0; column < D; column += strip) {
+        const int64_t n = std::min(strip, D - column), first = offsets[v], last = offsets[v + 1];
+        sum_terms(x, index, scale, first, std::min(first + together, last), offsets[V], D, column, n, sums);
+        if (last - first > together) {
+          for (int64_t i = 0; i < n; ++i) totals[i] = double(sums[i]);
+          for (int64_t k = first + together; k < last; k += together) {
+            sum_terms(x, index, scale, k, std::min(k + together, last), offsets[V], D, column, n, sums);
+            for (int64_t i = 0; i < n; ++i) totals[i] += double(sums[i]);
           }
           for (int64_t i = 0; i < n; ++i) sums[i] = acc_t(totals[i]);
         }
