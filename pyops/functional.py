@@ -64,12 +64,14 @@ from .ops.im2col import fold, unfold
 from .ops.interpolate import interpolate
 from .ops.layer_norm import layer_norm
 from .ops.linear import bias_act, bilinear, linear, linear_act
+from .ops.local_response_norm import local_response_norm
 from .ops.lstm import lstm, lstm_cell
 from .ops.margin_loss import multi_margin_loss
 from .ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
 from .ops.mixup import cutmix, mixup
 from .ops.pad import pad
 from .ops.pca import PCA, pca, pca_inverse, pca_transform
+from .ops.pixel_shuffle import pixel_shuffle, pixel_unshuffle
 from .ops.pool import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -158,6 +160,7 @@ __all__ = [
     "linear",
     "linear_act",
     "linear_cross_entropy",
+    "local_response_norm",
     "log_softmax",
     "logsigmoid",
     "lp_pool1d",
@@ -181,6 +184,8 @@ __all__ = [
     "pca",
     "pca_inverse",
     "pca_transform",
+    "pixel_shuffle",
+    "pixel_unshuffle",
     "prelu",
     "relu",
     "relu6",

@@ -41,6 +41,7 @@ from .ops.im2col import Fold, Unfold
 from .ops.interpolate import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d
 from .ops.layer_norm import LayerNorm
 from .ops.linear import Bilinear, Linear
+from .ops.local_response_norm import LocalResponseNorm
 from .ops.lstm import LSTM, LSTMCell
 from .ops.margin_loss import MultiMarginLoss
 from .ops.max_unpool import MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
@@ -61,6 +62,7 @@ from .ops.pad import (
     ZeroPad2d,
     ZeroPad3d,
 )
+from .ops.pixel_shuffle import PixelShuffle, PixelUnshuffle
 from .ops.pool import (
     AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,
@@ -152,6 +154,7 @@ __all__ = [
     "LayerNorm",
     "LeakyReLU",
     "Linear",
+    "LocalResponseNorm",
     "LogSigmoid",
     "LogSoftmax",
     "MSELoss",
@@ -167,6 +170,8 @@ __all__ = [
     "NLLLoss",
     "PReLU",
     "PairwiseDistance",
+    "PixelShuffle",
+    "PixelUnshuffle",
     "RMSNorm",
     "RNNCell",
     "RReLU",

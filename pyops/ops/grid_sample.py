@@ -161,8 +161,8 @@ def grid_sample(
     check.floating(op, "input", input)
     if not isinstance(grid, torch.Tensor):
         check.fail(TypeError, op, "grid", type(grid).__name__, "a tensor")
-    x, points = autocast.cast(op, input, grid)
-    assert x is not None and points is not None
+    given: Any = autocast.cast(op, input, grid)
+    x, points = given
     if x.dtype != points.dtype and torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         wide = torch.promote_types(x.dtype, points.dtype)
         x, points = x.to(wide), points.to(wide)
@@ -230,8 +230,7 @@ def affine_grid(theta: torch.Tensor, size: Sequence[int], align_corners: bool | 
         check.fail(ValueError, op, "size", list(size), "positive numbers")
     if theta.shape[0] != size[0]:
         check.fail(RuntimeError, op, "theta", f"{theta.shape[0]} matrices", f"{size[0]}, as size says")
-    (low,) = autocast.cast(op, theta)
-    assert low is not None
+    low: Any = autocast.cast(op, theta)[0]
     wide = low.to(check.accumulate_dtype(low.dtype))
     total = wide[:, :, dims].reshape(-1, *(1,) * dims, dims)
     for d in range(dims):  # coordinates (x, y, z) lie along the axes (W, H, D)
