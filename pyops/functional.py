@@ -63,6 +63,7 @@ from .ops.gru import gru, gru_cell
 from .ops.im2col import fold, unfold
 from .ops.interpolate import interpolate
 from .ops.layer_norm import layer_norm
+from .ops.layer_norm_lstm import layer_norm_lstm, layer_norm_lstm_cell
 from .ops.linear import bias_act, bilinear, linear, linear_act
 from .ops.local_response_norm import local_response_norm
 from .ops.lstm import lstm, lstm_cell
@@ -156,6 +157,8 @@ __all__ = [
     "knn",
     "l1_loss",
     "layer_norm",
+    "layer_norm_lstm",
+    "layer_norm_lstm_cell",
     "leaky_relu",
     "linear",
     "linear_act",

@@ -40,6 +40,7 @@ from .ops.gru import GRU, GRUCell
 from .ops.im2col import Fold, Unfold
 from .ops.interpolate import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d
 from .ops.layer_norm import LayerNorm
+from .ops.layer_norm_lstm import LayerNormLSTM, LayerNormLSTMCell
 from .ops.linear import Bilinear, Linear
 from .ops.local_response_norm import LocalResponseNorm
 from .ops.lstm import LSTM, LSTMCell
@@ -152,6 +153,8 @@ __all__ = [
     "LPPool3d",
     "LSTMCell",
     "LayerNorm",
+    "LayerNormLSTM",
+    "LayerNormLSTMCell",
     "LeakyReLU",
     "Linear",
     "LocalResponseNorm",

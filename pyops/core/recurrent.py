@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autocast, check
+from . import autocast, check, masking
 from .autograd import Tensors, derivative_levels_active
 
 
@@ -144,7 +144,7 @@ def keeps(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def reference_layer(
+def step_by_step(
     cell: Callable[..., Tensors], gates: Tensor, states: Tensors, starts: Tensor | None, arguments: Sequence[Tensors]
 ) -> tuple[Tensor, Tensors]:
     """A layer in plain torch, step by step.
@@ -365,7 +365,7 @@ def run_network(
         finals.append(final)
         x = y.reshape(rows, directions * y.shape[2])
         if net.dropout > 0 and net.train and k + 1 < net.num_layers:
-            x = torch.nn.functional.dropout(x, net.dropout)
+            x = masking.drop("dropout", x, net.dropout)
     x = x.reshape(*outer, x.shape[-1])
     output = x.transpose(0, 1) if net.batch_first and net.batch_sizes is None else x
     return output, tuple(torch.cat(s) if net.num_layers > 1 else s[0] for s in zip(*finals))

@@ -20,96 +20,25 @@ https://arxiv.org/abs/1411.4280; Klambauer et al. 2017 (alpha), https://arxiv.or
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ..core import backend, check, library, random
+from ..core import check, random
 from ..core.intercept import route
-from ..core.layout import is_channels_last, memory_order
-from ..core.multilinear import Multilinear, Tensors, differentiable
+from ..core.layout import is_channels_last
+from ..core.masking import check_probability, masked, numbers
 from ..core.samples import Maker, Sample, checked
 
-_kernels = library.triton_kernels("dropout")
 _torch = torch.nn.functional
-
-_op = library.declare(
-    "dropout(Tensor x, Tensor random, int threshold, float scale, float shift, float fill) -> Tensor",
-    lambda x, *_: torch.empty_like(x),
-    _kernels,
-)
-
-
-def _linear(namespace: str, v: torch.Tensor, state: torch.Tensor, constants: Tensors) -> torch.Tensor:
-    """The linear part of the op on a tensor of x's shape."""
-    return _apply(namespace, v, state, *constants[:2], 0.0, 0.0)
-
-
-def _fold(namespace: str, batch: int, dims: Tensors, inputs: Tensors, constants: Tensors) -> tuple[torch.Tensor, int]:
-    """One state for all examples: they share their masks, as more positions s. A state each: one call each."""
-    (x, state), (at, state_at) = inputs, dims
-    if state_at is None:
-        x = x.movedim(at, 1)
-        y = _apply(namespace, x.flatten(1, 2).contiguous(), state, *constants)
-        return y.reshape(x.shape), 1
-    xs = [x] * batch if at is None else x.unbind(at)
-    pairs = zip(xs, state.unbind(state_at))
-    return torch.stack([_apply(namespace, v.contiguous(), s.contiguous(), *constants) for v, s in pairs]), 0
-
-
-_apply = differentiable(
-    Multilinear(
-        _op,
-        2,
-        lambda namespace, dy, inputs, constants, needs: (_linear(namespace, dy, inputs[1], constants), None),
-        lambda namespace, inputs, tangents, constants: _linear(namespace, tangents[0], inputs[1], constants),
-        _fold,
-        kept=(1,),
-    )
-)
-
-
-def _numbers(p: float, alpha: bool) -> tuple[int, float, float, float]:
-    """Threshold, scale, shift and fill."""
-    if not alpha:
-        return random.drop_threshold(p), 1 / (1 - p) if p < 1 else 0.0, 0.0, 0.0
-    if p == 1:
-        return random.drop_threshold(p), 0.0, 0.0, 0.0
-    limit = -1.7580993408473766
-    a = 1 / math.sqrt((1 - p) * (1 + p * limit**2))
-    shift = -a * p * limit
-    return random.drop_threshold(p), a, shift, a * limit + shift
-
-
-def _masked(
-    op: str, x: torch.Tensor, state: torch.Tensor, p: float, alpha: bool = False, features: bool = False
-) -> torch.Tensor:
-    """x with what ``state`` drops dropped: single elements, or whole channels [N, C]."""
-    namespace, numbers = backend.namespace_for(op, x), _numbers(p, alpha)
-    if not features:
-        order = memory_order(x)
-        moved = x.permute(order).contiguous()
-        y = _apply(namespace, moved.view(1, 1, -1), state, *numbers).view(moved.shape)
-        return y.permute(sorted(range(x.dim()), key=order.__getitem__))
-    n, c = x.shape[:2]
-    if is_channels_last(x):
-        moved = x.movedim(1, -1)
-        return _apply(namespace, moved.reshape(n, -1, c), state, *numbers).view(moved.shape).movedim(-1, 1)
-    x = x.contiguous()
-    spatial = math.prod(x.shape[2:])
-    return _apply(namespace, x.view(n * c, spatial, 1), state, *numbers).view(x.shape)
 
 
 def _drop(
     op: str, input: torch.Tensor, p: float, training: bool, inplace: bool, alpha: bool = False, features: bool = False
 ) -> torch.Tensor:
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        check.fail(TypeError, op, "p", type(p).__name__, "a number")
-    if not 0 <= p <= 1:
-        check.fail(ValueError, op, "p", p, "a probability in [0, 1]")
+    check_probability(op, "p", p)
     if not isinstance(input, torch.Tensor):
         check.fail(TypeError, op, "input", type(input).__name__, "a tensor")
     if features and training and input.dim() < 2:
@@ -117,7 +46,7 @@ def _drop(
     if not training or p == 0 or input.numel() == 0:
         return input
     check.floating(op, "input", input)
-    y = _masked(op, input, random.draw(input.device), float(p), alpha, features)
+    y = masked(op, input, random.draw(input.device), float(p), alpha, features)
     return input.copy_(y) if inplace else y
 
 
@@ -341,7 +270,7 @@ def _truth(
     op: str, x: torch.Tensor, state: torch.Tensor, p: float, alpha: bool = False, features: bool = False
 ) -> torch.Tensor:
     """The same in plain torch."""
-    _, scale, shift, fill = _numbers(p, alpha)
+    _, scale, shift, fill = numbers(p, alpha)
     if features:
         kept = random.keep(state, x.shape[:2], p).reshape(*x.shape[:2], *(1,) * (x.dim() - 2))
     elif is_channels_last(x):
@@ -363,7 +292,7 @@ def _sample(shape, p=0.3, channels_last=False, **how):
 
 checked(
     "dropout",
-    _masked,
+    masked,
     _truth,
     Sample("elements, tail of a vector", _sample((3, 7)), derivatives=True),
     Sample("alpha dropout", _sample((5, 6), alpha=True), derivatives=True),

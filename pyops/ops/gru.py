@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core import backend, library, recurrent, recurrent_samples
 from ..core.autograd import Formula, differentiable
 from ..core.intercept import route
+from ..core.regularized import Regularized
 from ..core.samples import Sample, checked
 
 _kernels = library.triton_kernels("gru")
@@ -130,7 +131,7 @@ def _step_reference(gates, states, w_hh, b_n):
 
 def _layer_reference(gates, h0, w_hh, b_n, starts, keep):
     weights = [(w, None if b_n is None else b_n[d]) for d, w in enumerate(w_hh.unbind(0))]
-    y, (h_n,) = recurrent.reference_layer(_step_reference, gates, (h0,), starts, weights)
+    y, (h_n,) = recurrent.step_by_step(_step_reference, gates, (h0,), starts, weights)
     return y, h_n, gates.new_empty((*gates.shape[:2], 4 * h0.shape[2]) if keep else 0)
 
 
@@ -229,10 +230,23 @@ class GRUCell(torch.nn.GRUCell):
         return recurrent.run_cell("GRUCell", self, gru_cell, input, hx, 1)
 
 
-class GRU(torch.nn.GRU):
-    """torch.nn.GRU whose forward calls pyops.functional.gru."""
+class GRU(Regularized, torch.nn.GRU):
+    """torch.nn.GRU whose forward calls pyops.functional.gru, with dropout inside and truncated gradients.
 
-    forward = recurrent.forward_of(torch.nn.GRU, gru=gru)
+    Args:
+        input_dropout: probability with which a feature of the input is zeroed in training, the same in all steps of a
+            sequence (variational dropout). By keyword, as those below.
+        hidden_dropout: probability with which an element of the hidden-to-hidden weights is zeroed in training, the
+            same in all steps and sequences (DropConnect).
+        detach_every: steps after which gradients stop: truncated backpropagation through time; None: none do.
+
+    All others are those of torch.nn.GRU. Masks are drawn by counter (pyops.core.random), also between layers.
+
+    Raises:
+        ValueError: a dropout that is no probability, ``detach_every`` below 1 or with ``bidirectional``.
+    """
+
+    _plain = recurrent.forward_of(torch.nn.GRU, gru=gru)
 
 
 route((torch.gru_cell,), "gru_cell", gru_cell)

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core import autocast, backend, check, library, recurrent, recurrent_samples
 from ..core.autograd import Formula, differentiable
 from ..core.intercept import route
+from ..core.regularized import Regularized
 from ..core.samples import Sample, checked
 
 _kernels = library.triton_kernels("lstm")
@@ -127,7 +128,7 @@ def _step_reference(gates, states, w_hh, w_hr):
 
 def _layer_reference(gates, h0, c0, w_hh, w_hr, starts, keep):
     weights = [(w, None if w_hr is None else w_hr[d]) for d, w in enumerate(w_hh.unbind(0))]
-    y, (h_n, c_n) = recurrent.reference_layer(_step_reference, gates, (h0, c0), starts, weights)
+    y, (h_n, c_n) = recurrent.step_by_step(_step_reference, gates, (h0, c0), starts, weights)
     saved, cells = (
         gates.new_empty(gates.shape if keep else 0),
         gates.new_empty((*gates.shape[:2], c0.shape[2]) if keep else 0),
@@ -236,10 +237,23 @@ class LSTMCell(torch.nn.LSTMCell):
         return recurrent.run_cell("LSTMCell", self, lstm_cell, input, hx, 2)
 
 
-class LSTM(torch.nn.LSTM):
-    """torch.nn.LSTM whose forward calls pyops.functional.lstm."""
+class LSTM(Regularized, torch.nn.LSTM):
+    """torch.nn.LSTM whose forward calls pyops.functional.lstm, with dropout inside and truncated gradients.
 
-    forward = recurrent.forward_of(torch.nn.LSTM, lstm=lstm)
+    Args:
+        input_dropout: probability with which a feature of the input is zeroed in training, the same in all steps of a
+            sequence (variational dropout). By keyword, as those below.
+        hidden_dropout: probability with which an element of the hidden-to-hidden weights is zeroed in training, the
+            same in all steps and sequences (DropConnect).
+        detach_every: steps after which gradients stop: truncated backpropagation through time; None: none do.
+
+    All others are those of torch.nn.LSTM. Masks are drawn by counter (pyops.core.random), also between layers.
+
+    Raises:
+        ValueError: a dropout that is no probability, ``detach_every`` below 1 or with ``bidirectional``.
+    """
+
+    _plain = recurrent.forward_of(torch.nn.LSTM, lstm=lstm)
 
 
 route((torch.lstm_cell,), "lstm_cell", lstm_cell)

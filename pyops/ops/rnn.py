@@ -19,6 +19,7 @@ from torch import Tensor
 from ..core import backend, library, recurrent, recurrent_samples
 from ..core.autograd import Formula, differentiable
 from ..core.intercept import route
+from ..core.regularized import Regularized
 from ..core.samples import Sample, checked
 
 _kernels = library.triton_kernels("rnn")
@@ -119,7 +120,7 @@ def _layer_reference(gates, h0, w_hh, starts, relu):
         sums = gates + states[0] @ w_hh.mT
         return (sums.relu() if relu else sums.tanh(),)
 
-    y, (h_n,) = recurrent.reference_layer(step, gates, (h0,), starts, [(w,) for w in w_hh.unbind(0)])
+    y, (h_n,) = recurrent.step_by_step(step, gates, (h0,), starts, [(w,) for w in w_hh.unbind(0)])
     return y, h_n
 
 
@@ -229,10 +230,23 @@ class RNNCell(torch.nn.RNNCell):
         return recurrent.run_cell("RNNCell", self, cell, input, hx, 1)
 
 
-class RNN(torch.nn.RNN):
-    """torch.nn.RNN whose forward calls pyops.functional.rnn_tanh or rnn_relu."""
+class RNN(Regularized, torch.nn.RNN):
+    """torch.nn.RNN by pyops.functional.rnn_tanh or rnn_relu, with dropout inside and truncated gradients.
 
-    forward = recurrent.forward_of(torch.nn.RNN, rnn_tanh=rnn_tanh, rnn_relu=rnn_relu)
+    Args:
+        input_dropout: probability with which a feature of the input is zeroed in training, the same in all steps of a
+            sequence (variational dropout). By keyword, as those below.
+        hidden_dropout: probability with which an element of the hidden-to-hidden weights is zeroed in training, the
+            same in all steps and sequences (DropConnect).
+        detach_every: steps after which gradients stop: truncated backpropagation through time; None: none do.
+
+    All others are those of torch.nn.RNN. Masks are drawn by counter (pyops.core.random), also between layers.
+
+    Raises:
+        ValueError: a dropout that is no probability, ``detach_every`` below 1 or with ``bidirectional``.
+    """
+
+    _plain = recurrent.forward_of(torch.nn.RNN, rnn_tanh=rnn_tanh, rnn_relu=rnn_relu)
 
 
 route((torch.rnn_tanh_cell,), "rnn_tanh_cell", rnn_tanh_cell)
