@@ -34,9 +34,13 @@ emulator: $(VENV)/.installed ## the same, with the CUDA kernels compiled for the
 ASAN := LD_PRELOAD="$(shell $(or $(CXX),c++) -print-file-name=libasan.so) $(shell $(or $(CXX),c++) -print-file-name=libstdc++.so)" \
         ASAN_OPTIONS=detect_leaks=0 PYOPS_EMULATOR=asan
 
-asan: $(VENV)/.installed ## the CUDA kernels on the CPU under AddressSanitizer, on the smallest cases
+DETECTION := $(patsubst %,tests/test_%.py,detection_input nms boxes roi_align roi_pool deform_conv)
+
+# The property tests of detection hand the kernels what no caller should.
+asan: $(VENV)/.installed ## the CUDA kernels on the CPU, and detection on the CPU, under AddressSanitizer
 	PYOPS_BUILD_EMULATOR=asan $(PIP) install -q -e . --no-build-isolation --no-deps
 	$(ASAN) $(RUN) -m pytest tests -m race --backend emulator
+	$(ASAN) $(RUN) -m pytest $(DETECTION) -m "not slow" -k "not capabilit" --backend cpu
 
 demo: $(VENV)/.demo build ## the main job: real networks on real photos, then a quick benchmark
 	$(RUN) -m pyops demo --out out

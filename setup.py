@@ -150,7 +150,7 @@ class CMakeBuild(build_ext):
             arguments["PYOPS_CUDA_INCLUDE_DIRS"] = cuda_headers()
         elif not self.inplace:
             # of an earlier build in this tree; a wheel packs whatever stands here
-            for library in package.glob("libpyops_emulator*.so"):
+            for library in (*package.glob("libpyops_emulator*.so"), *package.glob("libpyops_asan.so")):
                 library.unlink()
         if cuda and (architectures := cuda_architectures()):
             arguments["PYOPS_CUDA_ARCHITECTURES"] = architectures

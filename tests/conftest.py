@@ -25,7 +25,7 @@ def pytest_generate_tests(metafunc):
     wanted = metafunc.config.getoption("--backend")
     names = wanted or [name for name in backend.NAMES if name == "cpu" or library.why_not(name) is None]
     if metafunc.definition.get_closest_marker("race") is not None and library.emulator_flavour() != "plain":
-        names = [name for name in names if name == "emulator"]
+        names = wanted or ["emulator"]
     metafunc.parametrize("backend", names)
 
 

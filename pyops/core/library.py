@@ -99,6 +99,13 @@ def triton_kernels(stem: str) -> ModuleType | None:
         raise
 
 
+def _sanitizer_problem() -> str | None:
+    """AddressSanitizer ends the process unless its run-time library was there before everything else."""
+    if "libasan" in Path("/proc/self/maps").read_text():
+        return None
+    return "PYOPS_EMULATOR=asan needs libasan.so and libstdc++.so in LD_PRELOAD: `make asan` shows how"
+
+
 def _load(key: str, path: Path) -> str | None:
     """Loads one shared library; returns why it could not be loaded."""
     if not path.exists():
@@ -117,7 +124,10 @@ def _text(key: str, function: str) -> str:
     return getattr(_binaries[key], f"pyops_{function}")().decode() if key in _binaries else ""
 
 
-_native_problem = _load("pyops", PACKAGE / "libpyops.so")
+_sanitized = os.environ.get("PYOPS_EMULATOR") == "asan"
+_native_problem = (_sanitizer_problem() if _sanitized else None) or _load(
+    "pyops", PACKAGE / ("libpyops_asan.so" if _sanitized else "libpyops.so")
+)
 _emulator_problem: str | None = "not loaded yet"
 
 _wanted = os.environ.get("PYOPS_CPU_CAPABILITY")
@@ -141,13 +151,6 @@ def emulator_flavour() -> str:
     if flavour not in ("plain", "race", "asan"):
         raise RuntimeError(f"PYOPS_EMULATOR: got {flavour!r}, expected 'plain', 'race' or 'asan'")
     return flavour
-
-
-def _sanitizer_problem() -> str | None:
-    """AddressSanitizer ends the process unless its run-time library was there before everything else."""
-    if "libasan" in Path("/proc/self/maps").read_text():
-        return None
-    return "PYOPS_EMULATOR=asan needs libasan.so and libstdc++.so in LD_PRELOAD: `make asan` shows how"
 
 
 def load_emulator() -> str | None:
