@@ -31,6 +31,7 @@ from .ops.activation import (
     tanhshrink,
     threshold,
 )
+from .ops.additive_attention import additive_attention
 from .ops.attention import attention_varlen, scaled_dot_product_attention
 from .ops.batch_norm import batch_norm
 from .ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
@@ -103,6 +104,7 @@ __all__ = [
     "adaptive_max_pool1d",
     "adaptive_max_pool2d",
     "adaptive_max_pool3d",
+    "additive_attention",
     "affine_grid",
     "alpha_dropout",
     "attention_varlen",
