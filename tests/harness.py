@@ -3,10 +3,7 @@
 import csv
 import gzip
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -49,47 +46,6 @@ def accurate(function, reference, make, dtype: torch.dtype, backend: str = "cpu"
             function, reference, [testing.Sample("drawn", make)], dtypes=[dtype], only=["accuracy"]
         )
     assert result.ok, result.detail
-
-
-_IN_A_FRESH_PROCESS = """
-import json, sys, torch
-from pyops.core import library, samples
-from pyops import functional, testing
-torch.set_num_threads(1)
-values = {}
-for op in json.loads(sys.argv[1]):
-    room = samples.all_checked()[op]
-    for sample in room.samples:
-        for dtype in (torch.float32, torch.bfloat16):
-            results = testing._run(room.function, testing._Case(room, "cpu", (dtype,), False), sample, dtype)
-            values[f"{op}, {sample.name}, {dtype}"] = {k: v.detach() for k, v in results.items()}
-torch.save((library.cpu_capability(), values), sys.argv[2])
-"""
-
-
-def agrees_on_every_cpu_capability(folder, *ops: str) -> None:
-    """The kernels of every instruction set that this CPU runs give the same results on the samples of the ops."""
-    names = ["baseline", "avx2", "avx512"]
-    names = names[: names.index(library.supported_cpu_capability()) + 1]
-    results = []
-    for name in names:
-        path = folder / f"{name}.pt"
-        environment = {**os.environ, "PYOPS_CPU_CAPABILITY": name, "PYOPS_BACKEND": "cpu"}
-        arguments = [sys.executable, "-c", _IN_A_FRESH_PROCESS, json.dumps(ops), str(path)]
-        subprocess.run(arguments, env=environment, check=True, timeout=300)
-        active, values = torch.load(path)
-        assert active == name
-        results.append(values)
-    for name, values in zip(names[1:], results[1:]):
-        for case, expected in results[0].items():
-            for what, want in expected.items():
-                got = values[case][what]
-                epsilon = torch.finfo(want.dtype).eps if want.is_floating_point() else 0.0
-                scale = max(1.0, want.abs().nan_to_num().max().item()) if want.numel() else 1.0
-                torch.testing.assert_close(
-                    got, want, rtol=0, atol=16 * epsilon * scale, equal_nan=True,
-                    msg=lambda text, name=name, case=case, what=what: f"{name} and baseline: {case}, {what}: {text}",
-                )  # fmt: skip
 
 
 def passes(op: str, backend: str, check: str) -> None:

@@ -5,7 +5,7 @@ from pyops import functional as F
 from pyops import nn, testing, use
 from pyops.core import backend as backends
 
-from .harness import agrees_on_every_cpu_capability, passes, refuses, same_refusal
+from .harness import passes, refuses, same_refusal
 
 torch_F = torch.nn.functional
 
@@ -116,10 +116,6 @@ def test_an_unmodified_model_is_routed():
     torch.testing.assert_close(y, model(index))
     assert report.entries["embedding"].backends == {"cpu": 1} and report.entries["embedding"].kept
     assert report.entries["embedding_bag"].backends == {"cpu": 1} and report.entries["embedding_bag"].kept
-
-
-def test_on_every_cpu_capability(tmp_path):
-    agrees_on_every_cpu_capability(tmp_path, "embedding", "embedding_bag")
 
 
 def test_a_raw_op_reads_nothing_outside_the_table(backend):

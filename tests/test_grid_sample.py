@@ -7,7 +7,7 @@ from pyops import functional as F
 from pyops import testing, use
 from pyops.core import backend as backends
 
-from .harness import agrees_on_every_cpu_capability, laid_out, layouts, passes, properties, refuses, same_refusal
+from .harness import laid_out, layouts, passes, properties, refuses, same_refusal
 
 X, G = torch.arange(24.0).reshape(1, 2, 3, 4), torch.zeros(1, 2, 2, 2)
 MODES, PADDINGS = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
@@ -35,11 +35,6 @@ def test_affine_grid(check):
 def test_race(backend):
     if backend == "emulator":
         passes("grid_sample", backend, "accuracy")
-
-
-@pytest.mark.slow
-def test_every_cpu_capability(tmp_path):
-    agrees_on_every_cpu_capability(tmp_path, "grid_sample")
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

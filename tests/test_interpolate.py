@@ -9,7 +9,6 @@ from pyops.core import backend as backends
 
 from .harness import (
     accurate,
-    agrees_on_every_cpu_capability,
     floating,
     laid_out,
     layouts,
@@ -39,10 +38,6 @@ def test_checks(backend, check):
 def test_race(backend):
     if backend == "emulator":
         passes("interpolate", backend, "accuracy")
-
-
-def test_every_cpu_capability(tmp_path):
-    agrees_on_every_cpu_capability(tmp_path, "interpolate")
 
 
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])

@@ -5,7 +5,7 @@ from pyops import functional as F
 from pyops import nn, use
 from pyops.core import backend as backends
 
-from .harness import agrees_on_every_cpu_capability, passes, refuses, same_refusal
+from .harness import passes, refuses, same_refusal
 from .recurrent_harness import NETWORKS, OF_THE_RECIPE, cells_agree, equal, network_case, networks_agree
 
 X, H = torch.ones(2, 3), torch.ones(2, 4)
@@ -82,11 +82,6 @@ def test_cell_refuses_as_torch(args, kind, words):
 def test_cell_module_refuses_as_torch():
     for args in ((torch.ones(1, 2, 3),), (X, (H[None], H)), (torch.ones(2, 4),), (X, (torch.ones(2, 5), H))):
         same_refusal(nn.LSTMCell(3, 4), torch.nn.LSTMCell(3, 4), *args)
-
-
-@pytest.mark.slow
-def test_every_cpu_capability_agrees(tmp_path):
-    agrees_on_every_cpu_capability(tmp_path, "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
