@@ -59,7 +59,7 @@ def _composed_cell(x: torch.Tensor, hx: Any, w_ih: Any, w_hh: Any, gains: Any, b
     )
     i, f, g, o = a.chunk(4, 1)
     c = f.sigmoid() * hx[1] + i.sigmoid() * g.tanh()
-    return o.sigmoid() * norm(c, c.shape[-1:]).tanh(), c
+    return o.sigmoid() * norm(c, c.shape[-1:], gains[2], biases[2]).tanh(), c
 
 
 def bind(functional: Any, case: Case) -> Function:
