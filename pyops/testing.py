@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import functional, vision  # noqa: F401  the rooms register their samples
@@ -274,9 +275,18 @@ def _swapped(op: Checked) -> Checked:
     return Checked(op.name, op.reference, op.reference, op.samples)
 
 
+def fresh_compiler() -> None:
+    """Nothing compiled before is left: of code, nor of the shapes and views that earlier ops gave fake tensors.
+
+    torch keeps the latter for the whole process; an entry made by one op has made the trace of another fail.
+    """
+    torch._dynamo.reset()
+    FakeTensorMode.cache_clear()
+
+
 def _compiled(case: _Case, sample: Sample) -> str:
     """torch.compile(fullgraph=True), forward and backward, equals eager; compiled transforms are never wrong."""
-    torch._dynamo.reset()
+    fresh_compiler()
     compiled = torch.compile(case.op.function, fullgraph=True, backend="aot_eager")
     eager, graph = (_run(f, case, sample, torch.float32) for f in (case.op.function, compiled))
     for what, a in eager.items():
@@ -289,7 +299,7 @@ def _compiled(case: _Case, sample: Sample) -> str:
         return ""
     function, inputs = _pure(case, sample)
     x, rest = inputs[0].detach(), [t.detach() for t in inputs[1:]]
-    torch._dynamo.reset()
+    fresh_compiler()
 
     def direction(v: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.func.jvp(lambda u: function(u, *rest), (v,), (v.cos(),))[1]

@@ -167,7 +167,7 @@ def test_compiled_transforms_equal_eager(transform):
 
 def test_the_compiled_graph_holds_the_op():
     """And not the reference, which compiles as well and answers the same, slowly."""
-    torch._dynamo.reset()
+    testing.fresh_compiler()
     graphs = []
     compiled = torch.compile(F.rms_norm, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     compiled(torch.ones(2, 3, requires_grad=True), (3,))

@@ -122,7 +122,7 @@ def test_vmap_randomness():
 
 
 def test_compiled_draws_anew_each_time():
-    torch._dynamo.reset()
+    testing.fresh_compiler()
     compiled = torch.compile(F.dropout, fullgraph=True, backend="aot_eager")
     x = torch.ones(200, requires_grad=True)
     first, second = compiled(x), compiled(x)

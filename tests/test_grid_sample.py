@@ -18,11 +18,6 @@ def unless_triton(backend):
         pytest.skip("grid_sample has no Triton kernel")
 
 
-# After all of this file, torch.compile fails in later tests of the same process, with other errors in other runs: until
-# that is understood the file runs in `make check` and by itself, not among the others.
-pytestmark = pytest.mark.slow
-
-
 @pytest.mark.parametrize("check", testing.checks())
 def test_checks(backend, check):
     unless_triton(backend)

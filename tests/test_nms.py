@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyops import backend as forced
-from pyops import vision
+from pyops import testing, vision
 from pyops.core import library
 from pyops.ops import nms as room
 
@@ -163,7 +163,7 @@ def test_padded_has_a_fixed_shape(backend):
 
 def test_compiles_in_one_graph(backend):
     boxes, scores = scene(60, "clusters")
-    torch._dynamo.reset()
+    testing.fresh_compiler()
     padded = torch.compile(lambda b, s: vision.nms_padded(b, s, 0.5, 20), fullgraph=True, backend="aot_eager")
     with forced(backend):
         assert all(torch.equal(a, b) for a, b in zip(padded(boxes, scores), vision.nms_padded(boxes, scores, 0.5, 20)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyops import functional as F
-from pyops import nn, optim
+from pyops import nn, optim, testing
 from pyops.core import backend as backends
 from pyops.core import library
 
@@ -464,7 +464,7 @@ def test_a_changed_parameter_is_noticed_by_autograd():
 
 
 def test_compiled_step():
-    torch._dynamo.reset()
+    testing.fresh_compiler()
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
     a, b = optim.Adam(ours, lr=0.1), torch.optim.Adam(theirs, lr=0.1)
     step = torch.compile(a.step, backend="aot_eager")

@@ -14,6 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from pyops import testing
 from pyops.core import intercept
 from pyops.core.intercept import Unsupported, route, use
 
@@ -383,9 +384,9 @@ COMPILERS = ["eager", "aot_eager"]
 def compiled(stand_ins):
     route((F.layer_norm, torch.layer_norm), "layer_norm", compiled_layer_norm)
     intercept._routes.pop(F.linear), intercept._routes.pop(torch.softmax)
-    torch._dynamo.reset()
+    testing.fresh_compiler()
     yield
-    torch._dynamo.reset()
+    testing.fresh_compiler()
 
 
 class Block(nn.Module):
