@@ -2,14 +2,15 @@
 //   col[i,(g,t,c)] = m[n,o,t,i] x[n](place i of tap t + offset[n,o,t,i])      bilinear; o: offset group of the channel
 //   y[i,k] = sum over (t,c) of the group of w[k,t,c] col[i,(g,t,c)]
 //   dcol = dy w · dw = dy^T col · dx, doffset, dm: the gradients of a sample (docs/math/detection.md)
-// layout   x: [N, H, W, C] · w: [K, R, S, C/G] · offset: [N, O, taps, 2, P, Q] · m: [N, O, taps, P, Q] · y: [N, P, Q,
-// K] mapping  columns of a block of places are written by a thread for each vector of channels, then multiplied as a 1
-// x 1
+// layout   x: [N, H, W, C] · w: [K, R, S, C/G] · offset: [N, O, taps, 2, P, Q] · m: [N, O, taps, P, Q]
+//          y: [N, P, Q, K]
+// mapping  columns of a block of places are written by a thread for each vector of channels, then multiplied as a 1 x 1
 //          convolution (conv_gemm.cuh). doffset, dm: lanes over channels, one group of lanes for each sample. dx
 //          gathers: a block owns a tile of pixels, collects the samples that touch it in order and adds their shares;
 //          no atomics, so bitwise repeatable
 // memory   columns (and their gradient) of as many places as fit in `workspace` bytes
 // numerics A; columns are stored as T. algorithm: "tf32", else fp32 products on CUDA cores
+#include "cuda/compact.cuh"
 #include "cuda/conv_gemm.cuh"
 
 #include "common/deform_conv.h"
@@ -138,7 +139,7 @@ struct Found {
 template <class A>
 struct GatherShared {
   Found<A> found[gather_threads];
-  unsigned ballots[gather_threads / 32];
+  CompactScratch<gather_threads> compact;
 };
 
 // A block owns 8 x 8 pixels of one image and 32 V channels of one offset group: warp w its row w, a lane V channels.
@@ -181,16 +182,8 @@ __global__ void __launch_bounds__(gather_threads, 2)
                 static_cast<int>(t),
                 static_cast<unsigned>(start + place - block.first)};
     }
-    const unsigned ballot = __ballot_sync(~0u, hit);
-    if (lane == 0) shared.ballots[warp] = ballot;
-    __syncthreads();
-    int before = 0, count = 0;
-    for (int w = 0; w < gather_threads / 32; ++w) {
-      const int bits = __popc(shared.ballots[w]);
-      if (w < warp) before += bits;
-      count += bits;
-    }
-    if (hit) shared.found[before + __popc(ballot & ((1u << lane) - 1))] = mine;
+    const auto [place, count] = compact(hit, shared.compact);
+    if (hit) shared.found[place] = mine;
     __syncthreads();
     for (int k = 0; k < count; ++k) {
       const Found<A>& f = shared.found[k];

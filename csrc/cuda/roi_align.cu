@@ -9,7 +9,7 @@
 //          sums wy[p] wx[q] dy from tables of weights in shared memory; no atomics, so bitwise repeatable
 // memory   backward: dx is written once, nothing else is allocated
 // numerics A
-#include "cuda/device.cuh"
+#include "cuda/compact.cuh"
 
 #include "common/roi.h"
 
@@ -152,7 +152,7 @@ template <class A, int Columns>
 struct GatherShared {
   A wy[chunk][tile_rows], wx[chunk][Columns];
   int found[gather_threads];
-  unsigned ballots[gather_threads / 32];
+  CompactScratch<gather_threads> compact;
 };
 
 // Where the pixels of a RoI may lie along one axis, with a pixel to spare.
@@ -200,16 +200,8 @@ __global__ void __launch_bounds__(gather_threads, 2)
         hit = touches(ya, s.P, row0, row0 + tile_rows - 1) && touches(xa, s.Q, column0, column0 + columns - 1);
       }
     }
-    const unsigned ballot = __ballot_sync(~0u, hit);
-    if (lane == 0) shared.ballots[warp] = ballot;
-    __syncthreads();
-    int before = 0, count = 0;
-    for (int w = 0; w < gather_threads / 32; ++w) {
-      const int bits = __popc(shared.ballots[w]);
-      if (w < warp) before += bits;
-      count += bits;
-    }
-    if (hit) shared.found[before + __popc(ballot & ((1u << lane) - 1))] = static_cast<int>(threadIdx.x);
+    const auto [place, count] = compact(hit, shared.compact);
+    if (hit) shared.found[place] = static_cast<int>(threadIdx.x);
     __syncthreads();
     for (int k = 0; k < count; ++k) {
       const int64_t r = from + shared.found[k];

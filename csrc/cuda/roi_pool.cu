@@ -8,7 +8,7 @@
 //          is its pixel; no atomics, so bitwise repeatable
 // memory   backward: dx is written once, nothing else is allocated
 // numerics comparisons are exact; the mean and dx in A
-#include "cuda/device.cuh"
+#include "cuda/compact.cuh"
 
 #include "common/roi_bins.h"
 
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(256) roi_pool_fwd_kernel(const T* __restrict__
 
 struct GatherShared {
   int found[gather_threads];
-  unsigned ballots[gather_threads / 32];
+  CompactScratch<gather_threads> compact;
 };
 
 // Channels last: warp w owns pixel w of a run of 8, lanes own channels. Else warp w owns row w of 8, lanes own columns.
@@ -100,16 +100,8 @@ __global__ void __launch_bounds__(gather_threads, 4)
       hit = box[0] == n && pool::Bins<A>(box[2], box[4], s.P, s.H, Mean).touches(row0, row0 + rows - 1) &&
             pool::Bins<A>(box[1], box[3], s.Q, s.W, Mean).touches(column0, column0 + columns - 1);
     }
-    const unsigned ballot = __ballot_sync(~0u, hit);
-    if (lane == 0) shared.ballots[warp] = ballot;
-    __syncthreads();
-    int before = 0, count = 0;
-    for (int k = 0; k < gather_threads / 32; ++k) {
-      const int bits = __popc(shared.ballots[k]);
-      if (k < warp) before += bits;
-      count += bits;
-    }
-    if (hit) shared.found[before + __popc(ballot & ((1u << lane) - 1))] = static_cast<int>(threadIdx.x);
+    const auto [place, count] = compact(hit, shared.compact);
+    if (hit) shared.found[place] = static_cast<int>(threadIdx.x);
     __syncthreads();
     for (int k = 0; k < count && mine; ++k) {
       const int64_t r = from + shared.found[k];
