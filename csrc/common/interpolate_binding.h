@@ -4,20 +4,16 @@
 #include <vector>
 
 #include "common/interpolate.h"
+#include "common/resized.h"
 #include "common/tensor.h"
 
 namespace pyops::interpolate {
 
+using resized::empty_x, resized::empty_y, resized::in_x, resized::in_y, resized::out_x, resized::out_y;
 using Ints = std::vector<int64_t>;
 using Scales = std::vector<double>;
 
-struct Shape {
-  int64_t N, K;
-  Axis axis[3];
-
-  int64_t in_elements() const { return N * axis[0].in * axis[1].in * axis[2].in * K; }
-  int64_t out_elements() const { return N * axis[0].out * axis[1].out * axis[2].out * K; }
-};
+using Shape = resized::Shape<Axis>;
 
 // A scale of 0 is none: the sizes say it.
 inline double step_of(int64_t mode, bool align_corners, int64_t in, int64_t out, double scale) {
@@ -42,29 +38,6 @@ inline Shape shape_of(const OpScope& op, const Tensor& t, const Ints& other, int
     s.axis[d] = {in, out, step, mode, align_corners};
   }
   return s;
-}
-
-inline Tensor empty_x(const OpScope& op, const Shape& s, ScalarType dtype) {
-  return op.empty({s.N, s.axis[0].in, s.axis[1].in, s.axis[2].in, s.K}, dtype);
-}
-inline Tensor empty_y(const OpScope& op, const Shape& s, ScalarType dtype) {
-  return op.empty({s.N, s.axis[0].out, s.axis[1].out, s.axis[2].out, s.K}, dtype);
-}
-template <class T>
-const T* in_x(const OpScope& op, const Tensor& t, const Shape& s) {
-  return op.in<T>(t, "x", {s.N, s.axis[0].in, s.axis[1].in, s.axis[2].in, s.K});
-}
-template <class T>
-const T* in_y(const OpScope& op, const Tensor& t, const Shape& s) {
-  return op.in<T>(t, "dy", {s.N, s.axis[0].out, s.axis[1].out, s.axis[2].out, s.K});
-}
-template <class T>
-T* out_x(const OpScope& op, const Tensor& t, const Shape& s) {
-  return op.out<T>(t, "dx", {s.N, s.axis[0].in, s.axis[1].in, s.axis[2].in, s.K});
-}
-template <class T>
-T* out_y(const OpScope& op, const Tensor& t, const Shape& s) {
-  return op.out<T>(t, "y", {s.N, s.axis[0].out, s.axis[1].out, s.axis[2].out, s.K});
 }
 
 }  // namespace pyops::interpolate

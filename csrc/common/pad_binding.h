@@ -4,16 +4,15 @@
 #include <vector>
 
 #include "common/pad.h"
+#include "common/resized.h"
 #include "common/tensor.h"
 
 namespace pyops::pad {
 
+using resized::empty_x, resized::empty_y, resized::in_x, resized::in_y, resized::out_x, resized::out_y;
 using Ints = std::vector<int64_t>;
 
-struct Shape {
-  int64_t N, K;
-  Axis axis[3];
-};
+using Shape = resized::Shape<Axis>;
 
 // `t` is x and `other` the sizes of y where forward, else t is y and `other` the sizes of x.
 inline Shape shape_of(const OpScope& op, const Tensor& t, const Ints& before, const Ints& other, int64_t mode,
@@ -35,29 +34,6 @@ inline Shape shape_of(const OpScope& op, const Tensor& t, const Ints& before, co
              "axis ", d, " of size ", in, " is too short for padding of ", most);
   }
   return s;
-}
-
-inline Tensor empty_x(const OpScope& op, const Shape& s, ScalarType dtype) {
-  return op.empty({s.N, s.axis[0].in, s.axis[1].in, s.axis[2].in, s.K}, dtype);
-}
-inline Tensor empty_y(const OpScope& op, const Shape& s, ScalarType dtype) {
-  return op.empty({s.N, s.axis[0].out, s.axis[1].out, s.axis[2].out, s.K}, dtype);
-}
-template <class T>
-const T* in_x(const OpScope& op, const Tensor& t, const Shape& s) {
-  return op.in<T>(t, "x", {s.N, s.axis[0].in, s.axis[1].in, s.axis[2].in, s.K});
-}
-template <class T>
-const T* in_y(const OpScope& op, const Tensor& t, const Shape& s) {
-  return op.in<T>(t, "dy", {s.N, s.axis[0].out, s.axis[1].out, s.axis[2].out, s.K});
-}
-template <class T>
-T* out_x(const OpScope& op, const Tensor& t, const Shape& s) {
-  return op.out<T>(t, "dx", {s.N, s.axis[0].in, s.axis[1].in, s.axis[2].in, s.K});
-}
-template <class T>
-T* out_y(const OpScope& op, const Tensor& t, const Shape& s) {
-  return op.out<T>(t, "y", {s.N, s.axis[0].out, s.axis[1].out, s.axis[2].out, s.K});
 }
 
 }  // namespace pyops::pad
