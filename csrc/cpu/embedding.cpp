@@ -82,12 +82,9 @@ void gather_sums(const scalar_t* x, const int64_t* index, const int64_t* offsets
 
 // ---- binding
 
-static const int64_t* checked_index(const OpScope& op, const Tensor& index, int64_t R) {
-  const int64_t K = index.numel();
-  const int64_t* p = op.in<int64_t>(index, "index", {K});
-  for (int64_t k = 0; k < K; ++k)
-    if (p[k] < 0 || p[k] >= R) op.check(false, "index must lie in [0, ", R, "), got ", p[k]);
-  return p;
+static void check_rows(const OpScope& op, const int64_t* index, int64_t begin, int64_t end, int64_t R) {
+  for (int64_t k = begin; k < end; ++k)
+    if (index[k] < 0 || index[k] >= R) op.check(false, "index must lie in [0, ", R, "), got ", index[k]);
 }
 
 // The last two arguments are for the gradient, which the room forms from gather_sum.
@@ -95,7 +92,8 @@ Tensor gather_rows(const Tensor& x, const Tensor& index, int64_t, bool) {
   OpScope op("gather_rows", x);
   op.check(x.dim() == 2, "x must be [R, D]");
   const int64_t R = x.size(0), D = x.size(1), K = index.numel();
-  const int64_t* at = checked_index(op, index, R);
+  const int64_t* at = op.in<int64_t>(index, "index", {K});
+  check_rows(op, at, 0, K, R);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     Tensor y = op.empty<scalar_t>({K, D});
     const scalar_t* from = op.in<scalar_t>(x, "x", {R, D});
@@ -114,8 +112,7 @@ Tensor gather_sum(const Tensor& x, const Tensor& index, const Tensor& offsets, c
   const int64_t* at = op.in<int64_t>(index, "index", {K});
   op.check(ends[0] >= 0 && ends[V] <= K, "offsets must lie in [0, ", K, "]");
   for (int64_t v = 0; v < V; ++v) op.check(ends[v] <= ends[v + 1], "offsets must not decrease");
-  for (int64_t k = ends[0]; k < ends[V]; ++k)
-    if (at[k] < 0 || at[k] >= R) op.check(false, "index must lie in [0, ", R, "), got ", at[k]);
+  check_rows(op, at, ends[0], ends[V], R);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     Tensor y = op.empty<scalar_t>({V, D});
     const scalar_t* from = op.in<scalar_t>(x, "x", {R, D});

@@ -9,6 +9,7 @@
 // numerics acc_t; sums over at most 256 rows in acc_t, over these in double, in an order fixed by the shape
 #include "cpu/activation.h"
 
+#include "common/linear_binding.h"
 #include "common/registry.h"
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
@@ -170,13 +171,9 @@ void write_sums(scalar_t* to, const double* from, int64_t n) {
 
 // ---- binding
 
-static void check_images(const OpScope& op, const Tensor& x) { op.check(x.dim() == 3, "x must be [N, C, S]"); }
-
 Tensor bias_act_fwd(const Tensor& x, const Tensor& bias, int64_t kind, double a, double b, double c) {
   OpScope op("bias_act_fwd", x);
-  activation::check_kind(op, kind);
-  check_images(op, x);
-  const int64_t N = x.size(0), C = x.size(1), S = x.size(2);
+  const auto [N, C, S] = linear::images_of(op, x, kind);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
     Tensor y = op.empty<scalar_t>({N, C, S});
@@ -191,9 +188,7 @@ Tensor bias_act_fwd(const Tensor& x, const Tensor& bias, int64_t kind, double a,
 
 void bias_act_inplace(Tensor x, const Tensor& bias, int64_t kind, double a, double b, double c) {
   OpScope op("bias_act_inplace", x);
-  activation::check_kind(op, kind);
-  check_images(op, x);
-  const int64_t N = x.size(0), C = x.size(1), S = x.size(2);
+  const auto [N, C, S] = linear::images_of(op, x, kind);
   dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
     Buffer<acc_t> wide(C);
@@ -207,9 +202,7 @@ void bias_act_inplace(Tensor x, const Tensor& bias, int64_t kind, double a, doub
 std::tuple<Tensor, Tensor> bias_act_bwd(const Tensor& dy, const Tensor& x, const Tensor& bias, int64_t kind, double a,
                                         double b, double c) {
   OpScope op("bias_act_bwd", dy);
-  activation::check_kind(op, kind);
-  check_images(op, x);
-  const int64_t N = x.size(0), C = x.size(1), S = x.size(2);
+  const auto [N, C, S] = linear::images_of(op, x, kind);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
     Tensor dx = op.empty<scalar_t>({N, C, S}), db = op.empty<scalar_t>({C});

@@ -145,18 +145,15 @@ inline Chunks chunks_of_channel(int64_t elements) { return {elements, 4096, 512}
 
 // binding
 
+#include "common/linear_binding.h"
 #include "common/registry.h"
 
 namespace pyops {
 namespace {
 
-void check_images(const OpScope& op, const Tensor& x) { op.check(x.dim() == 3, "x must be [N, C, S]"); }
-
 Tensor bias_act_fwd(const Tensor& x, const Tensor& bias, int64_t kind, double a, double b, double c) {
   OpScope op("bias_act_fwd", x);
-  activation::check_kind(op, kind);
-  check_images(op, x);
-  const int64_t N = x.size(0), C = x.size(1), S = x.size(2);
+  const auto [N, C, S] = linear::images_of(op, x, kind);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     Tensor y = op.empty<T>({N, C, S});
     run_bias_act<T>(op.in<T>(x, "x", {N, C, S}), op.in<T>(bias, "bias", {C}), op.out<T>(y, "y", {N, C, S}), N, C, S,
@@ -167,9 +164,7 @@ Tensor bias_act_fwd(const Tensor& x, const Tensor& bias, int64_t kind, double a,
 
 void bias_act_inplace(Tensor x, const Tensor& bias, int64_t kind, double a, double b, double c) {
   OpScope op("bias_act_inplace", x);
-  activation::check_kind(op, kind);
-  check_images(op, x);
-  const int64_t N = x.size(0), C = x.size(1), S = x.size(2);
+  const auto [N, C, S] = linear::images_of(op, x, kind);
   dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     T* p = op.out<T>(x, "x", {N, C, S});
     run_bias_act<T>(p, op.in<T>(bias, "bias", {C}), p, N, C, S, kind, {a, b, c}, op.stream());
@@ -187,9 +182,7 @@ LaunchConfig column_grid(int64_t columns, int64_t chunks, cudaStream_t stream) {
 std::tuple<Tensor, Tensor> bias_act_bwd(const Tensor& dy, const Tensor& x, const Tensor& bias, int64_t kind, double a,
                                         double b, double c) {
   OpScope op("bias_act_bwd", dy);
-  activation::check_kind(op, kind);
-  check_images(op, x);
-  const int64_t N = x.size(0), C = x.size(1), S = x.size(2);
+  const auto [N, C, S] = linear::images_of(op, x, kind);
   const Chunks chunks = S == 1 ? chunks_of_rows(N) : chunks_of_channel(N * S);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     using A = accumulate_t<T>;
