@@ -1,15 +1,16 @@
 // cross_entropy · CPU
-//   labels         loss[m,s] = -(1 - ε) w_t log p_t - (ε / N) Σ_n w_n log p_n + z lse²,  log p = x - lse,  t =
-//   target[m,s]
-//                  dx = g (p_n A - B_n),  A = (1 - ε) w_t + (ε / N) Σ w + 2 z lse,  B_n = (1 - ε) w_t [n = t] + (ε / N)
-//                  w_n x already log p (`logits` false): lse = 0, A = 0
+//   labels         loss[m,s] = -(1 - ε) w_t log p_t - (ε / N) Σ_n w_n log p_n + z lse²,  log p = x - lse
+//                  t = target[m,s]
+//                  dx = g (p_n A - B_n),  A = (1 - ε) w_t + (ε / N) Σ w + 2 z lse
+//                  B_n = (1 - ε) w_t [n = t] + (ε / N) w_n
+//                  x already log p (`logits` false): lse = 0, A = 0
 //   probabilities  loss[m,s] = -Σ_n w_n t'_n log p_n,  t' = (1 - ε) t + ε / N
 //                  dx = g (p_n Σ_k w_k t'_k - w_n t'_n),  dt = -g (1 - ε) w_n log p_n
 // layout   x, dx, probabilities: [M, N, S] · target, loss, divisor, max, sum, g: [M, S] · w: [N]
 // mapping  S = 1: a thread takes rows, lanes over n; else vectors of columns, lanes over s
 // memory   forward reads x once while a row stays in cache; backward reads x, writes dx; max and sum are all that is
-// kept numerics acc_t; lse in two numbers, max and sum: their sum would round away the digits of p where logits are
-// large
+//          kept
+// numerics acc_t; lse in two numbers, max and sum: their sum would round away the digits of p where logits are large
 #include <atomic>
 
 #include "common/registry.h"

@@ -2,13 +2,14 @@
 //   col[i,(g,t,c)] = m[n,o,t,i] x[n](place i of tap t + offset[n,o,t,i])      bilinear; o: offset group of the channel
 //   y[i,k] = sum over (t,c) of the group of w[k,t,c] col[i,(g,t,c)]
 //   dcol = dy w · dw = dy^T col · dx, doffset, dm: the gradients of a sample (docs/math/detection.md)
-// layout   x: [N, H, W, C] · w: [K, R, S, C/G] · offset: [N, O, taps, 2, P, Q] · m: [N, O, taps, P, Q] · y: [N, P, Q,
-// K] mapping  lanes over channels: a sample reads up to four runs of them. Columns exist in blocks of places alone and
-// go
+// layout   x: [N, H, W, C] · w: [K, R, S, C/G] · offset: [N, O, taps, 2, P, Q] · m: [N, O, taps, P, Q]
+//          y: [N, P, Q, K]
+// mapping  lanes over channels: a sample reads up to four runs of them. Columns exist in blocks of places alone and go
 //          into the product in registers (gemm.h). Threads: forward over blocks of places; dx over images and ranges of
 //          channels, so no two threads write one address; dw over taps
 // memory   forward and dw: 512 KiB a thread and the packed weights; dx: sums of doffset and dm for each range of
-// channels numerics sums in fp32 (fp64 for fp64), in an order that depends on the shape alone
+//          channels
+// numerics sums in fp32 (fp64 for fp64), in an order that depends on the shape alone
 #include "common/deform_conv.h"
 
 #include "common/registry.h"

@@ -2,10 +2,12 @@
 //   fwd    y[n,(c,m),p] = b[(c,m)] + sum_r w[(c,m),r] * x[n,c, p*stride - padding + r*dilation]
 //   dgrad  dx[n,c,h] = b[c] + sum of w[(c,m),r] * dy[n,(c,m),p] over m and the (p, r) that meet in h
 //   wgrad  dw[(c,m),r] = sum_{n,p} dy[n,(c,m),p] * x[n,c, p*stride - padding + r*dilation]
-// layout   x: [N, C, D, H, W] · w: [C*M, 1, taps] · y: [N, C*M, space]; channels last x: [N, D, H, W, C] · w: [C*M,
-// taps, 1] mapping  planes: a padded tile in scratch, four rows of outputs in registers · channels last: lanes over
-// channels threads  planes, or rows; wgrad: channels and parts of the batch memory   x and y once; scratch of a tile
-// per thread numerics sums in fp32 (fp64 for fp64), in an order that depends on the shape alone
+// layout   x: [N, C, D, H, W] · w: [C*M, 1, taps] · y: [N, C*M, space]
+//          channels last: x: [N, D, H, W, C] · w: [C*M, taps, 1]
+// mapping  planes: a padded tile in scratch, four rows of outputs in registers · channels last: lanes over channels
+// threads  planes, or rows; wgrad: channels and parts of the batch
+// memory   x and y once; scratch of a tile per thread
+// numerics sums in fp32 (fp64 for fp64), in an order that depends on the shape alone
 #include "cpu/depthwise_channels.h"
 #include "cpu/depthwise_planes.h"
 

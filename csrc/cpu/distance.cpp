@@ -4,10 +4,10 @@
 //   knn    the k smallest of each row of such a y, ascending, the lower index first among equals, with their indices
 // layout   x1: [B, P, M] · x2: [B, R, M] · y, dy: [B, P, R] · knn: distances, indices [B, P, k]
 // mapping  x2 is packed column by column in panels of two vectors; a tile of rows × panel is summed in registers over
-// all
-//          of M. Threads take blocks of rows; knn with few rows also cuts x2, and merges the parts
+//          all of M. Threads take blocks of rows; knn with few rows also cuts x2, and merges the parts
 // memory   cdist: x1, x2 once for each block of 96 rows, y once; a packed copy of x2. knn: a packed panel, k numbers a
-// row numerics differences first, so that the distance of equals is 0 exactly; sums in acc_t
+//          row
+// numerics differences first, so that the distance of equals is 0 exactly; sums in acc_t
 #include <limits>
 
 #include "common/distance_binding.h"

@@ -1,8 +1,7 @@
 // grid_sample · CPU
 //   y[n,c,p] = sum over taps of w(tap) x[n,c,i(tap)];  dx scatters w dy;  dgrid = sum over taps of dw/dg sum_c dy x
 // layout   x: [N, C, D, H, W] or [N, D, H, W, C] · grid: [N, P, dims] · y: [N, C, P] or [N, P, C]
-// (common/grid_sample.h) mapping  a thread takes blocks of points and all their channels, for dx channels and all their
-// points, so that nobody
+// mapping  a thread takes blocks of points and all their channels, for dx channels and all their points, so that nobody
 //          else adds to what it adds to; lanes over points, or over the channels of channels_last
 // memory   taps of a block of points stay in the first-level cache and serve every channel
 // numerics acc_t; dx in the order of the points, whatever the number of threads

@@ -2,10 +2,10 @@
 //   fwd    y[n,k,p] = b[k] + sum_{c,r} w[k,c,r] * x[n,c, p*stride - padding + r*dilation]
 //   dgrad  dx[n,c,h] = b[c] + sum of w[k,c,r] * dy[n,k,p] over k and the (p, r) that meet in h
 //   wgrad  dw[k,c,r] = sum_{n,p} dy[n,k,p] * x[n,c, p*stride - padding + r*dilation]
-// layout   x: [N, C, D, H, W] · w: [K, C/G, taps] · y: [N, K, space]; channels last x: [N, D, H, W, C] · w: [K, taps,
-// C/G] mapping  implicit GEMM (conv_gemm.cuh), groups on grid.z; filters are first copied to [G, K/G, taps, C/G]; dgrad
-// is one
-//          launch for each residue of the position modulo the stride; wgrad splits the pixels and adds partial sums
+// layout   x: [N, C, D, H, W] · w: [K, C/G, taps] · y: [N, K, space]
+//          channels last: x: [N, D, H, W, C] · w: [K, taps, C/G]
+// mapping  implicit GEMM (conv_gemm.cuh), groups on grid.z; filters are first copied to [G, K/G, taps, C/G]; dgrad is
+//          one launch for each residue of the position modulo the stride; wgrad splits the pixels and adds partial sums
 // memory   x once from DRAM where a tile's taps stay in cache, filters once for each tile of pixels from L2
 // numerics sums in fp32 (fp64 for fp64); algorithm: "tf32", "3xtf32", else fp32 products on CUDA cores
 #include "cuda/conv_gemm.cuh"

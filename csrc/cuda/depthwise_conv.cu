@@ -2,12 +2,12 @@
 //   fwd    y[n,(c,m),p] = b[(c,m)] + sum_r w[(c,m),r] * x[n,c, p*stride - padding + r*dilation]
 //   dgrad  dx[n,c,h] = b[c] + sum of w[(c,m),r] * dy[n,(c,m),p] over m and the (p, r) that meet in h
 //   wgrad  dw[(c,m),r] = sum_{n,p} dy[n,(c,m),p] * x[n,c, p*stride - padding + r*dilation]
-// layout   x: [N, C, D, H, W] · w: [C*M, 1, taps] · y: [N, C*M, space]; channels last x: [N, D, H, W, C] · w: [C*M,
-// taps, 1] mapping  a thread computes four outputs next to each other in a row, sliding over the taps: a value of x is
-// loaded once
-//          for all of them; neighbouring threads take neighbouring positions, or channels where those are contiguous.
-//          wgrad: a block per filter and part of the positions, each thread sums its share of one tap at a time; a
-//          second kernel adds the parts
+// layout   x: [N, C, D, H, W] · w: [C*M, 1, taps] · y: [N, C*M, space]
+//          channels last: x: [N, D, H, W, C] · w: [C*M, taps, 1]
+// mapping  a thread computes four outputs next to each other in a row, sliding over the taps: a value of x is loaded
+//          once for all of them; neighbouring threads take neighbouring positions, or channels where those are
+//          contiguous. wgrad: a block per filter and part of the positions, each thread sums its share of one tap at a
+//          time; a second kernel adds the parts
 // memory   x and y once from DRAM, overlapping taps from L1; filters from L1
 // numerics sums in fp32 (fp64 for fp64), in a fixed order
 #include "cuda/device.cuh"

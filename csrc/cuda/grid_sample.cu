@@ -1,9 +1,9 @@
 // grid_sample · CUDA
 //   y[n,c,p] = sum over taps of w(tap) x[n,c,i(tap)];  dx gathers w dy;  dgrid = sum over taps of dw/dg sum_c dy x
 // layout   x: [N, C, D, H, W] or [N, D, H, W, C] · grid: [N, P, dims] · y: [N, C, P] or [N, P, C]
-// (common/grid_sample.h) mapping  y: a thread an element; dgrid: a thread a point, over its channels. dx: each element
-// of a plane gets the list
-//          of the taps that read it (counted, then entered), sorts it, and a thread an element of dx adds in its order
+// mapping  y: a thread an element; dgrid: a thread a point, over its channels. dx: each element of a plane gets the
+//          list of the taps that read it (counted, then entered), sorts it, and a thread an element of dx adds in its
+//          order
 // memory   dx needs 8 bytes a tap and 4 an element of a plane, whatever the number of channels
 // numerics A; only whole numbers are counted by atomics, so the order of sums, and every bit, is the same each time
 #include "cuda/grid_stride.cuh"
