@@ -65,7 +65,8 @@ def test_long_sums_lose_no_more_than_those_of_torch(channels_last):
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
-    error, theirs = ((f.conv2d(x, w, padding=1) - exact).abs().max() for f in (F, torch.nn.functional))
+    with F.conv_algorithm("gemm"):
+        error, theirs = ((f.conv2d(x, w, padding=1) - exact).abs().max() for f in (F, torch.nn.functional))
     assert error <= 2 * theirs + torch.finfo(torch.float32).eps * exact.abs().max()
 
 
@@ -162,7 +163,86 @@ def test_explain_names_room_and_algorithm():
     assert "room conv " in text and "gemm" in text
 
 
-def test_workspace_stays_small():
+def test_explain_names_the_choice_on_the_cpu():
+    """Many large images pay for the transforms, few channels and small images do not."""
+    notes = lambda x, w: str(explain.explain("conv2d", [x, w]))
+    assert "algorithm winograd4" in notes((8, 64, 56, 56), (64, 64, 3, 3))
+    assert "algorithm gemm" in notes((1, 3, 56, 56), (64, 3, 3, 3))
+    assert "algorithm gemm" in notes((8, 64, 56, 56), (64, 64, 5, 5))
+    assert "workspace at most" in notes((8, 64, 56, 56), (64, 64, 3, 3))
+
+
+@pytest.mark.parametrize("algorithm", ["winograd2", "winograd4"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "filters", "padding", "groups"),
+    [
+        ((2, 64, 19, 23), (40, 64, 3, 3), (1, 1), 1),  # panels of tiles that end in the middle of a row
+        ((3, 37, 7, 7), (45, 37, 3, 3), (1, 0), 1),  # images smaller than a panel, channels that fill no vector
+        ((1, 6, 3, 3), (4, 3, 3, 3), (0, 0), 2),  # one output
+        ((1, 6, 9, 200), (9, 2, 3, 3), (2, 5), 3),  # a row of several panels, padding wider than the filter reaches
+        ((1, 700, 8, 8), (500, 700, 3, 3), (1, 1), 1),  # several portions of transformed weights
+    ],
+)
+def test_winograd(shape, filters, padding, groups, channels_last, algorithm):
+    """Forward and gradient in the input within the error that docs/math/convolution.md states."""
+    g = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(*size, generator=g) for size in (shape, filters, filters[:1]))
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    exact = x.double().requires_grad_(), w.double(), b.double()
+    ours = x.requires_grad_(), w, b
+    y = torch.nn.functional.conv2d(*exact, padding=padding, groups=groups)
+    dy = torch.randn(y.shape, generator=g)
+    with F.conv_algorithm(algorithm):
+        z = F.conv2d(*ours, padding=padding, groups=groups)
+        dx = torch.autograd.grad(z, x, dy)[0]
+    limit = 4e-6 if algorithm == "winograd2" else 2e-5
+    for got, want, channels in ((z, y, filters[1]), (dx, torch.autograd.grad(y, exact[0], dy.double())[0], filters[0])):
+        error = (got.double() - want).abs().max().item()
+        assert error < limit * math.sqrt(9 * channels)
+    with F.conv_algorithm("gemm"):
+        plain = F.conv2d(*ours, padding=padding, groups=groups)
+    assert not torch.equal(plain, z)  # it did run
+
+
+def test_winograd_is_the_default_unless_something_stricter_is_asked_for():
+    x, w = torch.randn(2, 32, 40, 40), torch.randn(32, 32, 3, 3)
+    run = lambda: F.conv2d(x, w, padding=1)
+    with F.conv_algorithm("gemm"):
+        plain = run()
+    assert not torch.equal(run(), plain)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(run(), plain)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    before = torch.backends.mkldnn.conv.fp32_precision
+    torch.backends.mkldnn.conv.fp32_precision = "ieee"
+    try:
+        assert torch.equal(run(), plain)
+    finally:
+        torch.backends.mkldnn.conv.fp32_precision = before
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_winograd_gives_the_same_bits_on_any_number_of_threads(channels_last):
+    x, w = torch.randn(3, 40, 30, 31), torch.randn(50, 40, 3, 3)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with F.conv_algorithm("winograd4"):
+                results.append(F.conv2d(x, w, padding=1))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("algorithm", ["gemm", "winograd2", "winograd4"])
+def test_workspace_stays_small(algorithm):
     """A whole column matrix of this call would take 302 MB; the ceiling for all temporary memory is 32 MiB."""
     x, w = torch.zeros(1, 64, 362, 362), torch.zeros(8, 64, 3, 3)
     F.conv2d(x[..., :64, :64], w)
@@ -174,7 +254,8 @@ def test_workspace_stays_small():
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")  # the peak starts from here
     before = memory("VmRSS")
-    y = F.conv2d(x, w, padding=1)
+    with F.conv_algorithm(algorithm):
+        y = F.conv2d(x, w, padding=1)
     assert memory("VmHWM") - before < (32 << 20) + y.nbytes
 
 

@@ -9,10 +9,11 @@
 // they are equally spaced (docs/math/convolution.md).
 #pragma once
 
+#include <cstdint>
 #include <numeric>
 #include <vector>
 
-#include "common/host_device.h"
+#include "common/qualifiers.h"
 
 namespace pyops::conv {
 

@@ -6,11 +6,13 @@
 //          channels last: x: [N, D, H, W, C] · w: [K, taps, C/G]
 // mapping  products of blocks in registers (gemm.h). Planes: lanes over pixels, which read a padded copy of a block of
 //          the image, shifted by the tap (conv_planes.h), or columns where images are tiny (conv_gemm.h); channels
-//          last: lanes over output channels (conv_gemm.h). Threads over blocks of pixels, then of output channels;
+//          last: lanes over output channels (conv_gemm.h). 3 x 3 taps of stride 1 in float32 take fewer products where
+//          that is cheaper (conv_winograd.h, conv_choice.h). Threads over blocks of pixels, then of output channels;
 //          wgrad: blocks of dw and ranges of pixels
-// memory   blocks of at most 512 KiB a thread, weights in portions of 16 MiB
+// memory   blocks of at most 512 KiB a thread, weights in portions of 16 MiB; Winograd: 14 MiB in all
 // numerics sums in fp32 (fp64 for fp64), in an order that depends on the shape alone
 #include "cpu/conv_planes.h"
+#include "cpu/conv_winograd.h"
 
 #include "common/conv_binding.h"
 #include "common/registry.h"
@@ -18,12 +20,28 @@
 namespace pyops::PYOPS_CPU_CAPABILITY {
 namespace {
 
-// ---- binding
-
 using namespace conv;
 
+// y of a forward or of a gradient in the input, by the algorithm that is chosen, or the cheapest.
+template <class scalar_t>
+void product(const Sizes& sizes, const Space& space, bool transposed, bool channels_last, const std::string& algorithm,
+             const scalar_t* x, const scalar_t* w, const scalar_t* bias, scalar_t* y) {
+  const conv_gemm::Problem p = conv_gemm::problem_of(sizes, space, transposed, channels_last);
+  if constexpr (std::is_same_v<scalar_t, float>)
+    if (const int m = conv_choice::winograd_tile(space, p.N, p.C, p.M, algorithm); m != 0)
+      return conv_winograd::product(p, m, channels_last, x, w, bias, y);
+  if (channels_last)
+    conv_gemm::channels_last(p, x, w, bias, y);
+  else if (conv_planes::fits<scalar_t>(p))
+    conv_planes::product(p, x, w, bias, y);
+  else
+    conv_gemm::planes(p, x, w, bias, y);
+}
+
+// ---- binding
+
 Tensor conv_fwd(const Tensor& x, const Tensor& w, const OptionalTensor& b, Ints stride, Ints padding, Ints dilation,
-                int64_t groups, bool channels_last, std::string) {
+                int64_t groups, bool channels_last, std::string algorithm) {
   OpScope op("conv_fwd", x);
   const Sizes s = fwd_sizes(op, x, w, groups, channels_last, stride, padding, dilation);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
@@ -32,15 +50,13 @@ Tensor conv_fwd(const Tensor& x, const Tensor& w, const OptionalTensor& b, Ints 
     auto* pw = image_in<scalar_t>(op, w, "w", s.K, s.C / s.G, s.r, channels_last);
     auto* pb = op.in_optional<scalar_t>(b, "b", {s.K});
     auto* py = image_out<scalar_t>(op, y, "y", s.N, s.K, s.y, channels_last);
-    if (s.N > 0)
-      conv_gemm::product(conv_gemm::problem_of(s, forward_space(s), false, channels_last), channels_last, px, pw, pb,
-                         py);
+    if (s.N > 0) product(s, forward_space(s), false, channels_last, algorithm, px, pw, pb, py);
     return y;
   });
 }
 
 Tensor conv_dgrad(const Tensor& dy, const Tensor& w, const OptionalTensor& b, Ints size, Ints stride, Ints padding,
-                  Ints dilation, int64_t groups, bool channels_last, std::string) {
+                  Ints dilation, int64_t groups, bool channels_last, std::string algorithm) {
   OpScope op("conv_dgrad", dy);
   const Sizes s = dgrad_sizes(op, dy, w, size, groups, channels_last, stride, padding, dilation);
   return dispatch_floating(op, dy.scalar_type(), [&]<class scalar_t>() {
@@ -50,9 +66,7 @@ Tensor conv_dgrad(const Tensor& dy, const Tensor& w, const OptionalTensor& b, In
     auto* pb = op.in_optional<scalar_t>(b, "b", {s.C});
     auto* pdx = image_out<scalar_t>(op, dx, "dx", s.N, s.C, s.x, channels_last);
     if (s.N > 0)
-      each_phase(s, [&](const Space& space) {
-        conv_gemm::product(conv_gemm::problem_of(s, space, true, channels_last), channels_last, pdy, pw, pb, pdx);
-      });
+      each_phase(s, [&](const Space& space) { product(s, space, true, channels_last, algorithm, pdy, pw, pb, pdx); });
     return dx;
   });
 }

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "common/conv.h"
+#include "cpu/conv_choice.h"
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
 
@@ -17,10 +18,8 @@ using conv::Axis;
 using conv::Sizes;
 using conv::Space;
 
-// Elements of packed B that share L2 with a panel of A.
-inline constexpr int64_t block_bytes = 512 << 10;
-// Elements of the buffer that packs weights, at most.
-inline constexpr int64_t weight_bytes = 16 << 20;
+// Packed B that shares L2 with a panel of A; the buffer that packs weights, at most.
+inline constexpr int64_t block_bytes = conv_choice::column_bytes, weight_bytes = conv_choice::weight_bytes;
 
 // Tasks that are worth a thread, each of `products` multiplications.
 inline int64_t task_grain(int64_t products) { return ceil_div(1 << 18, std::max<int64_t>(products, 1)); }

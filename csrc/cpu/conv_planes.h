@@ -209,19 +209,3 @@ void product(const Problem& p, const scalar_t* x, const scalar_t* w, const scala
 }
 
 }  // namespace pyops::PYOPS_CPU_CAPABILITY::conv_planes
-
-namespace pyops::PYOPS_CPU_CAPABILITY::conv_gemm {
-
-// The product in either layout; in planes by the cheaper way.
-template <class scalar_t>
-void product(const Problem& p, bool channels_last_layout, const scalar_t* x, const scalar_t* w, const scalar_t* bias,
-             scalar_t* y) {
-  if (channels_last_layout)
-    channels_last(p, x, w, bias, y);
-  else if (conv_planes::fits<scalar_t>(p))
-    conv_planes::product(p, x, w, bias, y);
-  else
-    planes(p, x, w, bias, y);
-}
-
-}  // namespace pyops::PYOPS_CPU_CAPABILITY::conv_gemm

@@ -6,11 +6,20 @@
 
 #include "common/philox.h"
 #include "cpu/blocking.h"
+#include "cpu/conv_choice.h"
 #include "host/host.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using Ints = std::vector<int64_t>;
+
+struct ValueErrors {
+  void check(bool condition, const char* message) const {
+    if (!condition) throw py::value_error(message);
+  }
+};
 
 // Given by CMakeLists.txt.
 #if !defined(PYOPS_BUILD_TYPE)
@@ -54,6 +63,20 @@ py::dict plane_blocking(int64_t N, int64_t C, int64_t S, int64_t element_size) {
   py::dict plan;
   plan["block"] = block_elements;
   plan["streamed"] = is_streamed(N * C * S, element_size);
+  return plan;
+}
+
+// What the CPU kernels will do with a convolution of float32, all sizes in canonical form (common/conv_binding.h).
+py::dict conv_plan(int64_t N, int64_t C, int64_t K, int64_t groups, const Ints& size, const Ints& taps,
+                   const Ints& stride, const Ints& padding, const Ints& dilation, const std::string& algorithm,
+                   int64_t threads) {
+  namespace conv = pyops::conv;
+  const conv::Sizes s = conv::sizes_of(ValueErrors{}, N, C, K, groups, size, {}, taps, stride, padding, dilation);
+  const conv::Space space = conv::forward_space(s);
+  const int tile = pyops::conv_choice::winograd_tile(space, N, C / groups, K / groups, algorithm);
+  py::dict plan;
+  plan["algorithm"] = tile == 0 ? "gemm" : tile == 2 ? "winograd2" : "winograd4";
+  plan["workspace"] = pyops::conv_choice::workspace(space, N, C / groups, K / groups, groups, tile, threads);
   return plan;
 }
 
@@ -120,6 +143,9 @@ PYBIND11_MODULE(_host, module) {
              "How the CPU kernels cut rows [M, N]: block, shared, forward_group, backward_group, streamed.");
   module.def("plane_blocking", &plane_blocking, "N"_a, "C"_a, "S"_a, "element_size"_a,
              "How the CPU kernels cut planes [N, C, S]: block, streamed.");
+  module.def("conv_plan", &conv_plan, "N"_a, "C"_a, "K"_a, "groups"_a, "size"_a, "taps"_a, "stride"_a, "padding"_a,
+             "dilation"_a, "algorithm"_a, "threads"_a,
+             "Which algorithm the CPU takes for a float32 convolution, and an upper bound of its workspace in bytes.");
   module.def(
       "philox4x32",
       [](uint64_t seed, uint64_t subsequence, uint64_t offset) {

@@ -1,7 +1,8 @@
-"""How the CPU kernels of the norms cut their work, in words: what the rooms hand to ``explains``.
+"""How the CPU kernels cut their work, in words: what the rooms hand to ``explains``.
 
-The numbers come from the compiled kernels' own header (csrc/cpu/blocking.h) through ``pyops._host``; where that module
-was not built, nothing is said. Layouts and strides are not known here: notes on planes hold for contiguous inputs.
+The numbers come from the compiled kernels' own headers (csrc/cpu/blocking.h, conv_choice.h) through ``pyops._host``;
+where that module was not built, nothing is said. Layouts and strides are not known here: notes on planes hold for
+contiguous inputs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from . import library
 _VECTOR_BYTES = {"baseline": 16, "avx2": 32, "avx512": 64}
 
 
-def _plan(function: str, *sizes: int) -> dict[str, Any] | None:
+def _plan(function: str, *sizes: Any) -> dict[str, Any] | None:
     try:
         host = importlib.import_module("pyops._host")
     except ImportError:
@@ -64,3 +65,14 @@ def planes(shape: Sequence[int], dtype: torch.dtype, statistic: str) -> list[str
     else:
         notes = [f"{size}: a thread takes whole {statistic}s, in blocks of {plan['block']}"]
     return [*notes, _stores(plan["streamed"], "the output")]
+
+
+def convolution(
+    batch: int, channels: int, outputs: int, groups: int, size: list[int], taps: list[int], algorithm: str
+) -> tuple[str, int] | None:
+    """Algorithm of a float32 convolution of stride 1 that keeps the size, and an upper bound of its workspace."""
+    size, taps = ([1] * (3 - len(sides)) + list(sides) for sides in (size, taps))
+    padding, ones = [t // 2 for t in taps], [1, 1, 1]
+    threads = torch.get_num_threads()
+    plan = _plan("conv_plan", batch, channels, outputs, groups, size, taps, ones, padding, ones, algorithm, threads)
+    return None if plan is None else (plan["algorithm"], plan["workspace"])

@@ -240,11 +240,16 @@ def restore(t: torch.Tensor, dims: int, channels_last: bool) -> torch.Tensor:
 ALGORITHMS = {
     "": "the default table",
     "gemm": "a matrix product whose columns are shifted rows or packed blocks, never whole (CPU); implicit GEMM (GPU)",
+    "winograd2": "Winograd's F(2x2, 3x3): 2.25 times fewer products (CPU, float32, 3x3 taps, stride 1)",
+    "winograd4": "Winograd's F(4x4, 3x3): 4 times fewer products (CPU, float32, 3x3 taps, stride 1)",
     "ieee": "products in float32 on CUDA cores",
     "tf32": "products of float32 rounded to 10 bits on tensor cores",
     "3xtf32": "float32 split in two TF32 parts, three products on tensor cores",
 }
+_ON_CPU = ("gemm", "winograd2", "winograd4")
 _algorithm = os.environ.get("PYOPS_CONV_ALGORITHM", "")
+# what torch.backends.mkldnn.conv.fp32_precision reads, at a tenth of its cost
+_precision = torch._C._get_fp32_precision_getter
 
 
 def _known(source: str, name: str) -> str:
@@ -257,8 +262,10 @@ class conv_algorithm:
     """Chooses the algorithm of convolutions, process-wide, as a call or for the length of a ``with`` block.
 
     Args:
-        name: ``"gemm"``, ``"ieee"``, ``"tf32"``, ``"3xtf32"``, or ``""`` for the default table. An algorithm that does
-            not apply to a call leaves it to ``"gemm"``; ``pyops explain conv2d`` says which one runs.
+        name: ``"gemm"``, ``"winograd2"``, ``"winograd4"``, ``"ieee"``, ``"tf32"``, ``"3xtf32"``, or ``""`` for the
+            default table. An algorithm that does not apply to a call leaves it to ``"gemm"``; ``pyops explain conv2d``
+            says which one runs. With ``torch.use_deterministic_algorithms`` or
+            ``torch.backends.mkldnn.conv.fp32_precision = "ieee"`` the table leaves out Winograd's.
             The environment variable PYOPS_CONV_ALGORITHM does the same from the start; where it names no algorithm,
             every convolution raises and says so.
 
@@ -282,11 +289,19 @@ def _tf32_allowed() -> bool:
     return torch.backends.cudnn.allow_tf32
 
 
+def _cpu_algorithm(dtype: torch.dtype) -> str:
+    """``""`` leaves the choice to the table in csrc/cpu/conv_choice.h."""
+    if dtype != torch.float32 or _algorithm in _ON_CPU:
+        return _algorithm if _algorithm in _ON_CPU else "gemm"
+    exact = torch.are_deterministic_algorithms_enabled() or _precision("mkldnn", "conv") == "ieee"
+    return "gemm" if exact or _algorithm else ""
+
+
 def algorithm_for(dtype: torch.dtype, backend_name: str, on_gpu: bool) -> str:
     """The algorithm of a call: the chosen one, else that of the default table."""
     _known("PYOPS_CONV_ALGORITHM", _algorithm)
     if backend_name == "cpu":
-        return "gemm"
+        return _cpu_algorithm(dtype)
     if dtype != torch.float32:
         return "gemm"
     if _algorithm in ("ieee", "tf32", "3xtf32"):

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..core import convolution, library
+from ..core import blocking, convolution, library
 from ..core.convolve import Sizes, convolve, convolve_transposed
 from ..core.explain import explains
 from ..core.intercept import route
@@ -235,8 +235,12 @@ def _explain(shapes, dtype, name):
     x, w = shapes[0], shapes[1]
     groups = max(x[1] // w[1], 1)
     stem = convolution.family_for(x[1], w, groups).stem
-    algorithm = convolution.algorithm_for(dtype, name, name in ("cuda",))
-    return (f"room {stem} ({groups} groups)", f"algorithm {algorithm}: {convolution.ALGORITHMS[algorithm]}")
+    algorithm, workspace = convolution.algorithm_for(dtype, name, name in ("cuda",)), ""
+    if name == "cpu" and stem == "conv" and dtype == torch.float32:
+        plan = blocking.convolution(x[0], x[1], w[0], groups, list(x[2:]), list(w[2:]), algorithm)
+        if plan is not None:
+            algorithm, workspace = plan[0], f"; workspace at most {plan[1]} bytes (for stride 1, contiguous)"
+    return (f"room {stem} ({groups} groups)", f"algorithm {algorithm}: {convolution.ALGORITHMS[algorithm]}{workspace}")
 
 
 for _name in ("conv1d", "conv2d", "conv3d"):
