@@ -30,6 +30,7 @@ from .ops.additive_attention import AdditiveAttention
 from .ops.attention import MultiheadAttention
 from .ops.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from .ops.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from .ops.conv_batch_norm import ConvBatchNorm, fuse_conv_bn
 from .ops.cross_entropy import CrossEntropyLoss, NLLLoss
 from .ops.distance import CosineSimilarity, KNeighborsClassifier, PairwiseDistance
 from .ops.dropout import AlphaDropout, DropConnectLinear, Dropout, Dropout1d, Dropout2d, Dropout3d, FeatureAlphaDropout
@@ -121,6 +122,7 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "ConvBatchNorm",
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
@@ -207,4 +209,5 @@ __all__ = [
     "ZeroPad1d",
     "ZeroPad2d",
     "ZeroPad3d",
+    "fuse_conv_bn",
 ]

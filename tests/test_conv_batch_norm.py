@@ -1,0 +1,117 @@
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import pyops
+from pyops.nn import BatchNorm2d, Conv2d, ConvBatchNorm, fuse_conv_bn
+
+from .harness import refuses
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """Statistics, scales and shifts that are not those of a new module."""
+    g = torch.Generator().manual_seed(0)
+    for m in model.modules():
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+            for t, low, high in ((m.running_mean, -1, 1), (m.running_var, 0.5, 2), (m.weight, -1, 2), (m.bias, -1, 1)):
+                if t is not None:
+                    t.data = torch.rand(t.shape, generator=g, dtype=t.dtype) * (high - low) + low
+    return model.double().eval()
+
+
+class Block(nn.Module):
+    """A residual block that torch.fx can trace; the last convolution is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = Conv2d(6, 4, 3, padding=1, groups=2), BatchNorm2d(4, affine=False)
+        self.conv3, self.bn3 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y)) + x
+        z = self.conv3(y)
+        return self.bn3(z) + z
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.stem = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x):
+        return self.block(self.stem(x)) if x.sum() > -1e9 else x
+
+
+@pytest.mark.parametrize(("make", "fused_pairs"), [(Block, 2), (Untraceable, 3)])
+def test_one_convolution_in_eval_with_all_gradients(make, fused_pairs):
+    model = with_statistics(make())
+    fused = fuse_conv_bn(model)
+    assert sum(isinstance(m, ConvBatchNorm) for m in fused.modules()) == fused_pairs
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in fused.modules()) == sum(
+        isinstance(m, nn.BatchNorm2d) for m in model.modules()
+    )
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64, requires_grad=True)
+    y, z = model(x), fused(x)
+    torch.testing.assert_close(z, y)
+    grads = [torch.autograd.grad(v.sin().sum(), [x, *m.parameters()]) for v, m in ((y, model), (z, fused))]
+    torch.testing.assert_close(grads[1][0], grads[0][0])
+    theirs = dict(zip((name for name, _ in model.named_parameters()), grads[0][1:]))
+    ours = dict(zip((name for name, _ in fused.named_parameters()), grads[1][1:]))
+    assert len(ours) == len(theirs)
+    for name, gradient in ours.items():
+        before = re.sub(r"conv(\d)\.bn", r"bn\1", name).replace("stem.0.bn", "stem.1").replace(".conv.", ".")
+        torch.testing.assert_close(gradient, theirs[before])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_convolution(n, transposed):
+    conv = getattr(nn, f"ConvTranspose{n}d" if transposed else f"Conv{n}d")(4, 6, 3, stride=2, groups=2)
+    model = with_statistics(nn.Sequential(conv, getattr(nn, f"BatchNorm{n}d")(6)))
+    fused = fuse_conv_bn(model)
+    assert isinstance(fused[0], ConvBatchNorm) and isinstance(fused[1], nn.Identity)
+    x = torch.randn(2, 4, *(7, 6, 5)[:n], dtype=torch.float64)
+    torch.testing.assert_close(fused(x), model(x))
+    with pyops.use() as report:
+        torch.testing.assert_close(fused(x), model(x))
+    assert any(op.startswith("conv") and entry.calls for op, entry in report.entries.items())
+
+
+def test_training_goes_on_as_before():
+    model = with_statistics(Block()).train()
+    fused = fuse_conv_bn(model)
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), model(x))
+    torch.testing.assert_close(fused.conv1.bn.running_mean, model.bn1.running_mean)
+    torch.testing.assert_close(fused.eval()(x), model.eval()(x))
+
+
+def test_what_stays_as_it_is():
+    shared = nn.BatchNorm2d(4)
+    model = with_statistics(
+        nn.Sequential(
+            nn.Conv2d(4, 4, 1), shared, nn.Conv2d(4, 4, 1), shared,
+            nn.Conv2d(4, 4, 1), nn.ReLU(), nn.BatchNorm2d(4),
+            nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False),
+        )
+    )  # fmt: skip
+    fused = fuse_conv_bn(model)
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), model(x))
+    assert [type(m).__name__ for m in fused][:7] == [type(m).__name__ for m in model][:7]
+    refuses(TypeError, ("fuse_conv_bn", "'model'", "Tensor"), fuse_conv_bn, x)
+
+
+def test_half_weights_fold_in_float32():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)).eval()
+    model[1].running_var.fill_(1e-3)
+    model[0].bfloat16()
+    weight, bias = fuse_conv_bn(model)[0].folded()
+    assert weight.dtype == bias.dtype == torch.bfloat16
+    exact = model[0].weight.double() / torch.sqrt(model[1].running_var.double() + 1e-5).view(-1, 1, 1, 1)
+    torch.testing.assert_close(weight.double(), exact, rtol=2**-8, atol=0)
