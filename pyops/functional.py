@@ -61,6 +61,8 @@ from .ops.fractional_max_pool import fractional_max_pool2d, fractional_max_pool3
 from .ops.grid_sample import affine_grid, grid_sample
 from .ops.group_norm import group_norm, instance_norm
 from .ops.gru import gru, gru_cell
+from .ops.histogram import color_histogram
+from .ops.hog import hog
 from .ops.im2col import fold, unfold
 from .ops.interpolate import interpolate
 from .ops.layer_norm import layer_norm
@@ -73,7 +75,7 @@ from .ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
 from .ops.mixup import cutmix, mixup
 from .ops.pad import pad
 from .ops.pca import PCA, pca, pca_inverse, pca_transform
-from .ops.pixel_shuffle import pixel_shuffle, pixel_unshuffle
+from .ops.pixel_shuffle import channel_shuffle, pixel_shuffle, pixel_unshuffle
 from .ops.pool import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -118,6 +120,8 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "cdist",
     "celu",
+    "channel_shuffle",
+    "color_histogram",
     "conv1d",
     "conv2d",
     "conv3d",
@@ -152,6 +156,7 @@ __all__ = [
     "hardsigmoid",
     "hardswish",
     "hardtanh",
+    "hog",
     "huber_loss",
     "instance_norm",
     "interpolate",

@@ -2,12 +2,15 @@
 
 import csv
 import gzip
+import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 from pyops import testing
 from pyops.core import backend as backends
 from pyops.core import library
+from pyops.demo.packages import load_photo
 
 # Property tests: the same examples in every run, and few enough of them for the time that the suite has.
 properties = settings(
@@ -141,3 +145,36 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     with gzip.open(path, "rt") as file:
         table = torch.tensor([[float(v) for v in row] for row in csv.reader(file)], dtype=torch.float64)
     return table[:, :64] / 16.0, table[:, 64].long()
+
+
+@lru_cache
+def skimage(name: str):
+    """One module of scikit-image, such as ``feature._hog``, without the packages around it, which need SciPy."""
+    found = importlib.util.find_spec("skimage")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("scikit-image is not installed (requirements/demo-no-deps.txt)")
+    root = Path(found.submodule_search_locations[0])
+    names = ["skimage", *(f"skimage.{part}" for part in ("_shared", "util", *name.split(".")[:-1]))]
+    packages = {package: ModuleType(package) for package in names}
+    for package, module in packages.items():
+        module.__path__ = [str(root.joinpath(*package.split(".")[1:]))]
+    before = {key: value for key, value in sys.modules.items() if key.split(".")[0] == "skimage"}
+    for key in before:
+        del sys.modules[key]
+    sys.modules.update(packages)
+    try:
+        return importlib.import_module(f"skimage.{name}")
+    finally:
+        for key in [key for key in sys.modules if key.split(".")[0] == "skimage"]:
+            del sys.modules[key]
+        sys.modules.update(before)
+
+
+@lru_cache
+def photo(file: str) -> torch.Tensor:
+    """One photo of scikit-image, [H, W, 3] of bytes."""
+    if importlib.util.find_spec("skimage") is None or importlib.util.find_spec("PIL") is None:
+        pytest.skip("scikit-image and pillow are not installed (requirements/demo.txt)")
+    import numpy as np
+
+    return torch.from_numpy(np.array(load_photo("skimage", f"data/{file}")))

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from . import check
+
 
 def rows(x: torch.Tensor, dims: int) -> torch.Tensor:
     """The last ``dims`` dimensions as one contiguous row: ``[M, N]``."""
@@ -79,3 +81,17 @@ def memory_order(x: torch.Tensor) -> list[int]:
     if x.is_contiguous() or 0 in x.stride():
         return dims
     return sorted(dims, key=lambda d: -x.stride(d))
+
+
+def channels_before_space(op: str, x: torch.Tensor, channel_axis: int | None) -> torch.Tensor:
+    """Images as [*, C, H, W]: channels moved before the last two dimensions; one channel where no axis is named."""
+    least = 2 if channel_axis is None else 3
+    if x.dim() < least:
+        check.fail(ValueError, op, "input", f"shape {list(x.shape)}", f"at least {least} dimensions")
+    if channel_axis is None:
+        return x.unsqueeze(-3)
+    if not isinstance(channel_axis, int) or isinstance(channel_axis, bool):
+        check.fail(TypeError, op, "channel_axis", repr(channel_axis), "an int or None")
+    if not -x.dim() <= channel_axis < x.dim():
+        check.fail(IndexError, op, "channel_axis", channel_axis, f"a dimension of shape {list(x.shape)}")
+    return x.movedim(channel_axis, -3)
