@@ -65,7 +65,7 @@ from .ops.pad import (
     ZeroPad2d,
     ZeroPad3d,
 )
-from .ops.pixel_shuffle import PixelShuffle, PixelUnshuffle
+from .ops.pixel_shuffle import ChannelShuffle, PixelShuffle, PixelUnshuffle
 from .ops.pool import (
     AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,
@@ -113,6 +113,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "Bilinear",
+    "ChannelShuffle",
     "CircularPad1d",
     "CircularPad2d",
     "CircularPad3d",

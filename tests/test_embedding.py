@@ -70,7 +70,7 @@ def test_no_gradient_reaches_the_padding_row():
         torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("padding", [None, 1])
 def test_bags_as_torch(backend, mode, padding):
     weight = torch.randn(7, 4, requires_grad=True)
@@ -89,6 +89,18 @@ def test_bags_as_torch(backend, mode, padding):
         expected = call(torch_F.embedding_bag)
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(dw, torch.autograd.grad(expected.sin().sum(), weight)[0])
+
+
+def test_equal_maxima_and_nan_as_torch(backend):
+    weight = torch.tensor([[1.0, 2.0], [1.0, torch.nan], [0.0, 3.0]], requires_grad=True)
+    for entries in ([1, 0, 2, 1, 0], [2, 1, 0], [0, 1]):
+        args = (torch.tensor(entries), weight, torch.tensor([0, 0, len(entries) // 2]))
+        with backends.backend(backend):
+            y = F.embedding_bag(*args, mode="max")
+            (dw,) = torch.autograd.grad(y.sum(), weight)
+        expected = torch_F.embedding_bag(*args, mode="max")
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(dw, torch.autograd.grad(expected.sum(), weight)[0], rtol=0, atol=0)
 
 
 def test_modules():
@@ -113,9 +125,10 @@ def test_an_unmodified_model_is_routed():
         torch.nn.Embedding(5, 4, sparse=True)(index)
         torch.nn.EmbeddingBag(5, 4)(index)
         torch.nn.EmbeddingBag(5, 4, mode="max")(index)
+        torch.nn.EmbeddingBag(5, 4, sparse=True)(index)
     torch.testing.assert_close(y, model(index))
     assert report.entries["embedding"].backends == {"cpu": 1} and report.entries["embedding"].kept
-    assert report.entries["embedding_bag"].backends == {"cpu": 1} and report.entries["embedding_bag"].kept
+    assert report.entries["embedding_bag"].backends == {"cpu": 2} and report.entries["embedding_bag"].kept
 
 
 def test_a_raw_op_reads_nothing_outside_the_table(backend):
@@ -128,6 +141,8 @@ def test_a_raw_op_reads_nothing_outside_the_table(backend):
                 namespace.gather_rows(x, index, -1, False)
             with pytest.raises(RuntimeError, match=r"\[0, 3\)"):
                 namespace.gather_sum(x, index, ends, None)
+            with pytest.raises(RuntimeError, match=r"\[0, 3\)"):
+                namespace.gather_max(x, index, ends, -1)
             with pytest.raises(RuntimeError, match="offsets"):
                 namespace.gather_sum(x, index, torch.tensor([0, 4]), None)
             return
@@ -136,6 +151,12 @@ def test_a_raw_op_reads_nothing_outside_the_table(backend):
         y = namespace.gather_sum(x, index, ends, None)
         assert torch.equal(y[0], x[0]) and y[1].isnan().all()
         assert namespace.gather_sum(x, index, torch.tensor([0, 4]), None).isnan().all()
+        y, entry = namespace.gather_max(x, index, ends, -2)
+        assert torch.equal(y[0], x[0]) and y[1].isnan().all()
+        assert namespace.gather_max(x, index, torch.tensor([0, 4]), -1)[0].isnan().all()
+        of_nobody = torch.tensor([9, -1, 1])
+        dx = namespace.gather_max_bwd(y, entry, of_nobody, of_nobody, torch.tensor([0, 2, 4]))
+        assert torch.equal(dx[0], torch.zeros(4)) and dx[1].isnan().all()
 
 
 X, W = torch.tensor([0, 2]), torch.randn(3, 4)

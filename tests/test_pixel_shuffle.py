@@ -12,6 +12,20 @@ OPS = ("pixel_shuffle", "pixel_unshuffle")
 
 
 @pytest.mark.parametrize("check", testing.checks())
+def test_channel_shuffle(check):
+    passes("channel_shuffle", "cpu", check)
+
+
+def test_channel_shuffle_keeps_the_memory_format():
+    for dims in ((5,), (4, 5), (2, 4, 5)):
+        x = torch.randn(2, 6, *dims).movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()
+        y = F.channel_shuffle(x, 3)
+        torch.testing.assert_close(y, torch.nn.functional.channel_shuffle(x, 3), rtol=0, atol=0)
+        (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
+        assert y.stride() == x.stride() and dx.stride() == x.stride()
+
+
+@pytest.mark.parametrize("check", testing.checks())
 @pytest.mark.parametrize("op", OPS)
 def test_checks(backend, op, check):
     if backend == "triton":
@@ -52,9 +66,12 @@ def test_nothing():
 def test_modules_and_routes():
     modules_agree(nn.PixelShuffle(2), torch.nn.PixelShuffle(2), X, "cpu")
     modules_agree(nn.PixelUnshuffle(2), torch.nn.PixelUnshuffle(2), torch.randn(1, 2, 4, 6), "cpu")
+    modules_agree(nn.ChannelShuffle(4), torch.nn.ChannelShuffle(4), X, "cpu")
     with use() as report, backends.backend("cpu"):
+        torch.nn.ChannelShuffle(2)(X)
         torch.nn.PixelShuffle(2)(X)
         torch.nn.functional.pixel_shuffle(X.long(), 2)
+    assert sum(report.entries["channel_shuffle"].backends.values()) == 1
     entry = report.entries["pixel_shuffle"]
     assert sum(entry.backends.values()) == 1 and entry.kept == {"dtype int64": 1}
 
@@ -63,6 +80,8 @@ def test_bad_input():
     refuses(RuntimeError, ("pixel_shuffle", "'upscale_factor'", "0"), F.pixel_shuffle, X, 0)
     refuses(RuntimeError, ("pixel_shuffle", "'input'", "[2, 8, 3, 4]"), F.pixel_shuffle, X, 3)
     refuses(RuntimeError, ("pixel_unshuffle", "'input'", "[2, 8, 3, 4]"), F.pixel_unshuffle, X, 2)
+    refuses(RuntimeError, ("channel_shuffle", "'input'", "8 channels"), F.channel_shuffle, X, 3)
+    refuses(RuntimeError, ("channel_shuffle", "'groups'", "0"), F.channel_shuffle, X, 0)
     refuses(NotImplementedError, ("pixel_shuffle", "'input'", "int64"), F.pixel_shuffle, X.long(), 2)
 
 
@@ -71,7 +90,8 @@ def test_bad_input():
     [
         ("pixel_shuffle", (X, 3)), ("pixel_shuffle", (X, 0)), ("pixel_shuffle", (X[0, 0], 2)),
         ("pixel_shuffle", (X, 2.0)), ("pixel_unshuffle", (X, 2)), ("pixel_unshuffle", (X, -1)),
-        ("pixel_unshuffle", (X[0, 0], 2)),
+        ("pixel_unshuffle", (X[0, 0], 2)), ("channel_shuffle", (X, 3)), ("channel_shuffle", (X, 2.0)),
+        ("channel_shuffle", (X[0, 0], 1)), ("channel_shuffle", (X, -1)),
     ],
 )  # fmt: skip
 def test_refuses_as_torch(op, args):

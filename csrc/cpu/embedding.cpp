@@ -1,6 +1,9 @@
 // embedding · CPU
 //   gather_rows  y[k] = x[index[k]]
 //   gather_sum   y[v] = sum over k in [offsets[v], offsets[v+1]) of scale[k] * x[index[k]]
+//   gather_max   y[v] = max over the same k, without those with index[k] = padding, of x[index[k]], the first of equal
+//                ones, column by column; entry[v] = its k, -1 and y = 0 where there is none
+//   gather_max_bwd  dx[r] = sum over the k in [starts[r], starts[r+1]) of order of dy[bag[k]] where entry[bag[k]] = k
 // layout   x [R, D], gather_rows: y [K, D] · gather_sum: index, scale [K], offsets [V + 1], y [V, D]
 // mapping  a thread takes rows of y, lanes over D
 // memory   the rows that are named are read once each time they are named, y is written once
@@ -80,6 +83,50 @@ void gather_sums(const scalar_t* x, const int64_t* index, const int64_t* offsets
   });
 }
 
+template <class scalar_t>
+void gather_maxima(const scalar_t* x, const int64_t* index, const int64_t* offsets, scalar_t* y, int64_t* entry,
+                   int64_t V, int64_t K, int64_t D, int64_t padding) {
+  using acc_t = accumulate_t<scalar_t>;
+  const int64_t rows = std::max<int64_t>(1, elementwise_grain / (D * (1 + K / std::max<int64_t>(V, 1))));
+  parallel_for(V, rows, [&](int64_t begin, int64_t end) {
+    for (int64_t v = begin; v < end; ++v) {
+      scalar_t* best = y + v * D;
+      int64_t* at = entry + v * D;
+      bool first = true;
+      std::fill_n(best, D, scalar_t(0));
+      std::fill_n(at, D, int64_t{-1});
+      for (int64_t k = offsets[v]; k < offsets[v + 1]; ++k) {
+        if (index[k] == padding) continue;
+        const scalar_t* from = x + index[k] * D;
+        for (int64_t d = 0; d < D; ++d) {
+          const bool larger = first || acc_t(from[d]) > acc_t(best[d]);
+          best[d] = larger ? from[d] : best[d];
+          at[d] = larger ? k : at[d];
+        }
+        first = false;
+      }
+    }
+  });
+}
+
+template <class scalar_t>
+void gather_maxima_bwd(const scalar_t* dy, const int64_t* entry, const int64_t* order, const int64_t* bag,
+                       const int64_t* starts, scalar_t* dx, int64_t R, int64_t K, int64_t D) {
+  const int64_t rows = std::max<int64_t>(1, elementwise_grain / (D * (1 + K / std::max<int64_t>(R, 1))));
+  parallel_for(R, rows, [&](int64_t begin, int64_t end) {
+    Buffer<double> total(D);
+    for (int64_t r = begin; r < end; ++r) {
+      std::fill_n(total.get(), D, 0.0);
+      for (int64_t j = starts[r]; j < starts[r + 1]; ++j) {
+        const int64_t k = order[j], from = bag[k] * D;
+        for (int64_t d = 0; d < D; ++d)
+          if (entry[from + d] == k) total[d] += double(dy[from + d]);
+      }
+      for (int64_t d = 0; d < D; ++d) dx[r * D + d] = scalar_t(accumulate_t<scalar_t>(total[d]));
+    }
+  });
+}
+
 // ---- binding
 
 static void check_rows(const OpScope& op, const int64_t* index, int64_t begin, int64_t end, int64_t R) {
@@ -103,16 +150,23 @@ Tensor gather_rows(const Tensor& x, const Tensor& index, int64_t, bool) {
   });
 }
 
+// offsets rise within [0, K], and every index that a bag names is a row.
+static const int64_t* checked_bags(const OpScope& op, const Tensor& offsets, const int64_t* at, int64_t K, int64_t R) {
+  const int64_t V = offsets.size(0) - 1;
+  const int64_t* ends = op.in<int64_t>(offsets, "offsets", {V + 1});
+  op.check(ends[0] >= 0 && ends[V] <= K, "offsets must lie in [0, ", K, "]");
+  for (int64_t v = 0; v < V; ++v) op.check(ends[v] <= ends[v + 1], "offsets must not decrease");
+  check_rows(op, at, ends[0], ends[V], R);
+  return ends;
+}
+
 Tensor gather_sum(const Tensor& x, const Tensor& index, const Tensor& offsets, const OptionalTensor& scale) {
   OpScope op("gather_sum", x);
   op.check(x.dim() == 2, "x must be [R, D]");
   op.check(offsets.dim() == 1 && offsets.size(0) >= 1, "offsets must be [V + 1]");
   const int64_t R = x.size(0), D = x.size(1), K = index.numel(), V = offsets.size(0) - 1;
-  const int64_t* ends = op.in<int64_t>(offsets, "offsets", {V + 1});
   const int64_t* at = op.in<int64_t>(index, "index", {K});
-  op.check(ends[0] >= 0 && ends[V] <= K, "offsets must lie in [0, ", K, "]");
-  for (int64_t v = 0; v < V; ++v) op.check(ends[v] <= ends[v + 1], "offsets must not decrease");
-  check_rows(op, at, ends[0], ends[V], R);
+  const int64_t* ends = checked_bags(op, offsets, at, K, R);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     Tensor y = op.empty<scalar_t>({V, D});
     const scalar_t* from = op.in<scalar_t>(x, "x", {R, D});
@@ -123,7 +177,43 @@ Tensor gather_sum(const Tensor& x, const Tensor& index, const Tensor& offsets, c
   });
 }
 
+std::tuple<Tensor, Tensor> gather_max(const Tensor& x, const Tensor& index, const Tensor& offsets, int64_t padding) {
+  OpScope op("gather_max", x);
+  op.check(x.dim() == 2, "x must be [R, D]");
+  op.check(offsets.dim() == 1 && offsets.size(0) >= 1, "offsets must be [V + 1]");
+  const int64_t R = x.size(0), D = x.size(1), K = index.numel(), V = offsets.size(0) - 1;
+  const int64_t* at = op.in<int64_t>(index, "index", {K});
+  const int64_t* ends = checked_bags(op, offsets, at, K, R);
+  return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
+    Tensor y = op.empty<scalar_t>({V, D}), entry = op.empty<int64_t>({V, D});
+    const scalar_t* from = op.in<scalar_t>(x, "x", {R, D});
+    scalar_t* to = op.out<scalar_t>(y, "y", {V, D});
+    int64_t* of = op.out<int64_t>(entry, "entry", {V, D});
+    if (D > 0) gather_maxima(from, at, ends, to, of, V, K, D, padding);
+    return std::tuple(y, entry);
+  });
+}
+
+Tensor gather_max_bwd(const Tensor& dy, const Tensor& entry, const Tensor& order, const Tensor& bag,
+                      const Tensor& starts) {
+  OpScope op("gather_max_bwd", dy);
+  op.check(dy.dim() == 2 && starts.dim() == 1 && starts.size(0) >= 1, "dy must be [V, D] and starts [R + 1]");
+  const int64_t V = dy.size(0), D = dy.size(1), K = bag.numel(), R = starts.size(0) - 1;
+  const int64_t *by_row = op.in<int64_t>(order, "order", {K}), *of = op.in<int64_t>(bag, "bag", {K});
+  const int64_t *ends = checked_bags(op, starts, by_row, K, K), *at = op.in<int64_t>(entry, "entry", {V, D});
+  for (int64_t j = ends[0]; j < ends[R]; ++j) op.check(of[by_row[j]] >= 0 && of[by_row[j]] < V, "bag is none of dy");
+  return dispatch_floating(op, dy.scalar_type(), [&]<class scalar_t>() {
+    Tensor dx = op.empty<scalar_t>({R, D});
+    const scalar_t* from = op.in<scalar_t>(dy, "dy", {V, D});
+    scalar_t* to = op.out<scalar_t>(dx, "dx", {R, D});
+    if (D > 0) gather_maxima_bwd(from, at, by_row, of, ends, to, R, K, D);
+    return dx;
+  });
+}
+
 PYOPS_LIBRARY(m) {
+  PYOPS_IMPL(m, gather_max);
+  PYOPS_IMPL(m, gather_max_bwd);
   PYOPS_IMPL(m, gather_rows);
   PYOPS_IMPL(m, gather_sum);
 }

@@ -4,12 +4,18 @@
     embedding_bag  y[b] = sum over k of bag b of scale[k] w[index[k]]  dw[v] = sum over k with index[k] = v of
                                                                                scale[k] dy[bag of k]
 
+    maxima         y[b] = max over k of bag b of w[index[k]]           dw[v] = sum over k with index[k] = v of
+                                                                               dy[bag of k] where k is the maximum
+
     w: [V, D], index: [K], dy: [K, D] or [bags, D]
 
 Both gradients are sums over rows that are named by number, as a bag is: the entries are sorted by index (stable), and
 one kernel, ``gather_sum``, serves the bags and the gradients. No atomics; the order of every sum is that of k.
 Seen as a matrix with one entry for each k, a gradient is the product with its transpose, so the gradients of gradients
 are the same two ops (docs/math/embedding.md).
+
+Maxima are columns of different rows: each keeps the entry k it came from, the first of equal ones, and a row gathers
+dy from the entries that name it.
 
 Sources: torch.nn.functional.embedding, embedding_bag.
 """
@@ -20,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ..core import backend, check, library
+from ..core import autograd, backend, check, library
 from ..core.intercept import Unsupported, route
 from ..core.multilinear import Multilinear, Tensors, differentiable, first
 from ..core.samples import Maker, Sample, checked
@@ -36,6 +42,20 @@ _rows_op = library.declare(
 _sum_op = library.declare(
     "gather_sum(Tensor x, Tensor index, Tensor offsets, Tensor? scale) -> Tensor",
     lambda x, index, offsets, scale: x.new_empty(offsets.shape[0] - 1, x.shape[1]),
+    _kernels,
+)
+
+_max_op = library.declare(
+    "gather_max(Tensor x, Tensor index, Tensor offsets, int padding) -> (Tensor, Tensor)",
+    lambda x, index, offsets, padding: (
+        x.new_empty(offsets.shape[0] - 1, x.shape[1]),
+        index.new_empty(offsets.shape[0] - 1, x.shape[1]),
+    ),
+    _kernels,
+)
+_max_bwd_op = library.declare(
+    "gather_max_bwd(Tensor dy, Tensor entry, Tensor order, Tensor bag, Tensor starts) -> Tensor",
+    lambda dy, entry, order, bag, starts: dy.new_empty(starts.shape[0] - 1, dy.shape[1]),
     _kernels,
 )
 
@@ -119,6 +139,30 @@ def _sum_fold(namespace: str, batch: int, dims: Tensors, inputs: Tensors, consta
 
 _gather_rows = differentiable(Multilinear(_rows_op, 2, _rows_gradient, _rows_tangent, _rows_fold))
 _gather_sum = differentiable(Multilinear(_sum_op, 4, _sum_gradient, _sum_tangent, _sum_fold))
+
+
+def _max_reference(x, index, offsets, padding):
+    bags, entries = offsets.shape[0] - 1, index.shape[0]
+    bag = torch.where(index == padding, bags, _bag_of(offsets, entries))
+    rows = x.index_select(0, index)
+    by = bag.unsqueeze(1).expand(entries, x.shape[1])
+    most = rows.detach().new_full((bags + 1, x.shape[1]), -torch.inf).scatter_reduce(0, by, rows.detach(), "amax")
+    number = torch.arange(entries, device=x.device).unsqueeze(1).expand_as(by)
+    number = torch.where(rows.detach() == most.gather(0, by), number, entries)
+    entry = torch.full_like(most, entries, dtype=torch.int64).scatter_reduce(0, by, number, "amin")[:bags]
+    found = torch.cat([rows, rows.new_zeros(1, x.shape[1])]).gather(0, entry)
+    return found, torch.where(entry == entries, -1, entry)
+
+
+def _max_arguments(dy, inputs: Tensors, kept: Tensors, constants: Tensors, needs: Any) -> Tensors:
+    x, index, offsets = inputs
+    bag = _bag_of(offsets, index.shape[0])
+    last = offsets.shape[0] - 1
+    order, _, starts = _bags(torch.where(bag < last, index, x.shape[0]), x.shape[0])
+    return dy, kept[0], order, bag, starts
+
+
+_gather_max: Any = autograd.differentiable(autograd.Formula(_max_op, _max_bwd_op, 3, 1, _max_arguments, _max_reference))
 
 
 # The checks
@@ -228,14 +272,14 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> torch.Tensor:
-    """Sums or means of bags of rows, without the rows between; drops in for torch.nn.functional.embedding_bag.
+    """Sums, means or maxima of bags of rows, without the rows between; drops in for torch.nn.functional.embedding_bag.
 
     Args:
         input: int64 or int32 Tensor[bags, n], or Tensor[K] cut into bags by ``offsets``.
         weight: Tensor[V, D] in float32, float64, bfloat16 or float16.
         offsets: Tensor[bags], where each bag begins; [bags + 1] with ``include_last_offset``.
         max_norm, norm_type: as in ``embedding``.
-        mode: ``"sum"`` or ``"mean"``; an empty bag gives 0.
+        mode: ``"sum"``, ``"mean"`` or ``"max"``; an empty bag gives 0.
         per_sample_weights: Tensor of input's shape and the weight's dtype, a factor for each row, with ``"sum"``.
         padding_idx: rows of this index take no part, nor do they count in a mean.
 
@@ -246,15 +290,21 @@ def embedding_bag(
         IndexError: an index outside [0, V), on the CPU; on a GPU the bag is NaN.
         ValueError: offsets and ranks that do not fit, or an unknown mode.
         RuntimeError: offsets that do not begin at 0, decrease or pass the end.
-        NotImplementedError: per_sample_weights with another mode than ``"sum"``; Unsupported: mode ``"max"``,
-            ``scale_grad_by_freq``, sparse gradients: ``pyops.use`` leaves them to torch.
+        ValueError: ``scale_grad_by_freq`` or ``sparse`` with mode ``"max"``.
+        NotImplementedError: per_sample_weights with another mode than ``"sum"``; Unsupported: ``scale_grad_by_freq``,
+            sparse gradients: ``pyops.use`` leaves them to torch.
+
+    Of equal maxima the first has the gradient; a NaN that comes first stays, a later one is passed over, as in torch.
     """
     op = "embedding_bag"
     _table(op, weight)
     if mode not in ("sum", "mean", "max"):
         check.fail(ValueError, op, "mode", repr(mode), "'sum', 'mean' or 'max'")
-    if mode == "max" or scale_grad_by_freq or sparse:
-        raise Unsupported("embedding_bag: got mode 'max', scale_grad_by_freq or sparse, expected none of them")
+    if scale_grad_by_freq or sparse:
+        if mode == "max":
+            wanted = "False with mode 'max'"
+            check.fail(ValueError, op, "scale_grad_by_freq" if scale_grad_by_freq else "sparse", True, wanted)
+        raise Unsupported("embedding_bag: got scale_grad_by_freq or sparse, expected none of them")
     if per_sample_weights is not None:
         if mode != "sum":
             check.fail(NotImplementedError, op, "per_sample_weights", f"a tensor with mode {mode!r}", "mode 'sum'")
@@ -268,6 +318,8 @@ def embedding_bag(
     if max_norm is not None:
         _renormalise(weight, index, float(max_norm), float(norm_type))
     ends = _offsets(input, offsets, include_last_offset, index.shape[0])
+    if mode == "max":
+        return _gather_max(backend.namespace_for(op, weight), weight.contiguous(), index, ends, padding)[0]
     scale = None if per_sample_weights is None else per_sample_weights.reshape(-1).contiguous()
     counted = None if padding < 0 else (index != padding).to(weight.dtype)
     if mode == "mean":
@@ -377,5 +429,7 @@ checked(
     Sample("means, an empty bag", _bag_sample([0, 2, 2, 5], 7, (5, 3)), derivatives=True),
     Sample("sums by weight", _bag_sample([0, 3], 6, (5, 3), True, mode="sum"), derivatives=True),
     Sample("padding", _bag_sample([0, 4, 20], 30, (9, 33), mode="mean", padding_idx=2)),
+    Sample("maxima, an empty bag", _bag_sample([0, 2, 2, 5], 7, (5, 3), mode="max"), derivatives=True),
+    Sample("maxima without padding, wide rows", _bag_sample([0, 4, 20], 30, (9, 133), mode="max", padding_idx=2)),
     Sample("long bags, wide rows", _bag_sample([0, 40, 41], 90, (11, 1032), mode="sum")),
 )

@@ -1,10 +1,12 @@
-"""Channels as the pixels of a larger image, and back: pixel_shuffle and pixel_unshuffle.
+"""Channels as the pixels of a larger image, and back: pixel_shuffle and pixel_unshuffle; channels in another order.
 
     y[n, c, h r + i, w r + j] = x[n, c r² + i r + j, h, w]
 
     x: [*, C r², H, W]   y: [*, C, H r, W r]   each is the inverse of the other, and its gradient
 
-Sources: torch.nn.functional.pixel_shuffle and pixel_unshuffle; Shi et al. (2016).
+    channel_shuffle   y[n, j g + i, *] = x[n, i C/g + j, *], views and one copy, whose gradients are torch's
+
+Sources: torch.nn.functional.pixel_shuffle and pixel_unshuffle, Shi et al. (2016); channel_shuffle, Zhang et al. (2018).
 """
 
 from __future__ import annotations
@@ -114,8 +116,53 @@ def pixel_unshuffle(input: torch.Tensor, downscale_factor: int) -> torch.Tensor:
     return _moved("pixel_unshuffle", "downscale_factor", input, downscale_factor, True)
 
 
+def channel_shuffle(input: torch.Tensor, groups: int) -> torch.Tensor:
+    """Channels of g groups in turns, one of each; drops in for torch.nn.functional.channel_shuffle.
+
+        y[n, j g + i] = x[n, i C/g + j]
+
+    Args:
+        input: Tensor[N, C, *] with at least one dimension in *, of any dtype, contiguous or channels last.
+        groups: g, which divides C.
+
+    Returns:
+        Tensor of the input's shape and memory format, a copy.
+
+    Raises:
+        RuntimeError: fewer than 3 dimensions, groups < 1, channels that g does not divide.
+        TypeError: groups that are no int.
+
+    An exact copy; so are the gradients of every order, forward mode and vmap.
+    """
+    op = "channel_shuffle"
+    if not isinstance(input, torch.Tensor):
+        check.fail(TypeError, op, "input", type(input).__name__, "a tensor")
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        check.fail(TypeError, op, "groups", repr(groups), "an int")
+    if input.dim() < 3:
+        check.fail(RuntimeError, op, "input", f"shape {list(input.shape)}", "at least 3 dimensions")
+    if groups < 1:
+        check.fail(RuntimeError, op, "groups", groups, "an int >= 1")
+    channels = input.shape[1]
+    if channels % groups != 0:
+        check.fail(RuntimeError, op, "input", f"{channels} channels", f"channels that {groups} divides")
+    last = layout.is_channels_last(input)
+    x, dim = (input.movedim(1, -1), input.dim() - 1) if last else (input, 1)
+    parts = x.unflatten(dim, (groups, channels // groups)).transpose(dim, dim + 1)
+    y = parts.clone(memory_format=torch.contiguous_format).flatten(dim, dim + 1)
+    return y.movedim(-1, 1) if last else y
+
+
+route((torch.nn.functional.channel_shuffle,), "channel_shuffle", channel_shuffle)
 route((torch.nn.functional.pixel_shuffle,), "pixel_shuffle", pixel_shuffle)
 route((torch.nn.functional.pixel_unshuffle,), "pixel_unshuffle", pixel_unshuffle)
+
+
+class ChannelShuffle(torch.nn.ChannelShuffle):
+    """torch.nn.ChannelShuffle whose forward is pyops.functional.channel_shuffle."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return channel_shuffle(input, self.groups)
 
 
 class PixelShuffle(torch.nn.PixelShuffle):
@@ -144,6 +191,14 @@ checked(
     Sample("five times", _sample((1, 50, 2, 3), 5)),
     Sample("channels last", _sample((2, 18, 3, 2), 3, True)),
     Sample("more dimensions", _sample((2, 1, 16, 3, 35), 4)),
+)
+checked(
+    "channel_shuffle",
+    channel_shuffle,
+    torch.nn.functional.channel_shuffle,
+    Sample("two groups", _sample((2, 4, 3), 2), derivatives=True),
+    Sample("images", _sample((2, 6, 3, 5), 3)),
+    Sample("no examples", _sample((0, 6, 2, 2), 2)),
 )
 checked(
     "pixel_unshuffle",
