@@ -9,7 +9,8 @@ from collections import Counter
 import pytest
 import torch
 
-from pyops import demo
+import pyops
+from pyops import demo, use
 from pyops.core.intercept import Entry, Report
 from pyops.demo import classification, times
 
@@ -34,6 +35,30 @@ def test_table_shows_what_ran_where():
     assert head[:3] == ["op", "calls", "backend that ran"]
     assert first == ["batch_norm", "4", "cpu, torch", "250.00 ms", "125.00 ms", "dtype int64"]
     assert second == ["conv2d", "5", "torch", "250.00 ms", "", "no pyops room yet"]
+
+
+def test_what_is_left_to_torch_is_counted_by_kind():
+    x = torch.randn(3, 3)
+    with times.Kernels() as kernels:
+        torch.relu(x.t() @ x)[x > 0].sum()
+        pyops.functional.relu(x)
+    assert {kind: set(ops) for kind, ops in kernels.calls.items()} == {
+        "views": {"t", "view"}, "elementwise": {"relu", "gt"}, "matrix products": {"mm"},
+        "copies, picks, joins": {"index"}, "others": {"sum"},
+    }  # fmt: skip
+    assert times.left_rows(kernels.calls)[1] == ["elementwise", "2", "relu, gt"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("efficientnet_lite_pytorch") is None, reason="needs the network")
+def test_the_network_leaves_torch_views_sums_and_a_product():
+    model, x = classification.load_model(), torch.randn(1, 3, 224, 224)
+    with torch.no_grad(), use() as report, times.Kernels() as kernels:
+        model(x)
+    assert not any(entry.kept for entry in report.entries.values())
+    left = {kind: set(ops) for kind, ops in kernels.calls.items() if kind != "views"}
+    assert left == {
+        "elementwise": {"add"}, "matrix products": {"addmm_"}, "copies, picks, joins": set(), "others": set()
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(importlib.util.find_spec("PIL") is None, reason="needs pillow")
@@ -68,6 +93,8 @@ def test_the_astronaut_has_one_face(tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     right, numbers = json.loads(run.stdout.splitlines()[-1])
     assert right and numbers["ops"]["conv2d"]["backends"]
+    assert not any(op["kept_by_torch"] for op in numbers["ops"].values())
+    assert set(numbers["left_to_torch"]["others"]) <= {"max"}  # of coordinates, in torchvision's batched_nms
     for (box,) in numbers["boxes"].values():
         left, top, right_side, bottom = box
         assert 170 < left < 195 and 50 < top < 80 and 255 < right_side < 280 and 160 < bottom < 190

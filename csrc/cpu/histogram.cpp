@@ -1,9 +1,8 @@
 // histogram · CPU
 //   y[m,b] = sum over s of weight(x[m,s], b): 1 in the bin that holds x, or shared by distance between the two bins
 //            whose centres x lies between;  dx[m,s] = (dy[m,b+1] - dy[m,b]) / width between the centres of b and b + 1
-// layout   x: the M = N C rows of [N, C, S] or, channels_last, of [N, S, C] · edges: [B + 1] in acc_t · y: [M, B],
-// int64
-//          where whole
+// layout   x: the M = N C rows of [N, C, S] or, channels_last, of [N, S, C] · edges: [B + 1] in acc_t
+//          y: [M, B], int64 where whole
 // mapping  a thread takes chunks of a row, whose counts are added in order
 // memory   x read once; B counts a chunk
 // numerics whole counts are exact; shares are summed in double

@@ -2,11 +2,11 @@
 //   cells[i,j,o] = 1/|cell| · sum over the pixels of cell (i,j) whose gradient g points into bin o of |g|
 //   y[b,:] = v/n,  v: the cells of block b;  n = sum v + eps (L1)  or sqrt(sum v² + eps²) (L2)
 //   L1-sqrt: sqrt(v/n);  L2-Hys: t = min(v/n, 0.2), then t/m with m = sqrt(sum t² + eps²)
-// layout   x: [N, C, H, W] or, channels_last, [N, H, W, C] · cells: [N, cells_h, cells_w, O] in acc_t · y: [N,
-// blocks_h, blocks_w, block_h, block_w, O] mapping  a thread takes rows of cells, lanes over the pixels of a row of a
-// plane; then blocks, lanes over their values memory   x read once (its neighbours from the caches); backward: two
-// acc_t and a channel for each pixel numerics acc_t, the sums of cells in double; no atomics: a gradient is gathered,
-// in a fixed order
+// layout   x: [N, C, H, W] or, channels_last, [N, H, W, C] · cells: [N, cells_h, cells_w, O] in acc_t
+//          y: [N, blocks_h, blocks_w, block_h, block_w, O]
+// mapping  a thread takes rows of cells, lanes over the pixels of a row of a plane; then blocks, lanes over their values
+// memory   x read once (its neighbours from the caches); backward: two acc_t and a channel for each pixel
+// numerics acc_t, the sums of cells in double; no atomics: a gradient is gathered, in a fixed order
 #include "common/hog_binding.h"
 #include "common/registry.h"
 #include "cpu/math.h"

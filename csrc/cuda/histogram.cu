@@ -1,14 +1,12 @@
 // histogram · CUDA
 //   y[m,b] = sum over s of weight(x[m,s], b): 1 in the bin that holds x, or shared by distance between the two bins
 //            whose centres x lies between;  dx[m,s] = (dy[m,b+1] - dy[m,b]) / width between the centres of b and b + 1
-// layout   x: the M = N C rows of [N, C, S] or, channels_last, of [N, S, C] · edges: [B + 1] in fp32 (fp64) · y: [M,
-// B],
-//          int64 where whole
+// layout   x: the M = N C rows of [N, C, S] or, channels_last, of [N, S, C] · edges: [B + 1] in fp32 (fp64)
+//          y: [M, B], int64 where whole
 // mapping  a block takes a chunk of a row and 256 bins: its threads place 256 values, then each adds up its own bin;
 //          a second kernel adds the chunks
 // memory   x once for every 256 bins, B counts a chunk
-// numerics whole counts are exact, shares are summed in fp32 by chunk and in fp64 over chunks; no atomics, a fixed
-// order
+// numerics whole counts are exact, shares are summed in fp32 by chunk and in fp64 over chunks; no atomics, a fixed order
 #include <type_traits>
 
 #include "cuda/grid_stride.cuh"

@@ -2,11 +2,9 @@
 //   cells[i,j,o] = 1/|cell| · sum over the pixels of cell (i,j) whose gradient g points into bin o of |g|
 //   y[b,:] = v/n,  v: the cells of block b;  n = sum v + eps (L1)  or sqrt(sum v² + eps²) (L2)
 //   L1-sqrt: sqrt(v/n);  L2-Hys: t = min(v/n, 0.2), then t/m with m = sqrt(sum t² + eps²)
-// layout   x: [N, C, H, W] or, channels_last, [N, H, W, C] · cells: [N, cells_h, cells_w, O] in fp32 (fp64) · y: [N,
-// blocks_h, blocks_w, block_h,
-//          block_w, O]
-// mapping  a warp takes a cell: its lanes 32 pixels at a time, then the bins; a warp takes a block, its lanes the
-// values;
+// layout   x: [N, C, H, W] or, channels_last, [N, H, W, C] · cells: [N, cells_h, cells_w, O] in fp32 (fp64)
+//          y: [N, blocks_h, blocks_w, block_h, block_w, O]
+// mapping  a warp takes a cell: its lanes 32 pixels at a time, then the bins; a warp takes a block, its lanes the values;
 //          backward: a thread a value of a cell, a pixel, an element of dx
 // memory   x once from DRAM; backward: scratch for every value of y, two fp32 (fp64) and a channel for each pixel
 // numerics fp32 (fp64 for fp64), the sums of cells in fp64; no atomics: a gradient is gathered, in a fixed order

@@ -5,13 +5,48 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.intercept import Entry, Report, counts, milliseconds, table, use
+
+KINDS = ("views", "elementwise", "matrix products", "copies, picks, joins", "others")
+_PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
+_MOVES = {
+    *("clone", "copy_", "_to_copy", "lift_fresh", "index", "index_select", "nonzero", "cat", "stack", "flip", "repeat"),
+    *("empty", "zeros", "_local_scalar_dense"),
+}
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the kernels of torch that run while it is active, by kind; those of pyops are not among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "aten":
+            name = op.overloadpacket.__name__
+            if op.is_view or name == "detach":
+                kind = "views"
+            elif torch.Tag.pointwise in op.tags:
+                kind = "elementwise"
+            else:
+                kind = "matrix products" if name in _PRODUCTS else KINDS[3] if name in _MOVES else "others"
+            self.calls[kind][name] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def left_rows(left: dict[str, Counter[str]]) -> list[list[str]]:
+    """Kind, calls and ops, the most frequent first."""
+    named = {kind: [op for op, _ in ops.most_common()] for kind, ops in left.items()}
+    return [[kind, str(sum(ops.values())), ", ".join(named[kind]) or "none"] for kind, ops in left.items()]
 
 
 @dataclass
@@ -22,6 +57,7 @@ class Comparison:
         by_torch, by_pyops: what the call returned.
         report: what ran on pyops, and why not.
         torch_ops, pyops_ops: op -> its time in a run where nothing is routed, and in one where everything is.
+        left: calls of torch's own kernels that remain under ``pyops.use()``, by kind and op.
         seconds_torch, seconds_pyops: of the whole call, without the clocks around each op.
     """
 
@@ -30,6 +66,7 @@ class Comparison:
     report: Report
     torch_ops: dict[str, Entry]
     pyops_ops: dict[str, Entry]
+    left: dict[str, Counter[str]]
     seconds_torch: float
     seconds_pyops: float
 
@@ -40,6 +77,8 @@ class Comparison:
 
     def show(self, device: torch.device, what: str) -> None:
         print(table(op_rows(self.report, self.torch_ops, self.pyops_ops)))
+        print("\nLeft to torch, in calls of its kernels:")
+        print(table([["kind", "calls", "which"], *left_rows(self.left)]))
         where = "GPU" if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         print(f"\nMedian times of {what} ({where}).")
         print(f"The whole: torch {milliseconds(self.seconds_torch)}, pyops {milliseconds(self.seconds_pyops)}.")
@@ -49,6 +88,7 @@ class Comparison:
         return {
             "seconds": {"torch": self.seconds_torch, "pyops": self.seconds_pyops},
             "ops": self.report.to_dict()["ops"],
+            "left_to_torch": self.left,
             "seconds_by_op": {
                 "torch": {op: e.seconds_torch for op, e in self.torch_ops.items()},
                 "pyops": {op: e.seconds_pyops + e.seconds_torch for op, e in self.pyops_ops.items()},
@@ -66,6 +106,8 @@ def comparison(call: Callable[[], Any], device: torch.device, repeats: int) -> C
     by_torch = call()
     with use() as report:
         by_pyops = call()
+    with use(), Kernels() as kernels:
+        call()
     kept: list[Report] = []
     routed: list[Report] = []
     whole: tuple[list[float], list[float]] = ([], [])
@@ -77,7 +119,7 @@ def comparison(call: Callable[[], Any], device: torch.device, repeats: int) -> C
         for spent, run in zip(whole, (call, with_pyops)):
             spent.append(seconds_of(run, device))
     medians = [statistics.median(spent) for spent in whole]
-    return Comparison(by_torch, by_pyops, report, median_entries(kept), median_entries(routed), *medians)
+    return Comparison(by_torch, by_pyops, report, median_entries(kept), median_entries(routed), kernels.calls, *medians)
 
 
 def median_entries(reports: list[Report]) -> dict[str, Entry]:
