@@ -12,18 +12,12 @@ from .harness import agrees, digits, passes, peak_bytes, refuses, same_refusal
 ORDERS = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, math.inf]
 
 
-def unless_triton(backend):
-    if backend == "triton":
-        pytest.skip("distances have no Triton kernel")
-
-
 def exact(x1, x2, p):
     return torch.cdist(x1.double(), x2.double(), p, "donot_use_mm_for_euclid_dist")
 
 
 @pytest.mark.parametrize("check", testing.checks())
 def test_checks(backend, check):
-    unless_triton(backend)
     if backend != "cpu" and check not in ("accuracy", "opcheck", "determinism"):
         pytest.skip("derivatives of higher order, transforms and layouts are the same Python on every backend")
     passes("cdist", backend, check)
@@ -40,7 +34,6 @@ def test_race(backend):
 
 @pytest.mark.parametrize("p", ORDERS)
 def test_every_order(backend, p):
-    unless_triton(backend)
     x, y = torch.randn(2, 11, 7), torch.randn(2, 35, 7)
     with backends.backend(backend):
         agrees(lambda a, b: F.cdist(a, b, p), lambda a, b: torch.cdist(a, b, p, "donot_use_mm_for_euclid_dist"), x, y)
@@ -49,7 +42,6 @@ def test_every_order(backend, p):
 @pytest.mark.parametrize("p", ORDERS[1:])
 def test_equal_rows(backend, p):
     """Distance and gradient are exactly 0, however far from the origin."""
-    unless_triton(backend)
     x = (torch.randn(6, 40) + 1e4).requires_grad_()
     with backends.backend(backend):
         y = F.cdist(x, x, p)
@@ -83,7 +75,6 @@ def test_knn_never_holds_the_matrix_of_distances():
 
 
 def test_nan_and_infinity(backend):
-    unless_triton(backend)
     x = torch.tensor([[0.0, math.nan], [math.inf, 1.0], [1.0, 2.0]])
     y = torch.tensor([[0.0, 1.0], [-math.inf, 1.0]])
     with backends.backend(backend):
@@ -96,7 +87,6 @@ def test_nan_and_infinity(backend):
 @pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
 @pytest.mark.parametrize("k", [1, 5, 40])
 def test_knn_equals_topk(backend, p, k):
-    unless_triton(backend)
     x, y = torch.randn(2, 21, 6).double(), torch.randn(2, 150, 6).double()
     with backends.backend(backend):
         distances, indices = F.knn(x, y, k, p)
@@ -108,7 +98,6 @@ def test_knn_equals_topk(backend, p, k):
 @pytest.mark.parametrize("rows", [1, 9])
 def test_knn_of_equals_and_nan(backend, rows):
     """Among equals the lower index is first, across tiles and parts; NaN is last."""
-    unless_triton(backend)
     data = torch.ones(200, 3)
     data[50] = math.nan
     data[190] = 0.5
@@ -121,7 +110,6 @@ def test_knn_of_equals_and_nan(backend, rows):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_knn_dtypes(backend, dtype):
-    unless_triton(backend)
     x, y = torch.randn(5, 8).to(dtype), torch.randn(90, 8).to(dtype)
     with backends.backend(backend):
         distances, indices = F.knn(x, y, 3)

@@ -15,8 +15,6 @@ X = torch.arange(96.0).reshape(1, 8, 3, 4)
 
 @pytest.mark.parametrize("check", testing.checks())
 def test_checks(backend, check):
-    if backend == "triton":
-        pytest.skip("local_response_norm has no Triton kernel")
     if backend != "cpu" and check not in ("accuracy", "opcheck"):
         pytest.skip("derivatives of higher order, transforms and layouts are the same Python on every backend")
     passes(OP, backend, check)

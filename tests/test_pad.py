@@ -12,14 +12,8 @@ from .harness import accurate, floating, laid_out, layouts, modules_agree, passe
 X = torch.arange(24.0).reshape(1, 2, 3, 4)
 
 
-def unless_triton(backend):
-    if backend == "triton":
-        pytest.skip("pad has no Triton kernel")
-
-
 @pytest.mark.parametrize("check", testing.checks())
 def test_checks(backend, check):
-    unless_triton(backend)
     if backend != "cpu" and check not in ("accuracy", "opcheck"):
         pytest.skip("derivatives of higher order, transforms and layouts are the same Python on every backend")
     passes("pad", backend, check)
@@ -43,7 +37,6 @@ def test_modules(name, n):
 
 @pytest.mark.parametrize("mode", ["constant", "reflect", "replicate", "circular"])
 def test_is_an_exact_copy(backend, mode):
-    unless_triton(backend)
     x = torch.randn(2, 3, 4, 5)
     x[0, 0, 0, 0], x[1, 2, 3, 4] = torch.nan, torch.inf
     with backends.backend(backend):

@@ -28,8 +28,6 @@ def test_channel_shuffle_keeps_the_memory_format():
 @pytest.mark.parametrize("check", testing.checks())
 @pytest.mark.parametrize("op", OPS)
 def test_checks(backend, op, check):
-    if backend == "triton":
-        pytest.skip("pixel_shuffle has no Triton kernel")
     if backend != "cpu" and check not in ("accuracy", "opcheck"):
         pytest.skip("derivatives of higher order, transforms and layouts are the same Python on every backend")
     passes(op, backend, check)

@@ -11,7 +11,9 @@
 // memory   forward reads x once while a row stays in cache; backward reads x, writes dx; max and sum are all that is
 //          kept
 // numerics acc_t; lse in two numbers, max and sum: their sum would round away the digits of p where logits are large
+#include <algorithm>
 #include <atomic>
+#include <cstring>
 
 #include "common/registry.h"
 #include "cpu/math.h"
@@ -122,9 +124,48 @@ PYOPS_INLINE int64_t count_of(FirstLanes lanes) {
   return lanes.count;
 }
 
+// Of log-probabilities a label asks for one number, and its gradient is one number among zeros.
+template <class scalar_t>
+bool is_gather(const CrossEntropy<scalar_t>& e) {
+  return !e.logits && e.smoothing == 0;
+}
+
+template <class scalar_t, class acc_t>
+void gather_forward(const CrossEntropy<scalar_t>& e, const scalar_t* x, const int64_t* target, int64_t ignore,
+                    acc_t* loss, acc_t* divisor, acc_t* top, acc_t* total, int64_t M) {
+  const int64_t N = e.N, S = e.S;
+  parallel_for(M, ceil_div(8192, S + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m)
+      for (int64_t at = m * S; at < (m + 1) * S; ++at) {
+        const int64_t t = target[at];
+        const bool counts = t != ignore;
+        const acc_t w = counts ? e.weight(t) : acc_t(0);
+        loss[at] = counts ? -w * acc_t(x[(m * N + t) * S + at - m * S]) : acc_t(0);
+        divisor[at] = w;
+      }
+    std::fill(top + begin * S, top + end * S, acc_t(0));
+    std::fill(total + begin * S, total + end * S, acc_t(1));
+  });
+}
+
+template <class scalar_t, class acc_t>
+void gather_backward(const CrossEntropy<scalar_t>& e, const acc_t* g, const int64_t* target, int64_t ignore,
+                     scalar_t* dx, int64_t M) {
+  const int64_t N = e.N, S = e.S;
+  parallel_for(M, ceil_div(8192, N * S + 1), [&](int64_t begin, int64_t end) {
+    // all bits zero is 0 in every dtype; the C library clears memory without reading it first
+    std::memset(static_cast<void*>(dx + begin * N * S), 0, size_t((end - begin) * N * S) * sizeof(scalar_t));
+    for (int64_t m = begin; m < end; ++m)
+      for (int64_t at = m * S; at < (m + 1) * S; ++at)
+        if (const int64_t t = target[at]; t != ignore)
+          dx[(m * N + t) * S + at - m * S] = scalar_t(-g[at] * e.weight(t));
+  });
+}
+
 template <class scalar_t, class acc_t>
 void labels_forward(const CrossEntropy<scalar_t>& e, const scalar_t* x, const int64_t* target, int64_t ignore,
                     acc_t* loss, acc_t* divisor, acc_t* top, acc_t* total, int64_t M) {
+  if (is_gather(e)) return gather_forward(e, x, target, ignore, loss, divisor, top, total, M);
   using V = Vec<acc_t>;
   const int64_t N = e.N, S = e.S;
   // One label, given lse in two parts and Σ_n w_n (x - max) where labels are smoothed.
@@ -171,6 +212,7 @@ void labels_forward(const CrossEntropy<scalar_t>& e, const scalar_t* x, const in
 template <class scalar_t, class acc_t>
 void labels_backward(const CrossEntropy<scalar_t>& e, const acc_t* g, const scalar_t* x, const int64_t* target,
                      int64_t ignore, const acc_t* top, const acc_t* total, scalar_t* dx, int64_t M) {
+  if (is_gather(e)) return gather_backward(e, g, target, ignore, dx, M);
   using V = Vec<acc_t>;
   const int64_t N = e.N, S = e.S;
   const acc_t spread = e.spread();

@@ -40,14 +40,17 @@ def _knn_fake(query, data, k, p):
     return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
 
 
-_fwd = library.declare("cdist_fwd(Tensor x1, Tensor x2, float p) -> Tensor", _fwd_fake, None)
+_kernels = library.triton_kernels("distance")
+_fwd = library.declare("cdist_fwd(Tensor x1, Tensor x2, float p) -> Tensor", _fwd_fake, _kernels)
 _bwd = library.declare(
     "cdist_bwd(Tensor dy, Tensor x1, Tensor x2, Tensor dist, float p, bool need_dx1, bool need_dx2)"
     " -> (Tensor, Tensor)",
     _bwd_fake,
-    None,
+    _kernels,
 )
-_search = library.declare("knn_search(Tensor query, Tensor data, int k, float p) -> (Tensor, Tensor)", _knn_fake, None)
+_search = library.declare(
+    "knn_search(Tensor query, Tensor data, int k, float p) -> (Tensor, Tensor)", _knn_fake, _kernels
+)
 
 
 def _length(d: torch.Tensor, p: float, keepdim: bool = False) -> torch.Tensor:

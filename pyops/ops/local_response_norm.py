@@ -21,9 +21,12 @@ from ..core.intercept import route
 from ..core.samples import Sample, checked
 
 _SCHEMA = "int size, float alpha, float beta, float k, bool channels_last) -> Tensor"
-_fwd = library.declare(f"local_response_norm_fwd(Tensor x, {_SCHEMA}", lambda x, *constants: x.new_empty(x.shape), None)
+_kernels = library.triton_kernels("local_response_norm")
+_fwd = library.declare(
+    f"local_response_norm_fwd(Tensor x, {_SCHEMA}", lambda x, *constants: x.new_empty(x.shape), _kernels
+)
 _bwd = library.declare(
-    f"local_response_norm_bwd(Tensor dy, Tensor x, {_SCHEMA}", lambda dy, x, *constants: x.new_empty(x.shape), None
+    f"local_response_norm_bwd(Tensor dy, Tensor x, {_SCHEMA}", lambda dy, x, *constants: x.new_empty(x.shape), _kernels
 )
 
 

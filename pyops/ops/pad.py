@@ -32,8 +32,11 @@ def _bwd_fake(dy, before, sizes, mode):
     return dy.new_empty(dy.shape[0], *sizes, dy.shape[4])
 
 
-_fwd = library.declare("pad_fwd(Tensor x, int[] before, int[] sizes, int mode, float value) -> Tensor", _fwd_fake, None)
-_bwd = library.declare("pad_bwd(Tensor dy, int[] before, int[] sizes, int mode) -> Tensor", _bwd_fake, None)
+_kernels = library.triton_kernels("pad")
+_fwd = library.declare(
+    "pad_fwd(Tensor x, int[] before, int[] sizes, int mode, float value) -> Tensor", _fwd_fake, _kernels
+)
+_bwd = library.declare("pad_bwd(Tensor dy, int[] before, int[] sizes, int mode) -> Tensor", _bwd_fake, _kernels)
 
 
 def _source(mode: int, size: int, before: int, out: int, device: torch.device) -> torch.Tensor:

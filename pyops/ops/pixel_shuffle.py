@@ -30,7 +30,9 @@ def _fake(x, factor, inverse, channels_last):
 
 
 _shuffle = library.declare(
-    "pixel_shuffle_fwd(Tensor x, int factor, bool inverse, bool channels_last) -> Tensor", _fake, None
+    "pixel_shuffle_fwd(Tensor x, int factor, bool inverse, bool channels_last) -> Tensor",
+    _fake,
+    library.triton_kernels("pixel_shuffle"),
 )
 
 
