@@ -33,6 +33,7 @@ def pytest_generate_tests(metafunc):
 # of each kind, gradients of second order composite, stated, of several outputs; `make check` runs all.
 _OF_THE_RECIPE = {"autocast", "compile", "gradgradcheck", "transforms"}
 _ONE_OF_EACH_KIND = {"layer_norm", "roi_align", "lstm_cell"}
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -44,6 +45,9 @@ def pytest_collection_modifyitems(config, items):
             continue
         op = given.params.get("op", item.module.__name__.rpartition("test_")[2])
         if given.params.get("check") in _OF_THE_RECIPE and op not in _ONE_OF_EACH_KIND:
+            item.add_marker(pytest.mark.slow)
+        interpreted = _INTERPRETED and given.params["backend"] == "triton"
+        if interpreted and item.get_closest_marker("network") is not None and given.params["name"] != "packed":
             item.add_marker(pytest.mark.slow)
     if library.emulator_flavour() != "race":
         repeated = [item for item in items if item.originalname == "test_race"]

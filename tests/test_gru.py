@@ -64,6 +64,7 @@ def test_cell_module_refuses_as_torch():
         same_refusal(nn.GRUCell(3, 4), torch.nn.GRUCell(3, 4), *args)
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("name", NETWORKS)
 def test_module(backend, name):
     settings, x, states = network_case(name, lambda layers, batch: torch.randn(layers, *batch, 7))

@@ -84,6 +84,7 @@ def test_cell_module_refuses_as_torch():
         same_refusal(nn.LSTMCell(3, 4), torch.nn.LSTMCell(3, 4), *args)
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("name", NETWORKS)
 def test_module(backend, name):
     settings, x, states = network_case(
@@ -132,6 +133,7 @@ def test_module_refuses_as_torch():
         same_refusal(nn.LSTM(3, 4), torch.nn.LSTM(3, 4), *args)
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("name", ["batch first", "packed", "packed, not sorted"])
 def test_module_with_projection(backend, name):
     states = lambda layers, batch: (torch.randn(layers, *batch, 3), torch.randn(layers, *batch, 7))

@@ -69,6 +69,7 @@ def test_cell_module_refuses_as_torch():
             module.RNNCell(3, 4, nonlinearity="sine")(X)
 
 
+@pytest.mark.network
 @pytest.mark.parametrize("name", NETWORKS)
 def test_module(backend, name):
     settings, x, states = network_case(name, lambda layers, batch: torch.randn(layers, *batch, 7))
