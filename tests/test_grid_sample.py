@@ -13,14 +13,8 @@ X, G = torch.arange(24.0).reshape(1, 2, 3, 4), torch.zeros(1, 2, 2, 2)
 MODES, PADDINGS = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
 
 
-def unless_triton(backend):
-    if backend == "triton":
-        pytest.skip("grid_sample has no Triton kernel")
-
-
 @pytest.mark.parametrize("check", testing.checks())
 def test_checks(backend, check):
-    unless_triton(backend)
     if backend != "cpu" and check not in ("accuracy", "opcheck", "determinism"):
         pytest.skip("derivatives of higher order, transforms and layouts are the same Python on every backend")
     passes("grid_sample", backend, check)
@@ -42,7 +36,6 @@ def test_race(backend):
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_and_padding(backend, mode, padding, align_corners):
     """Values and both gradients, of points in, at and far outside the image, in two and three dimensions."""
-    unless_triton(backend)
     generator = torch.Generator().manual_seed(0)
     for dims in (2, 3) if mode != "bicubic" else (2,):
         x = torch.randn(2, 3, *(3, 4, 5)[-dims:], generator=generator, dtype=torch.float64)
@@ -75,7 +68,6 @@ def test_any_shape_and_layout(shape, out, layout, mode, padding, align_corners):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30])
 def test_points_nowhere(backend, mode, padding, bad):
     """NaN and what no image holds give what torch gives, and the gradient reads and writes nothing outside."""
-    unless_triton(backend)
     grid = torch.zeros(1, 1, 20, 2)
     grid[0, 0, 3, 0] = grid[0, 0, 7, 1] = bad
     x = torch.randn(1, 2, 3, 4)
@@ -90,7 +82,6 @@ def test_points_nowhere(backend, mode, padding, bad):
 
 def test_many_points_on_one_element(backend):
     """The whole grid reads one corner; the list of that element is long."""
-    unless_triton(backend)
     x = torch.randn(1, 2, 3, 3, dtype=torch.float64)
     grid = torch.full((1, 20, 30, 2), 5.0, dtype=torch.float64)
     with backends.backend(backend):

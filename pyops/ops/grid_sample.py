@@ -33,9 +33,10 @@ def _bwd_fake(dy, x, grid, mode, padding, align_corners, channels_last, needs_x,
     return x.new_empty(x.shape if needs_x else (0,)), grid.new_empty(grid.shape if needs_grid else (0,))
 
 
-_fwd = library.declare(f"grid_sample_fwd({_SCHEMA}) -> Tensor", _fwd_fake, None)
+_kernels = library.triton_kernels("grid_sample")
+_fwd = library.declare(f"grid_sample_fwd({_SCHEMA}) -> Tensor", _fwd_fake, _kernels)
 _bwd = library.declare(
-    f"grid_sample_bwd(Tensor dy, {_SCHEMA}, bool needs_x, bool needs_grid) -> (Tensor, Tensor)", _bwd_fake, None
+    f"grid_sample_bwd(Tensor dy, {_SCHEMA}, bool needs_x, bool needs_grid) -> (Tensor, Tensor)", _bwd_fake, _kernels
 )
 
 
