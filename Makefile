@@ -8,6 +8,8 @@ CUDA_HEADERS := $(shell command -v nvcc >/dev/null || test -e /usr/local/cuda/in
 RUN := PYTHONUNBUFFERED=1 $(BIN)/python
 # One process per core, of one thread each.
 PYTEST := $(RUN) -m pytest -n $(or $(MAX_JOBS),$(shell n=$$(nproc); echo $$((n < 16 ? n : 16)))) --dist worksteal
+# new ones too, before git knows them
+FILES := git ls-files --cached --others --exclude-standard
 RACE := PYOPS_EMULATOR=race $(PYTEST) tests -m race --backend emulator
 
 .PHONY: demo test bench build gpu gpu-wheels emulator asan room fmt lint check sanitize profile sass clean
@@ -69,19 +71,19 @@ gpu-wheels: $(VENV)/.installed ## what `make gpu` needs on a machine without a p
 	@du -sh wheels
 
 room: ## every file of one op: make room OP=layer_norm
-	@git ls-files "*$(OP)*"
+	@$(FILES) "*$(OP)*"
 
 fmt: $(VENV)/.installed ## format Python and C++
 	$(BIN)/ruff check --fix -q . || true
 	$(BIN)/ruff format -q .
-	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
+	$(FILES) '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format -i
 
 lint: $(VENV)/.installed ## style, types, import contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	git ls-files '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(FILES) '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 
 sanitize: ## compute-sanitizer on the smallest case of each kernel (GPU)
 	$(MAKE) gpu PART=sanitize
