@@ -15,6 +15,7 @@ plain torch; run in float64 it is the truth, run in the op's dtype it sets the e
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -284,6 +285,16 @@ def fresh_compiler() -> None:
     FakeTensorMode.cache_clear()
 
 
+def _drop_late_guards() -> None:
+    """Collects what a failed compilation left, now, where the thread's dispatch state can be kept.
+
+    Of Triton's interpreter the compiler keeps a suspended frame; when it is collected, it puts the dispatch keys back
+    that held inside, and with them every later call would run without autograd.
+    """
+    with torch._C._PreserveDispatchKeyGuard():
+        gc.collect()
+
+
 def _compiled(case: _Case, sample: Sample) -> str:
     """torch.compile(fullgraph=True), forward and backward, equals eager; compiled transforms are never wrong."""
     fresh_compiler()
@@ -308,11 +319,15 @@ def _compiled(case: _Case, sample: Sample) -> str:
         return torch.func.grad(lambda u: _total(function(u, *rest)))(v)
 
     for name, transform in (("jvp", direction), ("grad", gradient)):
+        failed = False
         try:
             with _quiet("torch._subclasses.fake_tensor"):  # torch logs each op of forward mode that it cannot trace
                 result = torch.compile(transform, backend="aot_eager")(x)
         except Exception:
-            continue  # a clear error is acceptable, a wrong number is not
+            failed = True  # a clear error is acceptable, a wrong number is not
+        if failed:
+            _drop_late_guards()
+            continue
         for got, expected in zip(_outputs(result), _outputs(transform(x))):
             if _difference(got, expected) > 1e-9:
                 return f"compiled {name} is wrong"

@@ -5,6 +5,8 @@
 The gradient reads the output r and the statistic is of no use to it. The implementations are plain torch.
 """
 
+import gc
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -14,6 +16,8 @@ from pyops import testing
 from pyops.core import library
 from pyops.core.autograd import Formula, differentiable
 from pyops.testing import Maker, Sample, check_op
+
+from .harness import passes
 
 
 def _forward(x, w, index, s):
@@ -163,6 +167,16 @@ def test_compiled_transforms_equal_eager(transform):
     whole = transform != "jvp of grad"
     compiled = torch.compile(lambda v: functions[transform](v), fullgraph=whole, backend="aot_eager")
     torch.testing.assert_close(compiled(v), functions[transform](v))
+
+
+def test_a_compilation_that_fails_leaves_autograd_on():
+    """Forward mode over Triton's interpreter does not compile; what the attempt leaves must not switch autograd off."""
+    if (reason := library.why_not("triton")) is not None:
+        pytest.skip(reason)
+    passes("rms_norm", "triton", "compile")
+    gc.collect()
+    x = torch.randn(2, 8, requires_grad=True)
+    assert torch.nn.functional.rms_norm(x, (8,)).requires_grad and F.rms_norm(x, (8,)).requires_grad
 
 
 def test_the_compiled_graph_holds_the_op():
