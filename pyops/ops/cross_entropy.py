@@ -184,8 +184,8 @@ def _labelled(
         raise IndexError(str(error)) from None
     if reduction == "none":
         return loss.to(x.dtype).reshape(target.shape)
-    total = loss.sum()
-    return (total if reduction == "sum" else total / divisor.sum()).to(x.dtype)
+    total = loss.sum() if reduction == "sum" else loss.sum() / divisor.sum()
+    return total if total.dtype == x.dtype else total.to(x.dtype)
 
 
 def _number(op: str, argument: str, value: Any, high: float) -> float:

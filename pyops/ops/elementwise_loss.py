@@ -151,7 +151,12 @@ def _pair(op: str, input: Any, target: Any, same_size: bool) -> tuple[Any, Any]:
             check.fail(RuntimeError, op, "target", f"shape {list(target.shape)}", f"one like {list(input.shape)}")
     x, t = autocast.cast(op, input, target)
     dtype = torch.promote_types(x.dtype, t.dtype)  # type: ignore[union-attr]
-    return x.to(dtype), t.to(dtype)  # type: ignore[union-attr]
+    return _as_dtype(x, dtype), _as_dtype(t, dtype)
+
+
+def _as_dtype(t: Any, dtype: torch.dtype) -> torch.Tensor:
+    """``t.to(dtype)``, whose call costs a microsecond where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)  # type: ignore[no-any-return]
 
 
 def _flat(t: torch.Tensor) -> torch.Tensor:
@@ -172,11 +177,12 @@ def _loss(
             return y
         total = y.sum(dtype=check.accumulate_dtype(y.dtype))
     else:
-        total = _apply(namespace, *flat, kind, a, BLOCK).sum()
+        sums = _apply(namespace, *flat, kind, a, BLOCK)
+        total = sums.reshape(()) if 0 < x.numel() <= BLOCK else sums.sum()
     if reduction != "sum":
         # torch's mean of no elements is NaN
         total = total / (over if over is not None else x.numel() or math.nan * 1)
-    return total.to(x.dtype)
+    return _as_dtype(total, x.dtype)
 
 
 def _weight(op: str, x: torch.Tensor, weight: Any, same_size: bool) -> torch.Tensor | None:
