@@ -18,30 +18,26 @@ using namespace hog;
 
 // ---- kernels
 
-// One row of pixels: the gradient, and the channel it comes from.
+// One row of pixels: the gradient, and the channel it comes from; the three rows it is made of where channels lie last.
 template <class A>
 struct Row {
-  Buffer<A> x, y, channel, magnitude, bin;
-  explicit Row(int64_t W) : x(W), y(W), channel(W), magnitude(W), bin(W) {}
+  Buffer<A> x, y, channel, magnitude, bin, lines;
+  explicit Row(const Sizes& z)
+      : x(z.W), y(z.W), channel(z.W), magnitude(z.W), bin(z.W), lines(z.pixel == 1 ? 0 : 3 * z.C * z.W) {}
 };
 
+// Pixels 1 to W - 2 of the row whose first pixel is `middle`; `plane` and `line`: to the next channel and row.
 template <class T, class A>
-void gradients_of_row(const T* image, const Sizes& z, int64_t h, Row<A>& row) {
+PYOPS_INLINE void longest_differences(const T* middle, int64_t plane, int64_t line, bool inner, const Sizes& z,
+                                      Row<A>& row) {
   using V = Vec<A>;
-  const bool inner = h > 0 && h + 1 < z.H, planes = z.pixel == 1;
-  const auto one = [&](int64_t w) {
-    const Gradient<A> g = gradient<A>(image, z, h, w);
-    row.x[w] = g.x, row.y[w] = g.y, row.channel[w] = A(g.channel);
-  };
-  for (int64_t w = 0; w < z.W; w += planes ? std::max<int64_t>(z.W - 1, 1) : 1) one(w);
-  if (!planes) return;
   each_vector<A>(std::max<int64_t>(z.W - 2, 0), [&](int64_t i, auto lanes) {
     const int64_t w = i + 1;
     V gx, gy, channel, most(A(-1));
     for (int64_t c = 0; c < z.C; ++c) {
-      const T* p = image + c * z.plane + h * z.W + w;
+      const T* p = middle + c * plane + w;
       const V x = V::load(p + 1, lanes) - V::load(p - 1, lanes);
-      const V y = inner ? V::load(p + z.W, lanes) - V::load(p - z.W, lanes) : V();
+      const V y = inner ? V::load(p + line, lanes) - V::load(p - line, lanes) : V();
       const V low = min(abs(x), abs(y)), high = max(abs(x), abs(y)), square = fma(high, high, low * low);
       const Mask<A> longer = (square > most) | (is_nan(square) & ~is_nan(most));
       gx = select(longer, x, gx), gy = select(longer, y, gy);
@@ -51,6 +47,24 @@ void gradients_of_row(const T* image, const Sizes& z, int64_t h, Row<A>& row) {
     gy.store(row.y.get() + w, lanes);
     channel.store(row.channel.get() + w, lanes);
   });
+}
+
+template <class T, class A>
+void gradients_of_row(const T* image, const Sizes& z, int64_t h, Row<A>& row) {
+  const bool inner = h > 0 && h + 1 < z.H;
+  for (int64_t w = 0; w < z.W; w += std::max<int64_t>(z.W - 1, 1)) {
+    const Gradient<A> g = gradient<A>(image, z, h, w);
+    row.x[w] = g.x, row.y[w] = g.y, row.channel[w] = A(g.channel);
+  }
+  if (z.pixel == 1) return longest_differences(image + h * z.W, z.plane, z.W, inner, z, row);
+  const int64_t line = z.C * z.W;
+  for (int64_t k = inner ? -1 : 0; k <= (inner ? 1 : 0); ++k)
+    for (int64_t c = 0; c < z.C; ++c) {
+      const T* from = image + (h + k) * line + c;
+      A* to = row.lines.get() + (k + 1) * line + c * z.W;
+      for (int64_t w = 0; w < z.W; ++w) to[w] = A(from[w * z.C]);
+    }
+  longest_differences(static_cast<const A*>(row.lines.get()) + line, z.W, line, inner, z, row);
 }
 
 template <class A>
@@ -71,7 +85,7 @@ void vote(const T* x, A* cells, const Sizes& z) {
   const Directions<A> d = directions<A>(z.O);
   const int64_t values = z.cells_w * z.O;
   parallel_for(z.N * z.cells_h, ceil_div(8192, z.cell_h * z.W * z.C), [&](int64_t begin, int64_t end) {
-    Row<A> row(z.W);
+    Row<A> row(z);
     Buffer<double> totals(values);
     for (int64_t r = begin; r < end; ++r) {
       std::fill_n(totals.get(), values, 0.0);
@@ -196,7 +210,7 @@ template <class T, class A>
 void vote_bwd(const T* x, const A* dcells, A* u, A* v, int32_t* channel, const Sizes& z) {
   const Directions<A> d = directions<A>(z.O);
   parallel_for(z.N * z.H, ceil_div(8192, z.W * z.C), [&](int64_t begin, int64_t end) {
-    Row<A> row(z.W);
+    Row<A> row(z);
     for (int64_t r = begin; r < end; ++r) {
       const int64_t n = r / z.H, h = r % z.H, i = h / z.cell_h;
       gradients_of_row(x + n * z.image(), z, h, row);
