@@ -120,8 +120,8 @@ def grid_sample_fwd_kernel(
     acc_t: tl.constexpr = tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = e < TOTAL
-    size = D.to(tl.int64) * H * W
-    n, rest = e // C // P, e % (C.to(tl.int64) * P)
+    size = tl.cast(D, tl.int64) * H * W
+    n, rest = e // C // P, e % (tl.cast(C, tl.int64) * P)
     if LAST:
         c, p = rest % C, rest // C
         base, step = n * C * size + c, C
@@ -151,7 +151,7 @@ def grid_sample_taps_kernel(
     acc_t: tl.constexpr = weight.dtype.element_ty
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = e < TOTAL
-    size, n = D.to(tl.int64) * H * W, e // P
+    size, n = tl.cast(D, tl.int64) * H * W, e // P
     gw, gh, gd = _point(grid, e, valid, DIMS, acc_t)
     for k in tl.static_range(DEEP):
         d, wd, _ = _depth(gd, D, k, DIMS, TAPS, PADDING, ALIGN)
@@ -200,7 +200,7 @@ def grid_sample_bwd_grid_kernel(
     acc_t: tl.constexpr = tl.float64 if dgrid.dtype.element_ty == tl.float64 else tl.float32
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = e < TOTAL
-    size, n, p = D.to(tl.int64) * H * W, e // P, e % P
+    size, n, p = tl.cast(D, tl.int64) * H * W, e // P, e % P
     gw, gh, gd = _point(grid, e, valid, DIMS, acc_t)
     dw, dh, dd = tl.zeros((BLOCK,), acc_t), tl.zeros((BLOCK,), acc_t), tl.zeros((BLOCK,), acc_t)
     for k in tl.static_range(DEEP):

@@ -143,7 +143,7 @@ def layer_norm_bwd_columns_kernel(
     start = (pid // COLUMNS).to(tl.int64) * strip
     col = (pid % COLUMNS).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.arange(0, BLOCK_S)
-    plane = M.to(tl.int64) * STRIPS
+    plane = tl.cast(M, tl.int64) * STRIPS
     dw = tl.zeros((BLOCK_M, BLOCK_N), acc_t)
     db = tl.zeros((BLOCK_M, BLOCK_N), acc_t)
     if weight is not None:

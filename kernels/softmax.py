@@ -26,19 +26,22 @@ def softmax_fwd_kernel(
     column = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     live = column < COLUMNS
     at = column // S * N * S + column % S
-    most = tl.full((BLOCK_R,), float("-inf"), acc_t)
+    # Sums and maxima stay whole blocks inside the loops: Triton 3.6 fails to compile a reduction that a loop carries.
+    tops = tl.full((BLOCK_R, BLOCK_N), float("-inf"), acc_t)
     for k in range(0, N, BLOCK_N):
         n = k + tl.arange(0, BLOCK_N)
         valid = live[:, None] & (n < N)[None, :]
         v = tl.load(x + at[:, None] + n[None, :] * S, mask=valid, other=float("-inf")).to(acc_t)
         # A NaN that the maximum passes over comes back through the sum.
-        most = tl.maximum(tl.max(v, 1), most)
-    sums = tl.zeros((BLOCK_R,), acc_t)
+        tops = tl.maximum(v, tops)
+    most = tl.max(tops, 1)
+    parts = tl.zeros((BLOCK_R, BLOCK_N), acc_t)
     for k in range(0, N, BLOCK_N):
         n = k + tl.arange(0, BLOCK_N)
         valid = live[:, None] & (n < N)[None, :]
         v = tl.load(x + at[:, None] + n[None, :] * S, mask=valid, other=0.0).to(acc_t)
-        sums += tl.sum(tl.where(valid, tl.exp(v - most[:, None]), 0.0), 1)
+        parts += tl.where(valid, tl.exp(v - most[:, None]), 0.0)
+    sums = tl.sum(parts, 1)
     for k in range(0, N, BLOCK_N):
         n = k + tl.arange(0, BLOCK_N)
         valid = live[:, None] & (n < N)[None, :]
@@ -62,7 +65,7 @@ def softmax_bwd_kernel(
     at = column // S * N * S + column % S
     most = tl.load(top + column, mask=live, other=0.0)[:, None]
     sums = tl.load(total + column, mask=live, other=1.0)[:, None]
-    dot = tl.zeros((BLOCK_R,), acc_t)
+    parts = tl.zeros((BLOCK_R, BLOCK_N), acc_t)
     for k in range(0, N, BLOCK_N):
         n = k + tl.arange(0, BLOCK_N)
         valid = live[:, None] & (n < N)[None, :]
@@ -70,7 +73,8 @@ def softmax_bwd_kernel(
         if not LOG:
             v = tl.load(x + at[:, None] + n[None, :] * S, mask=valid, other=0.0).to(acc_t)
             g = tl.where(valid, g * (tl.exp(v - most) / sums), 0.0)
-        dot += tl.sum(g, 1)
+        parts += tl.where(valid, g, 0.0)
+    dot = tl.sum(parts, 1)
     for k in range(0, N, BLOCK_N):
         n = k + tl.arange(0, BLOCK_N)
         valid = live[:, None] & (n < N)[None, :]

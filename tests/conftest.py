@@ -1,6 +1,9 @@
 """Which backends the suite runs on: ``--backend`` (repeatable), else every one that can run here."""
 
 import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 # Before Triton is imported anywhere: without a GPU its kernels run in the interpreter.
 if not os.path.exists("/dev/nvidiactl"):
@@ -8,6 +11,8 @@ if not os.path.exists("/dev/nvidiactl"):
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from pyops.core import backend, library
 
@@ -53,6 +58,35 @@ def pytest_collection_modifyitems(config, items):
         repeated = [item for item in items if item.originalname == "test_race"]
         items[:] = [item for item in items if item not in set(repeated)]
         config.hook.pytest_deselected(items=repeated)
+
+
+class _OnGpu(TorchFunctionMode):
+    """What a test, or a module it builds, makes without naming a device stands on the GPU, drawn as on the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function not in _device_constructors() or kwargs.get("device") is not None or not self._made_by_a_test():
+            return function(*args, **kwargs)
+        differentiable = kwargs.pop("requires_grad", False)
+        return function(*args, **kwargs).cuda().requires_grad_(differentiable)
+
+    @staticmethod
+    def _made_by_a_test() -> bool:
+        frame = sys._getframe(2)
+        while frame is not None and "/torch/" in frame.f_code.co_filename:
+            frame = frame.f_back
+        return frame is not None and frame.f_code.co_filename.startswith(_TESTS)
+
+
+_TESTS = str(Path(__file__).parent)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device_of_the_backend(request):
+    name = request.getfixturevalue("backend") if "backend" in request.fixturenames else None
+    on_gpu = name == "cuda" or (name == "triton" and torch.cuda.is_available())
+    with _OnGpu() if on_gpu else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -71,6 +71,7 @@ def build_gpu(architecture: str = "sm_90a") -> Path:
     # Spelled out: the short -arch may add the PTX of the plain architecture, which has no wgmma.
     target = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
     command = ["nvcc", "-std=c++20", target, "-shared", "-Xcompiler=-fPIC", "-I", str(ROOT / "csrc")]
+    library.parent.mkdir(exist_ok=True)
     subprocess.run([*command, *map(str, sources), "-o", str(library)], check=True)
     return library
 

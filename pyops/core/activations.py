@@ -27,6 +27,13 @@ def hardsigmoid(x: torch.Tensor) -> torch.Tensor:
     return torch.where((x > -3) & (x < 3), (x + 3) / 6, torch.where(x != x, x, (x >= 3).to(x.dtype)))
 
 
+def hardswish(x: torch.Tensor) -> torch.Tensor:
+    """torch's own multiplies by 1/6 in float32 on the GPU; kinks and infinities fall as there."""
+    inside = (x > -3) & (x < 3)
+    t = torch.where(inside, x, torch.zeros_like(x))
+    return torch.where(inside, t * (t + 3) / 6, torch.where(x >= 3, x, x * 0))
+
+
 # name -> (number in csrc/common/activation.h, the same in plain torch with parameters a, b, c)
 FUNCTIONS: dict[str, tuple[int, Callable[..., torch.Tensor]]] = {
     "relu": (0, lambda x, a, b, c: torch.relu(x)),
@@ -38,7 +45,7 @@ FUNCTIONS: dict[str, tuple[int, Callable[..., torch.Tensor]]] = {
     "mish": (6, lambda x, a, b, c: _torch.mish(x)),
     "sigmoid": (7, lambda x, a, b, c: torch.sigmoid(x)),
     "hardsigmoid": (8, lambda x, a, b, c: hardsigmoid(x)),
-    "hardswish": (9, lambda x, a, b, c: _torch.hardswish(x)),
+    "hardswish": (9, lambda x, a, b, c: hardswish(x)),
     "hardtanh": (10, lambda x, a, b, c: _torch.hardtanh(x, a, b)),
     "softplus": (11, lambda x, a, b, c: _torch.softplus(x, a, b)),
     "softsign": (12, lambda x, a, b, c: x / (1 + x.abs())),

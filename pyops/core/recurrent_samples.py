@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -54,8 +55,10 @@ def of_layers(function: Callable[..., Any], states: int) -> Callable[..., Any]:
     def call(x, *tensors, batch_sizes=None, bias=True, layers=1, bidirectional=False, batch_first=False):
         given = tensors[0] if states == 1 else tensors[:states]
         parameters, settings = tensors[states:], (bias, layers, 0.0, False, bidirectional)
-        if batch_sizes is None:
-            return function(x, given, parameters, *settings, batch_first)
-        return function(x, torch.tensor(batch_sizes), given, parameters, *settings)
+        # cuDNN, which torch's own would take, has no backward outside training
+        with torch.backends.cudnn.flags(enabled=False) if x.is_cuda else nullcontext():
+            if batch_sizes is None:
+                return function(x, given, parameters, *settings, batch_first)
+            return function(x, torch.tensor(batch_sizes), given, parameters, *settings)
 
     return call

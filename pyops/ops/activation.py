@@ -26,6 +26,7 @@ import torch
 from ..core import autocast, backend, check, library
 from ..core.activations import FUNCTIONS, SELU_ALPHA, SELU_SCALE, TRUTH
 from ..core.activations import hardsigmoid as _hardsigmoid_truth
+from ..core.activations import hardswish as _hardswish_truth
 from ..core.autograd import Formula, Tensors, differentiable
 from ..core.intercept import route
 from ..core.layout import flatten_dense
@@ -476,7 +477,7 @@ _CHECKED: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]
     "mish": (mish, _torch.mish, {}),
     "sigmoid": (sigmoid, torch.sigmoid, {}),
     "hardsigmoid": (hardsigmoid, _hardsigmoid_truth, {}),
-    "hardswish": (hardswish, _torch.hardswish, {}),
+    "hardswish": (hardswish, _hardswish_truth, {}),
     "softplus": (softplus, _torch.softplus, {"beta": 1.5, "threshold": 2.0}),
     "softsign": (softsign, _torch.softsign, {}),
     "tanh": (tanh, torch.tanh, {}),
