@@ -118,6 +118,19 @@ def test_output_padding_beyond_the_stride_has_a_gradient():
     torch.autograd.gradgradcheck(f, (x, w))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_planes_with_many_channels_pass_through_channels_last_on_cuda(transposed):
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((1, 32, 5, 6), (32, 32, 3, 3), (32,))]
+    name = "conv_transpose2d" if transposed else "conv2d"
+    results = []
+    for functional in (F, torch.nn.functional):
+        with backends.backend("emulator"):
+            y = getattr(functional, name)(*inputs, padding=1)
+        assert y.is_contiguous()
+        results.append((y, *torch.autograd.grad(y.sin().sum(), inputs)))
+    torch.testing.assert_close(*results)
+
+
 def test_bad_input():
     conv, transposed = F.conv2d, F.conv_transpose2d
     refuses(RuntimeError, ("conv2d", "'input'", "4 channels", "2"), conv, X, W)

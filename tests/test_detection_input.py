@@ -105,6 +105,8 @@ def test_regions(here, op):
 @pytest.mark.race
 @pytest.mark.parametrize("op", ROI_OPS)
 def test_images_that_are_not_there(here, op):
+    if here == "cuda":
+        pytest.skip("a kernel that meets such an image ends the CUDA context, as a device assertion of torch does")
     x = torch.randn(2, 4, 5, 6)
     for image in (-1.0, 2.0, 1e9, -1e9, 3e38, NAN, INF, -INF):
         rois = torch.tensor([[0.0, 0, 0, 3, 3], [image, 0, 0, 3, 3]])

@@ -59,6 +59,15 @@ def _is_channels_last(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return x.dim() > 3 and (layout.is_channels_last(x) or layout.is_channels_last(weight))
 
 
+def _pays_for_a_pass(namespace: str, x: torch.Tensor, weight: torch.Tensor, groups: int) -> bool:
+    """Whether x is better copied to channels last, and y back: CUDA kernels read channels as vectors of 16 bytes.
+
+    Measured on an H200, 3 x 3 taps in bfloat16: 1.0 ms in planes, 0.19 ms channels last, 0.34 ms with the copies.
+    """
+    on_gpu = namespace == "pyops_emulator" or (namespace == "pyops" and x.is_cuda)
+    return on_gpu and groups == 1 and min(x.shape[1], *weight.shape[:2]) >= 32 and any(t > 1 for t in weight.shape[2:])
+
+
 def _three(values: list[int], filler: int) -> list[int]:
     return [filler] * (3 - len(values)) + values
 
@@ -109,10 +118,12 @@ def convolve(
             check.fail(
                 RuntimeError, op, "weight", f"taps {taps}", f"a filter that fits the padded input {size + 2 * p}"
             )
-    last = _is_channels_last(x, weight)
+    namespace, last = backend.namespace_for(op, x), _is_channels_last(x, weight)
+    passed = not last and _pays_for_a_pass(namespace, x, weight, groups)
+    last = last or passed
     geometry = (_three(stride, 1), _three(padding, 0), _three(dilation, 1), groups, last)
     y = convolution.family_for(x.shape[1], weight.shape, groups).fwd(
-        backend.namespace_for(op, x),
+        namespace,
         convolution.canonical(x, dims, last),
         convolution.canonical(weight, dims, last),
         None if bias is None else bias.contiguous(),
@@ -120,6 +131,7 @@ def convolve(
         convolution.current_algorithm(x),
     )
     y = convolution.restore(y, dims, last)
+    y = y.contiguous() if passed else y
     return y if input.dim() == dims + 2 else y.squeeze(0)
 
 
@@ -156,10 +168,12 @@ def convolve_transposed(
     ]
     if any(s < 1 for s in size):
         check.fail(RuntimeError, op, "padding", padding, f"an output of at least one position; its size is {size}")
-    last = _is_channels_last(x, weight)
+    namespace, last = backend.namespace_for(op, x), _is_channels_last(x, weight)
+    passed = not last and _pays_for_a_pass(namespace, x, weight, groups)
+    last = last or passed
     geometry = (_three(stride, 1), _three(padding, 0), _three(dilation, 1), groups, last)
     y = convolution.family_for(out, weight.shape, groups).dgrad(
-        backend.namespace_for(op, x),
+        namespace,
         convolution.canonical(x, dims, last),
         convolution.canonical(weight, dims, last),
         None if bias is None else bias.contiguous(),
@@ -168,4 +182,5 @@ def convolve_transposed(
         convolution.current_algorithm(x),
     )
     y = convolution.restore(y, dims, last)
+    y = y.contiguous() if passed else y
     return y if input.dim() == dims + 2 else y.squeeze(0)
