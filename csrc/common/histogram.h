@@ -43,7 +43,8 @@ template <class A>
 PYOPS_HOST_DEVICE Place<A> shared(A x, const A* edges, int64_t bins) {
   const A low = edges[0], high = edges[bins];
   if (!(x >= low && x <= high)) return {-1, A(1)};
-  const A at = (x - low) / (high - low) * A(bins) - A(0.5);
+  // fused or not, the share is a small difference of large numbers: the same on every machine
+  const A at = std::fma((x - low) / (high - low), A(bins), A(-0.5));
   if (!(at > 0)) return {0, A(1)};
   if (at >= A(bins - 1)) return {bins - 1, A(1)};
   const int64_t b = int64_t(at);

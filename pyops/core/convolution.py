@@ -248,8 +248,6 @@ ALGORITHMS = {
 }
 _ON_CPU = ("gemm", "winograd2", "winograd4")
 _algorithm = os.environ.get("PYOPS_CONV_ALGORITHM", "")
-# what torch.backends.mkldnn.conv.fp32_precision reads, at a tenth of its cost
-_precision = torch._C._get_fp32_precision_getter
 
 
 def _known(source: str, name: str) -> str:
@@ -289,12 +287,19 @@ def _tf32_allowed() -> bool:
     return torch.backends.cudnn.allow_tf32
 
 
+@torch.compiler.assume_constant_result
+def _only_exact() -> bool:
+    """Whether torch is asked for more than Winograd's algorithm gives."""
+    # what torch.backends.mkldnn.conv.fp32_precision reads, at a tenth of its cost
+    precision = torch._C._get_fp32_precision_getter("mkldnn", "conv")
+    return torch.are_deterministic_algorithms_enabled() or precision == "ieee"
+
+
 def _cpu_algorithm(dtype: torch.dtype) -> str:
     """``""`` leaves the choice to the table in csrc/cpu/conv_choice.h."""
     if dtype != torch.float32 or _algorithm in _ON_CPU:
         return _algorithm if _algorithm in _ON_CPU else "gemm"
-    exact = torch.are_deterministic_algorithms_enabled() or _precision("mkldnn", "conv") == "ieee"
-    return "gemm" if exact or _algorithm else ""
+    return "gemm" if _algorithm or _only_exact() else ""
 
 
 def algorithm_for(dtype: torch.dtype, backend_name: str, on_gpu: bool) -> str:

@@ -496,14 +496,22 @@ def _sample(shape, channels_last=False, **arguments):
     return make
 
 
-for _name, _function, _arguments in (
-    ("max_pool2d", max_pool2d, {"dilation": 2, "ceil_mode": True}),
-    ("avg_pool2d", avg_pool2d, {"count_include_pad": False, "ceil_mode": True}),
+def _avg_pool2d_truth(x, **arguments):
+    """torch's gradient of channels last is wrong on a GPU, seen with 2.11: padded, it is of other elements."""
+    if not x.is_cuda or x.is_contiguous():
+        return _torch.avg_pool2d(x, **arguments)
+    y = _torch.avg_pool2d(x.contiguous(), **arguments)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+for _name, _function, _truth, _arguments in (
+    ("max_pool2d", max_pool2d, _torch.max_pool2d, {"dilation": 2, "ceil_mode": True}),
+    ("avg_pool2d", avg_pool2d, _avg_pool2d_truth, {"count_include_pad": False, "ceil_mode": True}),
 ):
     checked(
         _name,
         _function,
-        getattr(_torch, _name),
+        _truth,
         Sample("overlapping windows", _sample((1, 2, 5, 6), **_MAX), derivatives=True),
         Sample("every argument", _sample((2, 2, 9, 7), **(_MAX | {"stride": (1, 3)}), **_arguments)),
         Sample("several vectors of outputs", _sample((1, 2, 5, 75), kernel_size=(2, 3), stride=(2, 1), padding=(0, 1))),
