@@ -33,7 +33,7 @@ PHOTO, STYLE = "chelsea.png", "ihc.png"
 SIDE = 192
 STYLE_LAYERS = (0, 2, 4, 8)  # blocks of the judge, with 16, 24, 40 and 80 channels
 CONTENT_LAYER = 4
-CONTENT_WEIGHT, STYLE_WEIGHT, ROUGH_WEIGHT = 0.02, 1.0, 0.02
+CONTENT_WEIGHT, STYLE_WEIGHT, ROUGH_WEIGHT = 0.006, 1.0, 0.02
 
 
 # The painter
