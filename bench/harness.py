@@ -151,7 +151,8 @@ class Oracle:
     """The float64 result of a case on its inputs, and how far from it a provider may be.
 
     pyops may be off by twice the error that torch makes on the same inputs in the same dtype and layout, plus one
-    rounding. Peers get `PEER_SLACK` times that: their accuracy is theirs to choose, but garbage is not timed.
+    rounding; a room whose algorithm rounds more says how much in SLACK. Peers get `PEER_SLACK` times that: their accuracy
+    is theirs to choose, but garbage is not timed.
     The oracle works where its tensors are, which may be the CPU for a case on the GPU.
     """
 
@@ -160,6 +161,7 @@ class Oracle:
     def __init__(self, room: Room, case: Case, tensors: Tensors):
         self.case = case
         self.tensors = tensors
+        self.slack = getattr(room, "SLACK", 1)
         self.function = room.bind(torch.nn.functional, case)
         self.want = outputs(case, self.function, {name: t.double() for name, t in tensors.items()})
         self.torch_errors: dict[bool, dict[str, float]] = {}
@@ -175,7 +177,7 @@ class Oracle:
         channels_last = self.case.channels_last or provider.channels_last
         tensors = {name: t.to(self.case.device) for name, t in self.tensors.items()}
         got = outputs(self.case, function, in_layout(tensors, channels_last))
-        slack = 1 if provider.ours else self.PEER_SLACK
+        slack = self.slack if provider.ours else self.PEER_SLACK
         epsilon = torch.finfo(self.case.dtype).eps
         worst = ("", 0.0, 0.0, -1.0)
         for name, torch_error in self.errors_of_torch(channels_last).items():
