@@ -151,8 +151,8 @@ class Oracle:
     """The float64 result of a case on its inputs, and how far from it a provider may be.
 
     pyops may be off by twice the error that torch makes on the same inputs in the same dtype and layout, plus one
-    rounding; a room whose algorithm rounds more says how much in SLACK. Peers get `PEER_SLACK` times that: their accuracy
-    is theirs to choose, but garbage is not timed.
+    rounding; a room whose algorithm rounds more says how much in SLACK. Peers get `PEER_SLACK` times that: their
+    accuracy is theirs to choose, but garbage is not timed.
     The oracle works where its tensors are, which may be the CPU for a case on the GPU.
     """
 
