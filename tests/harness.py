@@ -30,6 +30,21 @@ floating = st.sampled_from(testing.DTYPES)
 layouts = st.sampled_from(["contiguous", "channels last", "every second", "transposed", "offset"])
 
 
+@contextmanager
+def example(name: str) -> Iterator[ModuleType]:
+    """A program of examples/ as a module, known to Python as long as the block lasts."""
+    path = Path(__file__).resolve().parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_example", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[spec.name]
+
+
 def laid_out(t: testing.Maker, shape: tuple[int, ...], layout: str, shift: float = 0.0) -> torch.Tensor:
     """A differentiable input of a shape whose elements lie in memory as the layout says."""
     if layout == "channels last":

@@ -1,24 +1,18 @@
 """examples/character_language_model.py trains as plain torch does, and learns to write words."""
 
 import copy
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from . import harness
+
 
 @pytest.fixture(scope="module")
 def example():
-    path = Path(__file__).resolve().parent.parent / "examples" / "character_language_model.py"
-    spec = importlib.util.spec_from_file_location("character_language_model_example", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with harness.example("character_language_model") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,14 @@
 
 import importlib.util
 import math
-import sys
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
 
 from pyops import vision
+
+from . import harness
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("skimage", "PIL")), reason="needs scikit-image and pillow"
@@ -27,13 +27,8 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def example():
-    path = Path(__file__).resolve().parent.parent / "examples" / "two_stage_detector.py"
-    spec = importlib.util.spec_from_file_location("two_stage_detector", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with harness.example("two_stage_detector") as module:
+        yield module
 
 
 # The detector's ops in plain torch

@@ -2,13 +2,13 @@
 
 import importlib.util
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import pyops
+
+from . import harness
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("skimage", "sklearn", "efficientnet_lite_pytorch")),
@@ -18,13 +18,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def example():
-    path = Path(__file__).resolve().parent.parent / "examples" / "image_captioning.py"
-    spec = importlib.util.spec_from_file_location("image_captioning_example", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with harness.example("image_captioning") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

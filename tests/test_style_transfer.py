@@ -1,23 +1,17 @@
 """examples/style_transfer.py: its loss is the formula of its docstring, and falls."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import pyops
 
+from . import harness
+
 
 @pytest.fixture(scope="module")
 def example():
-    path = Path(__file__).resolve().parent.parent / "examples" / "style_transfer.py"
-    spec = importlib.util.spec_from_file_location("style_transfer_example", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    with harness.example("style_transfer") as module:
+        yield module
 
 
 def test_loss_and_its_gradient_are_those_of_plain_torch(example):
