@@ -71,6 +71,16 @@ def rows_per_program(m: int, block_n: int, sms: int, tile: int) -> int:
 
 
 @triton.jit
+def root(v):
+    """Rounded as IEEE in fp32."""
+    if v.dtype == tl.float64:
+        r = tl.sqrt(v)
+    else:
+        r = tl.sqrt_rn(v)
+    return r
+
+
+@triton.jit
 def rsqrt(v):
     """1 / sqrt(v), rounded as IEEE in fp32, where the hardware's approximation would cost the last bits."""
     if v.dtype == tl.float64:

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._toolbox import SPECIMEN_TYPES, Specimen, accumulate_dtype, cdiv
+from ._toolbox import SPECIMEN_TYPES, Specimen, accumulate_dtype, cdiv, root
 
 TILE, DEPTH, CHUNK = 32, 8, 4096
 ZERO, TWO, INFINITY, GENERAL = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
@@ -31,16 +31,6 @@ def _power(x, e):
 def _sign(d):
     """-1, 1, 0 or NaN."""
     return tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
-
-
-@triton.jit
-def _root(v):
-    """Rounded as IEEE in fp32."""
-    if v.dtype == tl.float64:
-        r = tl.sqrt(v)
-    else:
-        r = tl.sqrt_rn(v)
-    return r
 
 
 @triton.jit
@@ -71,7 +61,7 @@ def cdist_fwd_kernel(
         else:
             total += tl.sum(tl.abs(d), 2)
     if METRIC == TWO:
-        total = _root(total)
+        total = root(total)
     elif METRIC == GENERAL:
         total = _power(total, 1 / tl.load(order))
     at = y + (b * P + p[:, None]) * R + r[None, :]

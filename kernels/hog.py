@@ -17,21 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ._toolbox import SPECIMEN_TYPES, Specimen, accumulate_dtype, cdiv, power_of_two
+from ._toolbox import SPECIMEN_TYPES, Specimen, accumulate_dtype, cdiv, power_of_two, root
 
 BLOCK = 256
 EPSILON, LIMIT = tl.constexpr(1e-5), tl.constexpr(0.2)
 L1_SQRT, L2, L2_HYS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-
-
-@triton.jit
-def _root(v):
-    """Rounded as IEEE in fp32."""
-    if v.dtype == tl.float64:
-        r = tl.sqrt(v)
-    else:
-        r = tl.sqrt_rn(v)
-    return r
 
 
 @triton.jit
@@ -82,7 +72,7 @@ def hog_cells_kernel(
         p = first + tl.arange(0, BLOCK)
         valid = p < CELL_H * CELL_W
         gx, gy, _ = _gradient(image, top + p // CELL_W, left + p % CELL_W, valid, H, W, C, PIXEL, PLANE, acc_t)
-        magnitude = _root(gx * gx + gy * gy)
+        magnitude = root(gx * gx + gy * gy)
         mine = _bin(gx, gy, directions, DIRECTIONS)[:, None] == bins[None, :]
         total += tl.sum(tl.where(mine & valid[:, None], magnitude[:, None], 0.0), 0).to(tl.float64)
     tl.store(cells + cell * DIRECTIONS + bins, (total / (CELL_H * CELL_W)).to(acc_t), mask=bins < DIRECTIONS)
@@ -95,7 +85,7 @@ def _block(cells, b, k, K, DIRECTIONS, CELLS_H, CELLS_W, BLOCK_H, BLOCK_W, BLOCK
     left, top, n = b % BLOCKS_W, b // BLOCKS_W % BLOCKS_H, b // BLOCKS_W // BLOCKS_H
     v = tl.load(cells + ((n * CELLS_H + top + i) * CELLS_W + left + j) * DIRECTIONS + o, mask=k < K, other=0.0)
     if NORM >= L2:
-        divisor = _root(tl.sum(v * v, 0) + EPSILON * EPSILON)
+        divisor = root(tl.sum(v * v, 0) + EPSILON * EPSILON)
     else:
         divisor = tl.sum(v, 0) + EPSILON
     return v, divisor
@@ -104,7 +94,7 @@ def _block(cells, b, k, K, DIRECTIONS, CELLS_H, CELLS_W, BLOCK_H, BLOCK_W, BLOCK
 @triton.jit
 def _clipped(u):
     t = tl.where(u > LIMIT, LIMIT, u)
-    return t, _root(tl.sum(t * t, 0) + EPSILON * EPSILON)
+    return t, root(tl.sum(t * t, 0) + EPSILON * EPSILON)
 
 
 @triton.jit
@@ -117,7 +107,7 @@ def hog_blocks_kernel(
     v, divisor = _block(cells, b, k, K, DIRECTIONS, CELLS_H, CELLS_W, BLOCK_H, BLOCK_W, BLOCKS_H, BLOCKS_W, NORM)
     u = v / divisor
     if NORM == L1_SQRT:
-        u = _root(u)
+        u = root(u)
     if NORM == L2_HYS:
         t, second = _clipped(u)
         u = t / second
@@ -135,7 +125,7 @@ def hog_blocks_bwd_kernel(
     u = v / divisor
     du = tl.load(dy + b * K + k, mask=k < K, other=0.0).to(v.dtype)
     if NORM == L1_SQRT:
-        du = tl.where(u > 0, du / (2 * _root(tl.where(u > 0, u, 1.0))), 0.0)
+        du = tl.where(u > 0, du / (2 * root(tl.where(u > 0, u, 1.0))), 0.0)
     if NORM == L2_HYS:
         t, second = _clipped(u)
         along = tl.sum(du * t, 0) / (second * second)
@@ -176,7 +166,7 @@ def hog_votes_bwd_kernel(
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     w, h, n = e % W, e // W % H, e // W // H
     gx, gy, taken = _gradient(x + n * C * H * W, h, w, e < TOTAL, H, W, C, PIXEL, PLANE, acc_t)
-    magnitude = _root(gx * gx + gy * gy)
+    magnitude = root(gx * gx + gy * gy)
     i, j = h // CELL_H, w // CELL_W
     votes = (e < TOTAL) & (i < CELLS_H) & (j < CELLS_W) & (magnitude != 0)
     at = ((n * CELLS_H + i) * CELLS_W + j) * DIRECTIONS + _bin(gx, gy, directions, DIRECTIONS)
