@@ -17,6 +17,8 @@ from ..core import backend, check, library
 from ..core.autograd import Formula, Tensors, differentiable
 from ..core.samples import Maker, Sample, checked
 
+_torch = torch.nn.functional
+
 _kernels = library.triton_kernels("focal_loss")
 
 
@@ -40,7 +42,7 @@ def _reference(x, t, alpha, gamma):
     wide = check.accumulate_dtype(x.dtype)
     x_, t_ = x.to(wide), t.to(wide)
     p = torch.sigmoid(x_)
-    ce = x_.clamp(min=0) - x_ * t_ + torch.log1p(torch.exp(-x_.abs()))
+    ce = (1 - t_) * x_ - _torch.logsigmoid(x_)  # smooth at 0 too, which max(x, 0) and |x| are not for autograd
     loss = ce * (p + t_ - 2 * p * t_).clamp(min=0) ** gamma
     if alpha >= 0:
         loss = (alpha * t_ + (1 - alpha) * (1 - t_)) * loss
@@ -99,12 +101,12 @@ def sigmoid_focal_loss(
     return y if reduction == "none" else y.mean() if reduction == "mean" else y.sum()
 
 
-def _sample(shape, scale=1.0, **how):
+def _sample(shape, scale=1.0, zeros=0, **how):
     def make(t: Maker):
         x = t.input(shape)
         target = t.input(shape)
         with torch.no_grad():
-            x.mul_(scale)
+            x.mul_(scale).view(-1)[:zeros] = 0
             target.copy_((target.double().sigmoid() * 4).round() / 4 * 0.5 + 0.25)
         return (x, target), how
 
@@ -122,6 +124,7 @@ checked(
     _truth,
     Sample("as in the paper", _sample((3, 5)), derivatives=True),
     Sample("another power, no alpha", _sample((7,), alpha=-1, gamma=1.5), derivatives=True),
+    Sample("logits of exactly 0", _sample((6,), zeros=3), derivatives=True),
     Sample("mean, tail of a vector", _sample((3, 35), reduction="mean", alpha=0.75, gamma=3)),
     Sample("gamma 0 and 1, sum", _sample((2, 9), reduction="sum", gamma=1)),
     Sample("plain cross-entropy", _sample((17,), gamma=0, alpha=-1)),
