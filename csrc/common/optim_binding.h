@@ -26,9 +26,6 @@ struct Item {
   bool aligned;       // to 16 bytes, all of them
 };
 
-// The shape of a tensor of one element. Spelled out, for nvcc takes {} for one dimension of size 0.
-inline ShapeRef no_dimensions() { return ShapeRef(torch::headeronly::IntHeaderOnlyArrayRef()); }
-
 inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 inline void check_length(const OpScope& op, const List& list, const char* name, size_t expected) {
@@ -111,9 +108,8 @@ void dispatch_params(const OpScope& op, const Lists& lists, F&& f) {
 
 inline Scaling scaling_of(const OpScope& op, const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
                           const OptionalTensor& total_norm, double max_norm, bool maximize) {
-  return {op.in_optional<float>(grad_scale, "grad_scale", no_dimensions()),
-          op.in_optional<float>(found_inf, "found_inf", no_dimensions()),
-          op.in_optional<double>(total_norm, "total_norm", no_dimensions()), max_norm, maximize};
+  return {op.in_optional<float>(grad_scale, "grad_scale", {}), op.in_optional<float>(found_inf, "found_inf", {}),
+          op.in_optional<double>(total_norm, "total_norm", {}), max_norm, maximize};
 }
 
 // A tensor of a list on which an op without rule works: x is read or changed, y (if any) read.

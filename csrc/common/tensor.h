@@ -51,6 +51,7 @@ inline constexpr ScalarType scalar_type_of<bool> = ScalarType::Bool;
 // ShapeRef as an argument: {N, C} as written, or those of a tensor. They live as long as what they were made from.
 class ShapeRef {
  public:
+  ShapeRef() = default;  // {}: no dimensions, a tensor of one element; without it nvcc takes {} for one of size 0
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Winit-list-lifetime"  // as an argument it outlives the call
   ShapeRef(std::initializer_list<int64_t> sizes) : data_(sizes.begin()), rank_(sizes.size()) {}
@@ -62,8 +63,8 @@ class ShapeRef {
   int64_t operator[](size_t i) const { return data_[i]; }
 
  private:
-  const int64_t* data_;
-  size_t rank_;
+  const int64_t* data_ = nullptr;
+  size_t rank_ = 0;
 };
 
 namespace detail {

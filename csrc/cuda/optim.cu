@@ -259,7 +259,7 @@ std::vector<const float*> count_on_device(const OpScope& op, const List& steps, 
   std::vector<const float*> found;
   Table<Steps> table{};
   for (size_t i = 0; i < steps.size(); ++i) {
-    float* step = op.out<float>(steps[i], "a step", no_dimensions());
+    float* step = op.out<float>(steps[i], "a step", {});
     found.push_back(step);
     table.item[table.tensors++] = {step};
     if (table.tensors < capacity && i + 1 < steps.size()) continue;
@@ -281,7 +281,7 @@ void run_step(const OpScope& op, const Lists& lists, bool steps_on_device, const
     op.check(scaling.found_inf == nullptr, "found_inf needs steps on the device");
     counts = count_on_host(op, lists.steps, false);
   }
-  const float* lr_pointer = op.in_optional<float>(device_lr, "device_lr", no_dimensions());
+  const float* lr_pointer = op.in_optional<float>(device_lr, "device_lr", {});
   dispatch_params(op, lists, [&]<class T, class S>() {
     const Rule<accumulate_t<T>> rule(numbers...);
     auto items = items_of<decltype(rule), T, S>(op, lists, rule);
@@ -346,7 +346,7 @@ Tensor multi_norm(List tensors, double order) {
   OpScope op("multi_norm", tensors.at(0));
   const auto stream = static_cast<cudaStream_t>(op.stream());
   const Norm norm = norm_of(op, order);
-  Tensor total = op.empty<double>(no_dimensions());
+  Tensor total = op.empty<double>({});
   dispatch_floating(op, tensors[0].scalar_type(), [&]<class T>() {
     const auto device = tensors[0].device();
     std::vector<Span<const T>> spans;
@@ -364,7 +364,7 @@ Tensor multi_norm(List tensors, double order) {
     });
     launch(total_norm_kernel,
            {.grid = dim3(1), .block = dim3(256), .smem = sizeof(BlockScratch<double>), .stream = stream}, p, chunks,
-           norm, op.out<double>(total, "total", no_dimensions()));
+           norm, op.out<double>(total, "total", {}));
   });
   return total;
 }
@@ -389,7 +389,7 @@ void multi_scale(List tensors, const Tensor& total_norm, double max_norm) {
   if (tensors.empty()) return;
   OpScope op("multi_scale", tensors[0]);
   Scale scale;
-  scale.scaling.total_norm = op.in<double>(total_norm, "total_norm", no_dimensions());
+  scale.scaling.total_norm = op.in<double>(total_norm, "total_norm", {});
   scale.scaling.max_norm = max_norm;
   change_list(op, tensors, scale);
 }
