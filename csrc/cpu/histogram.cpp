@@ -10,7 +10,7 @@
 
 #include <type_traits>
 
-#include "common/channels.h"
+#include "common/histogram_binding.h"
 #include "common/registry.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -73,33 +73,27 @@ void count_bwd(const T* dy, const T* x, const A* edges, T* dx, const Rows& r, in
 
 Tensor histogram_fwd(const Tensor& x, const Tensor& edges, bool soft, bool channels_last) {
   OpScope op("histogram_fwd", x);
-  op.check(x.dim() == 3 && edges.dim() == 1 && edges.size(0) > 1, "x must have 3 dimensions and edges be [B + 1]");
-  const ChannelSizes z = channel_sizes(op, x, channels_last);
-  const Rows r{z.N * z.C, z.S, z.C, channels_last};
-  const int64_t B = edges.size(0) - 1;
+  const auto [N, C, B, r] = histogram::sizes_of(op, x, edges, channels_last);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     using A = accumulate_t<T>;
-    Tensor y = soft ? op.empty<T>({z.N, z.C, B}) : op.empty<int64_t>({z.N, z.C, B});
+    Tensor y = soft ? op.empty<T>({N, C, B}) : op.empty<int64_t>({N, C, B});
     const T* px = op.in<T>(x, "x", ShapeRef(x));
     const A* at = op.in<A>(edges, "edges", {B + 1});
     if (soft)
-      count<double>(px, at, op.out<T>(y, "y", {z.N, z.C, B}), r, B);
+      count<double>(px, at, op.out<T>(y, "y", {N, C, B}), r, B);
     else
-      count<int64_t>(px, at, op.out<int64_t>(y, "y", {z.N, z.C, B}), r, B);
+      count<int64_t>(px, at, op.out<int64_t>(y, "y", {N, C, B}), r, B);
     return y;
   });
 }
 
 Tensor histogram_bwd(const Tensor& dy, const Tensor& x, const Tensor& edges, bool channels_last) {
   OpScope op("histogram_bwd", x);
-  op.check(x.dim() == 3 && edges.dim() == 1 && edges.size(0) > 1, "x must have 3 dimensions and edges be [B + 1]");
-  const ChannelSizes z = channel_sizes(op, x, channels_last);
-  const Rows r{z.N * z.C, z.S, z.C, channels_last};
-  const int64_t B = edges.size(0) - 1;
+  const auto [N, C, B, r] = histogram::sizes_of(op, x, edges, channels_last);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     using A = accumulate_t<T>;
     Tensor dx = op.empty<T>(ShapeRef(x));
-    count_bwd(op.in<T>(dy, "dy", {z.N, z.C, B}), op.in<T>(x, "x", ShapeRef(x)), op.in<A>(edges, "edges", {B + 1}),
+    count_bwd(op.in<T>(dy, "dy", {N, C, B}), op.in<T>(x, "x", ShapeRef(x)), op.in<A>(edges, "edges", {B + 1}),
               op.out<T>(dx, "dx", ShapeRef(x)), r, B);
     return dx;
   });

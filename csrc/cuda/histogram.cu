@@ -95,7 +95,7 @@ __global__ void histogram_bwd_kernel(const T* __restrict__ dy, const T* __restri
 
 // binding
 
-#include "common/channels.h"
+#include "common/histogram_binding.h"
 #include "common/registry.h"
 
 namespace pyops {
@@ -103,14 +103,11 @@ namespace {
 
 Tensor histogram_fwd(const Tensor& x, const Tensor& edges, bool soft, bool channels_last) {
   OpScope op("histogram_fwd", x);
-  op.check(x.dim() == 3 && edges.dim() == 1 && edges.size(0) > 1, "x must have 3 dimensions and edges be [B + 1]");
-  const ChannelSizes z = channel_sizes(op, x, channels_last);
-  const Rows r{z.N * z.C, z.S, z.C, channels_last};
-  const int64_t M = r.M, B = edges.size(0) - 1, chunks = ceil_div(r.S, chunk);
+  const auto [N, C, B, r] = histogram::sizes_of(op, x, edges, channels_last);
+  const int64_t M = r.M, chunks = ceil_div(r.S, chunk);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     using A = accumulate_t<T>;
-    Tensor y = soft ? op.empty<T>({z.N, z.C, B}) : op.empty<int64_t>({z.N, z.C, B}),
-           parts = op.empty<A>({M * chunks, B});
+    Tensor y = soft ? op.empty<T>({N, C, B}) : op.empty<int64_t>({N, C, B}), parts = op.empty<A>({M * chunks, B});
     A* part = op.out<A>(parts, "part", {M * chunks, B});
     launch(histogram_kernel<T, A>,
            {.grid = dim3(static_cast<unsigned>(M * chunks), static_cast<unsigned>(ceil_div(B, threads))),
@@ -121,23 +118,20 @@ Tensor histogram_fwd(const Tensor& x, const Tensor& edges, bool soft, bool chann
     const auto all = grid_stride(M * B, op.stream());
     const A* from = part;
     if (soft)
-      launch(histogram_sum_kernel<T, A>, all, from, op.out<T>(y, "y", {z.N, z.C, B}), M, B, chunks);
+      launch(histogram_sum_kernel<T, A>, all, from, op.out<T>(y, "y", {N, C, B}), M, B, chunks);
     else
-      launch(histogram_sum_kernel<int64_t, A>, all, from, op.out<int64_t>(y, "y", {z.N, z.C, B}), M, B, chunks);
+      launch(histogram_sum_kernel<int64_t, A>, all, from, op.out<int64_t>(y, "y", {N, C, B}), M, B, chunks);
     return y;
   });
 }
 
 Tensor histogram_bwd(const Tensor& dy, const Tensor& x, const Tensor& edges, bool channels_last) {
   OpScope op("histogram_bwd", x);
-  op.check(x.dim() == 3 && edges.dim() == 1 && edges.size(0) > 1, "x must have 3 dimensions and edges be [B + 1]");
-  const ChannelSizes z = channel_sizes(op, x, channels_last);
-  const Rows r{z.N * z.C, z.S, z.C, channels_last};
-  const int64_t B = edges.size(0) - 1;
+  const auto [N, C, B, r] = histogram::sizes_of(op, x, edges, channels_last);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     using A = accumulate_t<T>;
     Tensor dx = op.empty<T>(ShapeRef(x));
-    launch(histogram_bwd_kernel<T, A>, grid_stride(r.M * r.S, op.stream()), op.in<T>(dy, "dy", {z.N, z.C, B}),
+    launch(histogram_bwd_kernel<T, A>, grid_stride(r.M * r.S, op.stream()), op.in<T>(dy, "dy", {N, C, B}),
            op.in<T>(x, "x", ShapeRef(x)), op.in<A>(edges, "edges", {B + 1}), op.out<T>(dx, "dx", ShapeRef(x)), r, B);
     return dx;
   });
