@@ -9,6 +9,7 @@
 // memory   the rows that are named are read once each time they are named, y is written once
 // numerics sums of 64 terms in acc_t, of these in double, in the order of k; an index outside [0, R) is refused before
 // anything is read
+#include "common/embedding_binding.h"
 #include "common/registry.h"
 #include "cpu/elementwise.h"
 
@@ -151,22 +152,16 @@ Tensor gather_rows(const Tensor& x, const Tensor& index, int64_t, bool) {
 }
 
 // offsets rise within [0, K], and every index that a bag names is a row.
-static const int64_t* checked_bags(const OpScope& op, const Tensor& offsets, const int64_t* at, int64_t K, int64_t R) {
-  const int64_t V = offsets.size(0) - 1;
-  const int64_t* ends = op.in<int64_t>(offsets, "offsets", {V + 1});
+static void check_bags(const OpScope& op, const int64_t* index, const int64_t* ends, int64_t V, int64_t K, int64_t R) {
   op.check(ends[0] >= 0 && ends[V] <= K, "offsets must lie in [0, ", K, "]");
   for (int64_t v = 0; v < V; ++v) op.check(ends[v] <= ends[v + 1], "offsets must not decrease");
-  check_rows(op, at, ends[0], ends[V], R);
-  return ends;
+  check_rows(op, index, ends[0], ends[V], R);
 }
 
 Tensor gather_sum(const Tensor& x, const Tensor& index, const Tensor& offsets, const OptionalTensor& scale) {
   OpScope op("gather_sum", x);
-  op.check(x.dim() == 2, "x must be [R, D]");
-  op.check(offsets.dim() == 1 && offsets.size(0) >= 1, "offsets must be [V + 1]");
-  const int64_t R = x.size(0), D = x.size(1), K = index.numel(), V = offsets.size(0) - 1;
-  const int64_t* at = op.in<int64_t>(index, "index", {K});
-  const int64_t* ends = checked_bags(op, offsets, at, K, R);
+  const auto [R, D, K, V, at, ends] = embedding::bags_of(op, x, index, offsets);
+  check_bags(op, at, ends, V, K, R);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     Tensor y = op.empty<scalar_t>({V, D});
     const scalar_t* from = op.in<scalar_t>(x, "x", {R, D});
@@ -179,11 +174,8 @@ Tensor gather_sum(const Tensor& x, const Tensor& index, const Tensor& offsets, c
 
 std::tuple<Tensor, Tensor> gather_max(const Tensor& x, const Tensor& index, const Tensor& offsets, int64_t padding) {
   OpScope op("gather_max", x);
-  op.check(x.dim() == 2, "x must be [R, D]");
-  op.check(offsets.dim() == 1 && offsets.size(0) >= 1, "offsets must be [V + 1]");
-  const int64_t R = x.size(0), D = x.size(1), K = index.numel(), V = offsets.size(0) - 1;
-  const int64_t* at = op.in<int64_t>(index, "index", {K});
-  const int64_t* ends = checked_bags(op, offsets, at, K, R);
+  const auto [R, D, K, V, at, ends] = embedding::bags_of(op, x, index, offsets);
+  check_bags(op, at, ends, V, K, R);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     Tensor y = op.empty<scalar_t>({V, D}), entry = op.empty<int64_t>({V, D});
     const scalar_t* from = op.in<scalar_t>(x, "x", {R, D});
@@ -200,7 +192,8 @@ Tensor gather_max_bwd(const Tensor& dy, const Tensor& entry, const Tensor& order
   op.check(dy.dim() == 2 && starts.dim() == 1 && starts.size(0) >= 1, "dy must be [V, D] and starts [R + 1]");
   const int64_t V = dy.size(0), D = dy.size(1), K = bag.numel(), R = starts.size(0) - 1;
   const int64_t *by_row = op.in<int64_t>(order, "order", {K}), *of = op.in<int64_t>(bag, "bag", {K});
-  const int64_t *ends = checked_bags(op, starts, by_row, K, K), *at = op.in<int64_t>(entry, "entry", {V, D});
+  const int64_t *ends = op.in<int64_t>(starts, "starts", {R + 1}), *at = op.in<int64_t>(entry, "entry", {V, D});
+  check_bags(op, by_row, ends, R, K, K);
   for (int64_t j = ends[0]; j < ends[R]; ++j) op.check(of[by_row[j]] >= 0 && of[by_row[j]] < V, "bag is none of dy");
   return dispatch_floating(op, dy.scalar_type(), [&]<class scalar_t>() {
     Tensor dx = op.empty<scalar_t>({R, D});

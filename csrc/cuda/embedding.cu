@@ -118,6 +118,7 @@ void run_gather(const T* x, const int64_t* index, T* y, int64_t R, int64_t K, in
 
 // binding
 
+#include "common/embedding_binding.h"
 #include "common/registry.h"
 
 namespace pyops {
@@ -138,11 +139,7 @@ Tensor gather_rows(const Tensor& x, const Tensor& index, int64_t, bool) {
 
 Tensor gather_sum(const Tensor& x, const Tensor& index, const Tensor& offsets, const OptionalTensor& scale) {
   OpScope op("gather_sum", x);
-  op.check(x.dim() == 2, "x must be [R, D]");
-  op.check(offsets.dim() == 1 && offsets.size(0) >= 1, "offsets must be [V + 1]");
-  const int64_t R = x.size(0), D = x.size(1), K = index.numel(), V = offsets.size(0) - 1;
-  const int64_t* ends = op.in<int64_t>(offsets, "offsets", {V + 1});
-  const int64_t* at = op.in<int64_t>(index, "index", {K});
+  const auto [R, D, K, V, at, ends] = embedding::bags_of(op, x, index, offsets);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     Tensor y = op.empty<T>({V, D});
     const T* by = op.in_optional<T>(scale, "scale", {K});
@@ -159,11 +156,7 @@ Tensor gather_sum(const Tensor& x, const Tensor& index, const Tensor& offsets, c
 
 std::tuple<Tensor, Tensor> gather_max(const Tensor& x, const Tensor& index, const Tensor& offsets, int64_t padding) {
   OpScope op("gather_max", x);
-  op.check(x.dim() == 2, "x must be [R, D]");
-  op.check(offsets.dim() == 1 && offsets.size(0) >= 1, "offsets must be [V + 1]");
-  const int64_t R = x.size(0), D = x.size(1), K = index.numel(), V = offsets.size(0) - 1;
-  const int64_t* ends = op.in<int64_t>(offsets, "offsets", {V + 1});
-  const int64_t* at = op.in<int64_t>(index, "index", {K});
+  const auto [R, D, K, V, at, ends] = embedding::bags_of(op, x, index, offsets);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     Tensor y = op.empty<T>({V, D}), entry = op.empty<int64_t>({V, D});
     launch(gather_max_kernel<T>, grid_stride(V * D, op.stream()), op.in<T>(x, "x", {R, D}), at, ends,
