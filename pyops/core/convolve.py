@@ -83,6 +83,34 @@ def _same_padding(op: str, input: torch.Tensor, taps: list[int], stride: list[in
     return input, [t // 2 for t in totals]
 
 
+def _in_canonical_form(
+    op: str,
+    product: str,
+    channels: int,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    geometry: tuple[list[int], ...],
+    groups: int,
+) -> torch.Tensor:
+    """The product "fwd" or "dgrad" of the room that serves ``channels``, those of the convolution's input."""
+    namespace, last, dims = backend.namespace_for(op, x), _is_channels_last(x, weight), x.dim() - 2
+    passed = not last and _pays_for_a_pass(namespace, x, weight, groups)
+    last = last or passed
+    y = getattr(convolution.family_for(channels, weight.shape, groups), product)(
+        namespace,
+        convolution.canonical(x, dims, last),
+        convolution.canonical(weight, dims, last),
+        None if bias is None else bias.contiguous(),
+        *geometry,
+        groups,
+        last,
+        convolution.current_algorithm(x),
+    )
+    y = convolution.restore(y, dims, last)
+    return y.contiguous() if passed else y
+
+
 def convolve(
     op: str,
     dims: int,
@@ -118,20 +146,8 @@ def convolve(
             check.fail(
                 RuntimeError, op, "weight", f"taps {taps}", f"a filter that fits the padded input {size + 2 * p}"
             )
-    namespace, last = backend.namespace_for(op, x), _is_channels_last(x, weight)
-    passed = not last and _pays_for_a_pass(namespace, x, weight, groups)
-    last = last or passed
-    geometry = (_three(stride, 1), _three(padding, 0), _three(dilation, 1), groups, last)
-    y = convolution.family_for(x.shape[1], weight.shape, groups).fwd(
-        namespace,
-        convolution.canonical(x, dims, last),
-        convolution.canonical(weight, dims, last),
-        None if bias is None else bias.contiguous(),
-        *geometry,
-        convolution.current_algorithm(x),
-    )
-    y = convolution.restore(y, dims, last)
-    y = y.contiguous() if passed else y
+    geometry = (_three(stride, 1), _three(padding, 0), _three(dilation, 1))
+    y = _in_canonical_form(op, "fwd", x.shape[1], x, weight, bias, geometry, groups)
     return y if input.dim() == dims + 2 else y.squeeze(0)
 
 
@@ -168,19 +184,6 @@ def convolve_transposed(
     ]
     if any(s < 1 for s in size):
         check.fail(RuntimeError, op, "padding", padding, f"an output of at least one position; its size is {size}")
-    namespace, last = backend.namespace_for(op, x), _is_channels_last(x, weight)
-    passed = not last and _pays_for_a_pass(namespace, x, weight, groups)
-    last = last or passed
-    geometry = (_three(stride, 1), _three(padding, 0), _three(dilation, 1), groups, last)
-    y = convolution.family_for(out, weight.shape, groups).dgrad(
-        namespace,
-        convolution.canonical(x, dims, last),
-        convolution.canonical(weight, dims, last),
-        None if bias is None else bias.contiguous(),
-        _three(size, 1),
-        *geometry,
-        convolution.current_algorithm(x),
-    )
-    y = convolution.restore(y, dims, last)
-    y = y.contiguous() if passed else y
+    geometry = (_three(size, 1), _three(stride, 1), _three(padding, 0), _three(dilation, 1))
+    y = _in_canonical_form(op, "dgrad", out, x, weight, bias, geometry, groups)
     return y if input.dim() == dims + 2 else y.squeeze(0)
