@@ -132,6 +132,7 @@ BUGS = {
     "missing_wgmma_fence": (r"wgmma without wgmma_fence", None),
     "wgmma_never_waited": (r"wgmma still outstanding", "async_wait"),
     "misaligned_tma_tile": (r"TMA load .* misaligned shared address", None),
+    "unaligned_tma_coordinate": (r"TMA load .* innermost coordinate must be a multiple of 16 bytes", None),
 }
 
 

@@ -42,7 +42,7 @@
 // mbarrier  mbarrier_init(bar, count) mbarrier_arrive(bar) mbarrier_arrive_expect_tx(bar, bytes)
 //           mbarrier_arrive_remote(bar, rank) mbarrier_try_wait(bar, parity) mbarrier_wait(bar, parity)
 //           fence_barrier_init
-// TMA       tma_load(smem, map, bar, {x, y, ...}) tma_load_multicast(..., cta_mask)
+// TMA       tma_load(smem, map, bar, {x, y, ...}) tma_load_multicast(..., cta_mask)    x in steps of 16 bytes
 //           tma_load_im2col(smem, map, bar, {c, w, ..., n}, {filter offsets})
 //           tma_store(map, smem, {...}) tma_reduce_add(map, smem, {...})
 //           bulk_load(smem, gmem, bytes, bar) bulk_store(gmem, smem, bytes)

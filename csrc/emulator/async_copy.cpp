@@ -118,6 +118,8 @@ void check_tensor_map(TensorMapData& m) {
     if (m.box[0] > 256 || m.box[1] == 0 || m.box[1] > 1024) reject("at most 256 channels and 1024 pixels");
     for (int i = 0; i < m.rank - 2; ++i) {
       if (m.traversal[i] < 1 || m.traversal[i] > 8) reject("traversal strides are 1 to 8");
+      if (m.rank == 5 && (std::min(m.lower[i], m.upper[i]) < -16 || std::max(m.lower[i], m.upper[i]) > 15))
+        reject("corners of a volume are -16 to 15");
     }
   } else {
     for (int i = 0; i < m.rank; ++i) {
@@ -290,6 +292,9 @@ AsyncOperation tensor_operation(AsyncOperation::Kind kind, const char* what, con
   std::memcpy(&op.map, map, sizeof op.map);
   if (op.map.magic != map_magic || op.map.rank != rank) misuse(what, location, "not a tensor map of that rank");
   for (int i = 0; i < rank; ++i) op.coordinates[i] = coordinates[i];
+  // the hardware calls this an illegal instruction
+  if (int64_t(coordinates[0]) * op.map.element_bytes % 16 != 0)
+    misuse(what, location, "the innermost coordinate must be a multiple of 16 bytes");
   op.shared = static_cast<char*>(const_cast<void*>(shared));
   op.bytes = box_bytes(op.map);
   // 128 bytes always; with a swizzle the pattern must start at its first row, or TMA and wgmma would disagree on it.
@@ -341,7 +346,10 @@ void tensor_load(void* shared, const void* map, uint64_t* bar, int rank, const i
   if ((op.map.im2col != 0) != (offsets != nullptr)) {
     misuse("TMA load", location, "tiled and im2col maps need their own load function");
   }
-  for (int i = 0; offsets != nullptr && i < rank - 2; ++i) op.offsets[i] = offsets[i];
+  for (int i = 0; offsets != nullptr && i < rank - 2; ++i) {
+    if (offsets[i] >> (16 / (rank - 2)) != 0) misuse("TMA load", location, "an im2col offset is out of range");
+    op.offsets[i] = offsets[i];
+  }
   if (multicast && cta_mask >> e->blocks.size() != 0) misuse("TMA load", location, "multicast beyond the cluster");
   if (e->race) {
     for_each_row(op, [&](size_t, const char* global, int64_t first, int64_t last) {

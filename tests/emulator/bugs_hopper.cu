@@ -229,3 +229,22 @@ __global__ void misaligned_tile(const __grid_constant__ TensorMap in, const __gr
   out[threadIdx.x] = 0.0f;
 }
 PYOPS_TEST(bug_misaligned_tma_tile) { return run(misaligned_tile, variant); }
+
+__global__ void unaligned_coordinate(const __grid_constant__ TensorMap in, const __grid_constant__ TensorMap,
+                                     float* out, int bug) {
+  struct Storage {
+    alignas(1024) float value[16][32];
+    uint64_t full;
+  };
+  auto& s = shared_storage<Storage>();
+  if (threadIdx.x == 0) {
+    mbarrier_init(&s.full, 1);
+    fence_barrier_init();
+    mbarrier_arrive_expect_tx(&s.full, 2048);
+    tma_load(s.value, in, &s.full, {bug ? -2 : -4, 0});
+  }
+  __syncthreads();
+  mbarrier_wait(&s.full, 0);
+  out[threadIdx.x] = 0.0f;
+}
+PYOPS_TEST(bug_unaligned_tma_coordinate) { return run(unaligned_coordinate, variant); }

@@ -39,7 +39,7 @@ __global__ void conformance_load(const __grid_constant__ TensorMap map, uint32_t
     if constexpr (Window) {
       tma_load_im2col(s.bytes, map, &s.bar, {0, 3, -1, 0}, {uint16_t(2), uint16_t(1)});
     } else {
-      tma_load(s.bytes, map, &s.bar, {-2, 3});
+      tma_load(s.bytes, map, &s.bar, {-4, 3});
     }
   }
   __syncthreads();

@@ -184,9 +184,9 @@ PYOPS_TEST(tma_load_ranks) {
   const std::string results[] = {
       check_tile<1, 256>({100}, {64}, {{60}}, Swizzle::none),
       check_tile<2, 2048>({40, 20}, {32, 16}, {{16, 8}}, Swizzle::none),
-      check_tile<2, 2048>({40, 20}, {32, 16}, {{-5, -3}}, Swizzle::b128),
+      check_tile<2, 2048>({40, 20}, {32, 16}, {{-8, -3}}, Swizzle::b128),
       check_tile<2, 1024>({33, 20}, {16, 16}, {{20, 1}}, Swizzle::b64),
-      check_tile<2, 512>({33, 20}, {8, 16}, {{3, 5}}, Swizzle::b32),
+      check_tile<2, 512>({33, 20}, {8, 16}, {{28, 5}}, Swizzle::b32),
       check_tile<3, 1024>({20, 7, 5}, {16, 4, 4}, {{8, -1, 3}}, Swizzle::b64),
       check_tile<4, 2048>({20, 7, 5, 3}, {16, 4, 4, 2}, {{0, 5, -2, 2}}, Swizzle::none),
       check_tile<5, 4096>({20, 7, 5, 3, 2}, {16, 4, 4, 2, 2}, {{-4, 2, 3, 1, 1}}, Swizzle::b64)};
@@ -310,11 +310,11 @@ PYOPS_TEST(tma_stores) {
     out.fill([](size_t) { return 0.5f; });
     const TensorMap map =
         make_tensor_map(static_cast<const float*>(out.get()), {36, 20}, {4, 144}, {32, 16}, Swizzle::b128);
-    launch(store_tile, {.grid = 3, .block = 64, .smem = sizeof(StoreStorage)}, map, 10, -2, true);
-    if (!add) launch(store_tile, {.grid = 1, .block = 64, .smem = sizeof(StoreStorage)}, map, 10, -2, false);
+    launch(store_tile, {.grid = 3, .block = 64, .smem = sizeof(StoreStorage)}, map, 12, -2, true);
+    if (!add) launch(store_tile, {.grid = 1, .block = 64, .smem = sizeof(StoreStorage)}, map, 12, -2, false);
     test::synchronize();
     for (int i = 0; i < 720; ++i) {
-      const int c = i % 36 - 10, r = i / 36 + 2;
+      const int c = i % 36 - 12, r = i / 36 + 2;
       const bool inside = c >= 0 && r < 16;
       const float stored = static_cast<float>(r * 32 + c + 1);
       PYOPS_EXPECT_EQUAL(out[static_cast<size_t>(i)], !inside ? 0.5f : add ? 0.5f + 3 * stored : stored, i);
