@@ -9,8 +9,6 @@ from .peers import standard_providers
 
 STEM = "additive_attention"
 OPS = ("additive_attention",)
-# The gradients of the projections sum differences that nearly cancel: up to 3.5 times the limit was seen.
-SLACK = 4
 CENTRED = ("w_q", "w_k", "v")
 MATRIX = True
 

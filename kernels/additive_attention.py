@@ -1,6 +1,7 @@
 """additive_attention · Triton
   score[l,s] = v . tanh(q[l] + k[s]) + mask[l,s]     p = softmax over s     y[l] = sum_s p[l,s] value[s]
-  ds = p (dy . value - dy . y),  dq[l] = sum_s ds v (1 - tanh²),  dk[s] = sum_l of the same,  dv = sum ds tanh
+  ds = p (dy . value - delta),  dq[l] = sum_s ds v (1 - tanh²),  dk[s] = sum_l of the same,  dv = sum ds tanh
+  delta = sum_s p dy . value = dy . y but for the rounding of y, which is taken back afterwards: ds sums to 0
 layout   head of csrc/common/additive_attention_binding.h
 mapping  a program takes a row (n, l) and walks over tiles of BLOCK keys; gradients of k and value: a program takes
          (n, s) and walks over tiles of rows; D and E whole in registers
@@ -66,7 +67,7 @@ def additive_attention_fwd_kernel(
 
 @triton.jit
 def additive_attention_bwd_rows_kernel(
-    dy, q, k, value, v, mask, y, lse, dq, dv, L, S, D, E, mask_n, mask_l,
+    dy, q, k, value, v, mask, lse, y, delta, dq, dv, L, S, D, E, mask_n, mask_l,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     acc_t: tl.constexpr = lse.dtype.element_ty
@@ -76,10 +77,13 @@ def additive_attention_bwd_rows_kernel(
     q_row = load_vector(q + row * D, d, d < D, acc_t)
     v_row = load_vector(v, d, d < D, acc_t)
     dy_row = load_vector(dy + row * E, e, e < E, acc_t)
-    delta = tl.sum(dy_row * load_vector(y + row * E, e, e < E, acc_t), 0)
+    about = tl.sum(dy_row * load_vector(y + row * E, e, e < E, acc_t), 0)
+    rest = tl.zeros((), acc_t)
     lse_row = tl.load(lse + row)
     acc_q = tl.zeros((BLOCK_D,), acc_t)
     acc_v = tl.zeros((BLOCK_D,), acc_t)
+    acc_q_p = tl.zeros((BLOCK_D,), acc_t)
+    acc_v_p = tl.zeros((BLOCK_D,), acc_t)
     for start in range(0, S, BLOCK):
         s = start + tl.arange(0, BLOCK)
         live = s < S
@@ -89,16 +93,21 @@ def additive_attention_bwd_rows_kernel(
             score += tl.load(mask + n * mask_n + j * mask_l + s, mask=live, other=0.0).to(acc_t)
         p = tl.where(live, tl.exp(score - lse_row), 0.0)
         tile = load_tile(value + n * S * E, s, live, e, e < E, E, acc_t)
-        ds = p * (tl.sum(dy_row[None, :] * tile, 1) - delta)
-        acc_q += tl.sum(ds[:, None] * (1.0 - t * t), 0)
+        ds = p * (tl.sum(dy_row[None, :] * tile, 1) - about)
+        rest += tl.sum(ds, 0)
+        slope = 1.0 - t * t
+        acc_q += tl.sum(ds[:, None] * slope, 0)
         acc_v += tl.sum(ds[:, None] * t, 0)
-    tl.store(dq + row * D + d, (acc_q * v_row).to(dq.dtype.element_ty), mask=d < D)
-    tl.store(dv + row * D + d, acc_v, mask=d < D)
+        acc_q_p += tl.sum(p[:, None] * slope, 0)
+        acc_v_p += tl.sum(p[:, None] * t, 0)
+    tl.store(delta + row, about + rest)
+    tl.store(dq + row * D + d, ((acc_q - rest * acc_q_p) * v_row).to(dq.dtype.element_ty), mask=d < D)
+    tl.store(dv + row * D + d, acc_v - rest * acc_v_p, mask=d < D)
 
 
 @triton.jit
 def additive_attention_bwd_keys_kernel(
-    dy, q, k, value, v, mask, y, lse, dk, dvalue, L, S, D, E, mask_n, mask_l,
+    dy, q, k, value, v, mask, lse, delta, dk, dvalue, L, S, D, E, mask_n, mask_l,
     BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     acc_t: tl.constexpr = lse.dtype.element_ty
@@ -119,17 +128,19 @@ def additive_attention_bwd_keys_kernel(
             score += tl.load(mask + n * mask_n + j.to(tl.int64) * mask_l + s, mask=live, other=0.0).to(acc_t)
         p = tl.where(live, tl.exp(score - tl.load(lse + n * L + j, mask=live, other=0.0)), 0.0)
         dy_tile = load_tile(dy + n * L * E, j, live, e, e < E, E, acc_t)
-        y_tile = load_tile(y + n * L * E, j, live, e, e < E, E, acc_t)
-        ds = p * tl.sum(dy_tile * (value_row[None, :] - y_tile), 1)
+        ds = p * (tl.sum(dy_tile * value_row[None, :], 1) - tl.load(delta + n * L + j, mask=live, other=0.0))
         acc_k += tl.sum(ds[:, None] * (1.0 - t * t), 0)
         acc_value += tl.sum(p[:, None] * dy_tile, 0)
     tl.store(dk + at * D + d, (acc_k * v_row).to(dk.dtype.element_ty), mask=d < D)
     tl.store(dvalue + at * E + e, acc_value.to(dvalue.dtype.element_ty), mask=e < E)
 
 
-def _launch(D: int, E: int) -> dict[str, int]:
+TILE, BACKWARD_TILE = 4096, 2048  # keys × features that fit in registers
+
+
+def _launch(D: int, E: int, tile: int = TILE) -> dict[str, int]:
     block_d, block_e = max(power_of_two(D), 16), max(power_of_two(E), 16)
-    block = max(1, min(32, 4096 // max(block_d, block_e)))
+    block = max(1, min(32, tile // max(block_d, block_e)))
     return {
         "BLOCK": block,
         "BLOCK_D": block_d,
@@ -169,12 +180,14 @@ def additive_attention_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     (n, length, d), (s, e) = q.shape, value.shape[1:]
     dq, dk, dvalue = torch.empty_like(q), torch.empty_like(k), torch.empty_like(value)
-    dv = torch.empty_like(q, dtype=lse.dtype)
-    sizes, inputs = (length, s, d, e, *_strides(mask)), (dy, q, k, value, v, mask, y, lse)
+    dv, delta = torch.empty_like(q, dtype=lse.dtype), torch.empty_like(lse)
+    sizes, inputs = (length, s, d, e, *_strides(mask)), (dy, q, k, value, v, mask, lse)
     if n * length:
-        additive_attention_bwd_rows_kernel[(n * length,)](*inputs, dq, dv, *sizes, **_launch(d, e))
+        additive_attention_bwd_rows_kernel[(n * length,)](
+            *inputs, y, delta, dq, dv, *sizes, **_launch(d, e, BACKWARD_TILE)
+        )
     if n * s:
-        additive_attention_bwd_keys_kernel[(n * s,)](*inputs, dk, dvalue, *sizes, **_launch(d, e))
+        additive_attention_bwd_keys_kernel[(n * s,)](*inputs, delta, dk, dvalue, *sizes, **_launch(d, e, BACKWARD_TILE))
     return dq, dk, dvalue, dv
 
 
@@ -182,13 +195,15 @@ def specimens() -> list[Specimen]:
     """What tests/triton_compile.py compiles: every kernel in every type, with a mask, D = E = 128."""
     found = []
     for t, a in SPECIMEN_TYPES:
-        inputs = dict.fromkeys(("q", "k", "value", "v", "mask", "y"), f"*{t}") | {"lse": f"*{a}"}
+        inputs = dict.fromkeys(("q", "k", "value", "v", "mask"), f"*{t}") | {"lse": f"*{a}"}
         inputs |= dict.fromkeys(("L", "S", "D", "E", "mask_n", "mask_l"), "i32")
-        launch = _launch(128, 128)
-        num_warps, hot = launch.pop("num_warps"), t != "fp64"
-        rows = {"dy": f"*{t}", "dq": f"*{t}", "dv": f"*{a}"}
-        keys = dict.fromkeys(("dy", "dk", "dvalue"), f"*{t}")
-        found.append(Specimen(additive_attention_fwd_kernel, inputs, launch, num_warps, hot))
-        found.append(Specimen(additive_attention_bwd_rows_kernel, inputs | rows, launch, num_warps, hot))
-        found.append(Specimen(additive_attention_bwd_keys_kernel, inputs | keys, launch, num_warps, hot))
+        rows = dict.fromkeys(("dy", "y", "dq"), f"*{t}") | dict.fromkeys(("delta", "dv"), f"*{a}")
+        keys = dict.fromkeys(("dy", "dk", "dvalue"), f"*{t}") | {"delta": f"*{a}"}
+        for kernel, more, tile in (
+            (additive_attention_fwd_kernel, {"y": f"*{t}"}, TILE),
+            (additive_attention_bwd_rows_kernel, rows, BACKWARD_TILE),
+            (additive_attention_bwd_keys_kernel, keys, BACKWARD_TILE),
+        ):
+            launch = _launch(128, 128, tile)
+            found.append(Specimen(kernel, inputs | more, launch, launch.pop("num_warps"), hot=t != "fp64"))
     return found

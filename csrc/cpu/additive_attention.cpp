@@ -1,6 +1,7 @@
 // additive_attention · CPU
 //   score[l,s] = v . tanh(q[l] + k[s]) + mask[l,s]     p = softmax over s     y[l] = sum_s p[l,s] value[s]
-//   ds = p (dy . value - dy . y),  dq[l] = sum_s ds v (1 - tanh²),  dk[s] = sum_l of the same,  dv = sum ds tanh
+//   ds = p (dy . value - delta),  dq[l] = sum_s ds v (1 - tanh²),  dk[s] = sum_l of the same,  dv = sum ds tanh
+//   delta = sum_s p dy . value = dy . y but for the rounding of y, which is taken back afterwards: ds sums to 0
 // layout   head of common/additive_attention_binding.h
 // mapping  threads over the rows (n, l), lanes over D and E; the gradients of k and value: threads over (n, s)
 // memory   never L x S x D: a row of S scores for each thread; backward: p and ds, L x S each
@@ -85,28 +86,33 @@ void additive_attention_backward(const AdditiveAttention<T>& a, const AdditiveAt
   using V = Vec<acc_t>;
   const V one(acc_t(1));
   parallel_for(a.N * a.L, additive_grain(a.S * a.D), [&](int64_t begin, int64_t end) {
-    Buffer<acc_t> t(a.D), dq(a.D);
+    Buffer<acc_t> t(a.D), dq(a.D), dq_p(a.D), dv_p(a.D);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t first = row / a.L * a.S;
       const T *q = a.q + row * a.D, *mask = a.mask_row(row), *dy = g.dy + row * a.E;
       const acc_t delta = dot<T, acc_t>(dy, g.y + row * a.E, a.E);
-      acc_t* dv = g.dv + row * a.D;
-      std::fill(dq.get(), dq.get() + a.D, acc_t(0));
-      std::fill(dv, dv + a.D, acc_t(0));
+      acc_t *dv = g.dv + row * a.D, *p_row = g.p + row * a.S, *ds_row = g.ds + row * a.S, rest = 0;
+      for (acc_t* sums : {dq.get(), dq_p.get(), dv, dv_p.get()}) std::fill(sums, sums + a.D, acc_t(0));
       for (int64_t s = 0; s < a.S; ++s) {
         acc_t score = additive_score<T, acc_t>(q, a.k + (first + s) * a.D, a.v, a.D, t.get());
         if (mask != nullptr) score += acc_t(mask[s]);
         const acc_t p = std::exp(score - g.lse[row]);
         const acc_t ds = p * (dot<T, acc_t>(dy, a.value + (first + s) * a.E, a.E) - delta);
-        g.p[row * a.S + s] = p, g.ds[row * a.S + s] = ds;
+        p_row[s] = p, ds_row[s] = ds, rest += ds;
         each_vector<acc_t>(a.D, [&](int64_t i, auto lanes) {
-          const V x = V::load(t.get() + i, lanes);
+          const V x = V::load(t.get() + i, lanes), slope = one - x * x;
           fma(V(ds), x, V::load(dv + i, lanes)).store(dv + i, lanes);
-          fma(V(ds), one - x * x, V::load(dq.get() + i, lanes)).store(dq.get() + i, lanes);
+          fma(V(p), x, V::load(dv_p.get() + i, lanes)).store(dv_p.get() + i, lanes);
+          fma(V(ds), slope, V::load(dq.get() + i, lanes)).store(dq.get() + i, lanes);
+          fma(V(p), slope, V::load(dq_p.get() + i, lanes)).store(dq_p.get() + i, lanes);
         });
       }
+      for (int64_t s = 0; s < a.S; ++s) ds_row[s] -= rest * p_row[s];
+      const V back(-rest);
       each_vector<acc_t>(a.D, [&](int64_t i, auto lanes) {
-        (V::load(dq.get() + i, lanes) * V::load(a.v + i, lanes)).store(g.dq + row * a.D + i, lanes);
+        fma(back, V::load(dv_p.get() + i, lanes), V::load(dv + i, lanes)).store(dv + i, lanes);
+        const V sum = fma(back, V::load(dq_p.get() + i, lanes), V::load(dq.get() + i, lanes));
+        (sum * V::load(a.v + i, lanes)).store(g.dq + row * a.D + i, lanes);
       });
     }
   });

@@ -1,6 +1,7 @@
 // additive_attention · CUDA
 //   score[l,s] = v . tanh(q[l] + k[s]) + mask[l,s]     p = softmax over s     y[l] = sum_s p[l,s] value[s]
-//   ds = p (dy . value - dy . y),  dq[l] = sum_s ds v (1 - tanh²),  dk[s] = sum_l of the same,  dv = sum ds tanh
+//   ds = p (dy . value - delta),  dq[l] = sum_s ds v (1 - tanh²),  dk[s] = sum_l of the same,  dv = sum ds tanh
+//   delta = sum_s p dy . value = dy . y but for the rounding of y, which is taken back afterwards: ds sums to 0
 // layout   head of common/additive_attention_binding.h
 // mapping  a block takes a row (n, l): warps take keys, lanes D; then threads take E (forward) or D (backward)
 //          gradients of k and value: a block takes (n, s), threads D and E
@@ -65,7 +66,7 @@ __global__ void additive_attention_bwd_rows_kernel(AdditiveAttention<T> a, Addit
   auto& scratch = shared_storage<AdditiveShared<A>>().scratch;
   const int64_t row = blockIdx.x, first = row / a.L * a.S;
   const T* dy = g.dy + row * a.E;
-  A delta = 0;
+  A *p_row = g.p + row * a.S, *ds_row = g.ds + row * a.S, delta = 0, rest = 0;
   for (int64_t e = threadIdx.x; e < a.E; e += blockDim.x) delta += to_acc(dy[e]) * to_acc(g.y[row * a.E + e]);
   delta = block_sum(delta, scratch);
   for (int64_t s = threadIdx.x / 32; s < a.S; s += blockDim.x / 32) {
@@ -73,14 +74,17 @@ __global__ void additive_attention_bwd_rows_kernel(AdditiveAttention<T> a, Addit
     A dp = 0;
     for (int64_t e = threadIdx.x % 32; e < a.E; e += 32) dp += to_acc(dy[e]) * to_acc(a.value[(first + s) * a.E + e]);
     dp = warp_sum<32>(dp);
-    if (threadIdx.x % 32 == 0) g.p[row * a.S + s] = p, g.ds[row * a.S + s] = p * (dp - delta);
+    const A ds = p * (dp - delta);
+    if (threadIdx.x % 32 == 0) p_row[s] = p, ds_row[s] = ds, rest += ds;
   }
+  rest = block_sum(rest, scratch);  // its barriers also make p and ds of all threads visible
+  for (int64_t s = threadIdx.x; s < a.S; s += blockDim.x) ds_row[s] -= rest * p_row[s];
   __syncthreads();
   for (int64_t i = threadIdx.x; i < a.D; i += blockDim.x) {
     const A q = to_acc(a.q[row * a.D + i]);
     A dq = 0, dv = 0;
     for (int64_t s = 0; s < a.S; ++s) {
-      const A ds = g.ds[row * a.S + s], t = tanh(q + to_acc(a.k[(first + s) * a.D + i]));
+      const A ds = ds_row[s], t = tanh(q + to_acc(a.k[(first + s) * a.D + i]));
       dq += ds * (A(1) - t * t);
       dv += ds * t;
     }
