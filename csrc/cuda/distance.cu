@@ -104,9 +104,11 @@ __global__ void __launch_bounds__(256, 4)
     shared.factor[ty][tx] = there ? metric.factor(to_acc(dy[from]), distance) : A(0);
     __syncthreads();
     const int count = R - r0 < 32 ? static_cast<int>(R - r0) : 32;
+    A part = 0;  // sums of 32 first: the rounding of a long sum grows with the number of its steps
 #pragma unroll 4
     for (int r = 0; r < count; ++r)
-      sum += shared.factor[ty][r] * metric.along(v - shared.other[r][tx], shared.dist[ty][r]);
+      part += shared.factor[ty][r] * metric.along(v - shared.other[r][tx], shared.dist[ty][r]);
+    sum += part;
     __syncthreads();
   }
   if (mine) dx[(b * P + row) * M + column] = from_acc<T>(sum);
