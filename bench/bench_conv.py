@@ -11,6 +11,7 @@ STEM = "conv"
 OPS = ("conv2d",)
 # Winograd's algorithm rounds more than a sum over taps: docs/adr/0005.
 SLACK = 8
+MATRIX = True
 
 # (input, output channels, taps, stride)
 LAYERS: dict[tuple[int, ...], tuple[int, ...]] = {
@@ -74,6 +75,14 @@ def flops(case: Case) -> int:
     """A product and a sum per tap, channel and output; the backward is two convolutions of the same size."""
     k, taps, _ = layer(case)
     return 2 * _positions(case) * k * case.shape[1] * taps * taps * (1 + 2 * case.backward)
+
+
+def traffic(case: Case) -> tuple[int, int]:
+    """Bytes and launches of the kernels for Hopper: filters are arranged first, wgrad's tiles written and added."""
+    k, taps, stride = layer(case)
+    arranged = 2 * k * case.shape[1] * taps * taps * case.dtype.itemsize
+    parts = 2 * 132 * 128 * 256 * 4 if case.backward else 0
+    return bytes(case) + arranged * (1 + case.backward) + parts, 2 + (3 + stride**2) * case.backward
 
 
 def bind(functional: Any, case: Case) -> Function:

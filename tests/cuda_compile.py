@@ -1,4 +1,5 @@
-"""Compiles every CUDA source for sm_80 and sm_90a and reports what ptxas made of it; a spill in a hot kernel fails.
+"""Compiles every CUDA source for sm_80 and sm_90a and reports what ptxas made of it; a spill in a hot kernel fails,
+and so does a kernel of warpgroup products without them.
 
 Needs nvcc, no GPU. ``python tests/cuda_compile.py [stem ...]``
 """
@@ -63,15 +64,26 @@ def is_hot(template: str) -> bool:
     return "<double" not in template and ", double" not in template
 
 
-def matrix_instructions(cubin: Path) -> str:
-    """Counts of tensor-core and asynchronous-copy instructions in the SASS, by the disassembler Triton ships."""
+def disassembled(cubin: Path) -> str:
+    """The SASS of a cubin, by the disassembler Triton ships; empty without it."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         return ""
     tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         return ""
-    sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True).stdout
+    return subprocess.run([tool, "-sass", cubin], capture_output=True, text=True).stdout
+
+
+def on_a_slower_path(sass: str) -> list[str]:
+    """Kernels that are named after wgmma and have no HGMMA."""
+    functions = re.split(r"Function : ", sass)[1:]
+    names = {f.split(None, 1)[0]: "HGMMA" in f for f in functions}
+    return [template_of(name) for name, has_it in names.items() if "wgmma" in name and not has_it]
+
+
+def matrix_instructions(sass: str) -> str:
+    """Counts of tensor-core and asynchronous-copy instructions in the SASS."""
     count = Counter(word for word in MATRIX_INSTRUCTIONS for _ in range(len(re.findall(rf"\b{word}\b", sass))))
     return ", ".join(f"{n} {word}" for word, n in count.items())
 
@@ -97,15 +109,19 @@ def main(stems: list[str]) -> int:
             rows = kernels(done.stderr)
             spilling = [(template_of(row[0]), *row[1:]) for row in rows if row[2]]
             failing = [row for row in spilling if row[2] > TOLERATED_BYTES and is_hot(row[0])]
-            bad += len(failing)
+            sass = disassembled(cubin)
+            slower = on_a_slower_path(sass)
+            bad += len(failing) + len(slower)
             most = max((row[1] for row in rows), default=0)
             print(
                 f"{source.name:28} {architecture:7} {len(rows):4} kernels, at most {most:3} registers, "
-                f"{len(spilling)} spill, {len(failing)} too much  {matrix_instructions(cubin)}",
+                f"{len(spilling)} spill, {len(failing)} too much  {matrix_instructions(sass)}",
                 flush=True,
             )
             for row in spilling:
                 print(f"    {row[2]:6} bytes, {row[1]} registers{', TOO MUCH' if row in failing else ''}: {row[0]}")
+            for kernel in slower:
+                print(f"    NO HGMMA: {kernel}")
     print("cuda_compile:", "ok" if bad == 0 else f"{bad} problem(s)")
     return 1 if bad else 0
 

@@ -28,6 +28,14 @@ struct Axis {
   PYOPS_HOST_DEVICE int32_t input(int32_t o, int32_t j) const { return in_base + o * in_step + j * tap_step; }
 };
 
+struct Position {
+  uint32_t n;  // example
+  int32_t d, h, w;
+};
+struct Tap {
+  int32_t d, h, w;
+};
+
 struct Space {
   Axis d, h, w;
   PYOPS_HOST_DEVICE int64_t in_plane() const { return int64_t(d.size) * h.size * w.size; }
@@ -39,7 +47,23 @@ struct Space {
     if (di < 0 || di >= d.size || hi < 0 || hi >= h.size || wi < 0 || wi >= w.size) return -1;
     return (int64_t(di) * h.size + hi) * w.size + wi;
   }
+  // Offset of a computed position in its plane of y.
+  PYOPS_HOST_DEVICE int64_t output(const Position& o) const {
+    return (int64_t(d.out_base + o.d * d.out_step) * h.out_size + h.out_base + o.h * h.out_step) * w.out_size +
+           w.out_base + o.w * w.out_step;
+  }
 };
+
+// Of the computed positions of all examples, in order, and of the taps.
+PYOPS_HOST_DEVICE Position position(const Space& s, uint32_t pixel) {
+  const auto positions = uint32_t(s.positions());
+  const uint32_t n = pixel / positions, at = pixel - n * positions, row = at / s.w.count;
+  return {n, int32_t(row / s.h.count), int32_t(row % s.h.count), int32_t(at - row * s.w.count)};
+}
+PYOPS_HOST_DEVICE Tap tap_of(const Space& s, int32_t j) {
+  const int32_t row = j / s.w.taps;
+  return {row / s.h.taps, row % s.h.taps, j - row * s.w.taps};
+}
 
 // The arguments of an op, checked against each other.
 struct Sizes {

@@ -9,6 +9,7 @@
 // memory   x once from DRAM where a tile's taps stay in cache, filters once for each tile of pixels from L2
 // numerics sums in fp32 (fp64 for fp64); algorithm: "tf32", "3xtf32", else fp32 products on CUDA cores
 #include "cuda/conv_gemm.cuh"
+#include "cuda/conv_hopper.cuh"
 
 // binding
 
@@ -44,6 +45,17 @@ void dispatch_product(const std::string& algorithm, F&& f) {
   }
 }
 
+template <class T>
+constexpr bool is_half = std::is_same_v<T, bf16> || std::is_same_v<T, fp16>;
+
+// Whether the kernels of conv_hopper.cu take a product of C channels with filters of K.
+template <class T>
+bool on_hopper(const Sizes& s, const Space& space, int64_t C, int64_t K, bool last, const std::string& algorithm,
+               const T* x, const T* other) {
+  const auto aligned = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return algorithm == "wgmma" && aligned(x) && aligned(other) && hopper::serves<T>(space, C, K, s.G, last, s.taps());
+}
+
 // Filters as [G, m, taps, c]: m is the output channel of the product, c the one that is summed over.
 template <class T>
 Tensor arranged_weights(const OpScope& op, const T* w, const Sizes& s, bool transposed, bool last) {
@@ -70,6 +82,21 @@ void product(const OpScope& op, const Sizes& s, const Space& space, const T* x, 
   op.check(space.positions() < (int64_t(1) << 30), "an image has too many positions");
   for (int64_t n = 0; n < s.N; n += portion) {
     const int64_t count = std::min(portion, s.N - n), pixels = count * space.positions();
+    if constexpr (hopper_built && is_half<T>)
+      if (on_hopper<T>(s, space, C, M, last, algorithm, x, w)) {
+        hopper::product(
+            hopper::Product<T>{x + n * in.example,
+                               w,
+                               bias,
+                               y + n * out.example,
+                               space,
+                               count,
+                               static_cast<int>(C),
+                               static_cast<int>(M),
+                               {static_cast<int>(s.r[0]), static_cast<int>(s.r[1]), static_cast<int>(s.r[2])}},
+            static_cast<cudaStream_t>(op.stream()));
+        continue;
+      }
     ConvArguments<T> p{x + n * in.example,
                        w,
                        bias,
@@ -148,6 +175,22 @@ Tensor conv_wgrad(const Tensor& dy, const Tensor& x, Ints taps, Ints stride, Int
     const Space space = forward_space(s);
     const int64_t K = s.K / s.G, C = s.C / s.G, columns = s.taps() * C, pixels = s.N * space.positions();
     op.check(pixels < (int64_t(1) << 31), "more than 2^31 output positions");
+    const auto stream = static_cast<cudaStream_t>(op.stream());
+    const auto sum = [&](const A* part, int64_t splits) {
+      launch(wgrad_sum_kernel<T>,
+             {.grid = dim3(static_cast<unsigned>(ceil_div(s.K * columns, 256))), .block = dim3(256), .stream = stream},
+             part, pdw, s.K, static_cast<int>(splits), static_cast<int>(s.taps()), static_cast<int>(C), channels_last);
+    };
+    if constexpr (hopper_built && is_half<T>)
+      if (pixels > 0 && on_hopper<T>(s, space, C, K, channels_last, algorithm, px, pdy)) {
+        const hopper::Shares shares = hopper::wgrad_shares(space, s.N, C, K);
+        Tensor part = op.empty<A>({shares.count, s.K, columns});
+        auto* to = op.out<A>(part, "workspace", {shares.count, s.K, columns});
+        hopper::wgrad(hopper::Wgrad<T>{pdy, px, to, space, s.N, static_cast<int>(C), static_cast<int>(K)}, shares,
+                      stream);
+        sum(to, shares.count);
+        return dw;
+      }
     // Enough blocks for the machine, each with at least eight steps of the reduction; capped by 64 MiB of partials.
     const int64_t tiles = ceil_div(K, tile) * ceil_div(columns, tile) * s.G;
     const int64_t most = std::min<int64_t>(
@@ -171,7 +214,6 @@ Tensor conv_wgrad(const Tensor& dy, const Tensor& x, Ints taps, Ints stride, Int
                               static_cast<int>(s.G),
                               is_vector(channels_last, pdy, K, s.K),
                               is_vector(channels_last, px, C, s.C)};
-    const auto stream = static_cast<cudaStream_t>(op.stream());
     dispatch_product<T>(algorithm, [&]<Product P>() {
       launch(wgrad_kernel<T, P>,
              {.grid = dim3(static_cast<unsigned>(ceil_div(K, tile)), static_cast<unsigned>(ceil_div(columns, tile)),
@@ -181,9 +223,7 @@ Tensor conv_wgrad(const Tensor& dy, const Tensor& x, Ints taps, Ints stride, Int
               .stream = stream},
              p);
     });
-    launch(wgrad_sum_kernel<T>,
-           {.grid = dim3(static_cast<unsigned>(ceil_div(s.K * columns, 256))), .block = dim3(256), .stream = stream},
-           p.part, pdw, s.K, static_cast<int>(splits), static_cast<int>(s.taps()), static_cast<int>(C), channels_last);
+    sum(p.part, splits);
     return dw;
   });
 }

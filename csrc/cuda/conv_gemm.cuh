@@ -55,24 +55,6 @@ struct WgradArguments {
   bool vector_dy, vector_x;
 };
 
-struct Position {
-  unsigned n;
-  int d, h, w;
-};
-PYOPS_DEVICE Position position(const Space& s, unsigned pixel) {
-  const auto positions = static_cast<unsigned>(s.positions());
-  const unsigned n = pixel / positions, at = pixel - n * positions, row = at / s.w.count;
-  return {n, static_cast<int>(row / s.h.count), static_cast<int>(row % s.h.count),
-          static_cast<int>(at - row * s.w.count)};
-}
-struct Tap {
-  int d, h, w;
-};
-PYOPS_DEVICE Tap tap_of(const Space& s, int j) {
-  const int row = j / s.w.taps;
-  return {row / s.h.taps, row % s.h.taps, j - row * s.w.taps};
-}
-
 // Sums of one block: 4 warps of 32 x 32 for mma, or 8 x 4 values of every thread.
 template <class T, Product P>
 struct Sums {
@@ -212,11 +194,7 @@ __global__ void __launch_bounds__(threads) conv_kernel(ConvArguments<T> p) {
     s.d[i] = valid ? space.d.input(o.d, 0) : -(1 << 30);
     s.h[i] = space.h.input(o.h, 0);
     s.w[i] = space.w.input(o.w, 0);
-    const int64_t at = (static_cast<int64_t>(space.d.out_base + o.d * space.d.out_step) * space.h.out_size +
-                        space.h.out_base + o.h * space.h.out_step) *
-                           space.w.out_size +
-                       space.w.out_base + o.w * space.w.out_step;
-    s.to[i] = valid ? o.n * p.out.example + at * p.out.position : -1;
+    s.to[i] = valid ? o.n * p.out.example + space.output(o) * p.out.position : -1;
   }
   __syncthreads();
 

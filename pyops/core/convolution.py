@@ -245,6 +245,8 @@ ALGORITHMS = {
     "ieee": "products in float32 on CUDA cores",
     "tf32": "products of float32 rounded to 10 bits on tensor cores",
     "3xtf32": "float32 split in two TF32 parts, three products on tensor cores",
+    "wgmma": "implicit GEMM by warpgroup products and TMA where the call allows it: bfloat16 or float16, channels last,"
+    " one group, channels in eights, compute capability 9.0; else gemm",
 }
 _ON_CPU = ("gemm", "winograd2", "winograd4")
 _algorithm = os.environ.get("PYOPS_CONV_ALGORITHM", "")
@@ -260,8 +262,8 @@ class conv_algorithm:
     """Chooses the algorithm of convolutions, process-wide, as a call or for the length of a ``with`` block.
 
     Args:
-        name: ``"gemm"``, ``"winograd2"``, ``"winograd4"``, ``"ieee"``, ``"tf32"``, ``"3xtf32"``, or ``""`` for the
-            default table. An algorithm that does not apply to a call leaves it to ``"gemm"``; ``pyops explain conv2d``
+        name: ``"gemm"``, ``"winograd2"``, ``"winograd4"``, ``"ieee"``, ``"tf32"``, ``"3xtf32"``, ``"wgmma"``, or
+            ``""`` for the default table. An algorithm that does not apply to a call leaves it to ``"gemm"``; ``pyops explain conv2d``
             says which one runs. With ``torch.use_deterministic_algorithms`` or
             ``torch.backends.mkldnn.conv.fp32_precision = "ieee"`` the table leaves out Winograd's.
             The environment variable PYOPS_CONV_ALGORITHM does the same from the start; where it names no algorithm,
@@ -307,6 +309,8 @@ def algorithm_for(dtype: torch.dtype, backend_name: str, on_gpu: bool) -> str:
     _known("PYOPS_CONV_ALGORITHM", _algorithm)
     if backend_name == "cpu":
         return _cpu_algorithm(dtype)
+    if dtype in (torch.bfloat16, torch.float16) and backend_name != "triton":
+        return "gemm" if _algorithm == "gemm" else "wgmma"
     if dtype != torch.float32:
         return "gemm"
     if _algorithm in ("ieee", "tf32", "3xtf32"):

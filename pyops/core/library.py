@@ -181,6 +181,19 @@ def configure_emulator(**settings: object) -> None:
             raise ValueError(f"emulator: got {key}={value!r}, expected a key and value of docs/emulator.md")
 
 
+def emulator_statistic(key: str) -> int:
+    """A counter of the emulator (docs/emulator.md), since ``configure_emulator(statistics="reset")``.
+
+    Raises:
+        RuntimeError: the emulator cannot be used.
+    """
+    if (problem := load_emulator()) is not None:
+        raise RuntimeError(f"emulator: {problem}")
+    count = _binaries["emulator"].pyops_emulator_statistics
+    count.restype = ctypes.c_uint64
+    return count(key.encode())
+
+
 def cpu_capability() -> str:
     """Instruction set of the loaded CPU kernels: ``baseline``, ``avx2`` or ``avx512``."""
     return _text("pyops", "active_cpu_capability")

@@ -1,0 +1,453 @@
+// conv · CUDA, sm_90a
+//   product  y[n,k,o] = bias[k] + sum over (tap, c) of w[k,tap,c] * x[n,c, o at the tap]      forward and input gradient
+//   wgrad    part[i,k,tap,c] = sum over the i-th share of the pixels of dy[k,o] * x[c, o at the tap]
+// layout   channels last; w: [K, taps, C]
+// mapping  implicit GEMM by wgmma: one producer warp feeds a ring of tiles in shared memory by TMA im2col, two consumer
+//          warpgroups multiply. The product's block takes tile after tile, and loads the next one while it stores.
+//          A tile of the product is Filters x Pixels, the sum runs over taps and blocks of 64 channels; one of wgrad is
+//          Filters x (Blocks of 64 channels at one tap each), the sum runs over 64 pixels at a time
+// memory   tiles from L2; each block of 64 channels of a tile of x once for every tap
+// numerics fp32 sums in a fixed order; wgrad's parts are added by wgrad_sum_kernel (conv_gemm.cuh)
+#include "cuda/conv_hopper.cuh"
+
+namespace pyops::conv::hopper {
+namespace {
+
+constexpr int depth = 64;     // of a tile along the sum: 128 bytes, the width of the swizzle
+constexpr int consumers = 2;  // warpgroups
+constexpr int threads = 128 * (1 + consumers);
+constexpr int ring_bytes = 192 << 10;
+
+// A ring of tiles between the producer and the consumers.
+template <class Tile, int Stages>
+struct Ring {
+  Tile tile[Stages];
+  uint64_t full[Stages], empty[Stages];
+};
+struct Turn {
+  int stage = 0;
+  uint32_t parity = 0;
+  template <int Stages>
+  PYOPS_DEVICE void next() {
+    if (++stage == Stages) stage = 0, parity ^= 1;
+  }
+};
+template <class Tile, int Stages>
+PYOPS_DEVICE void open_ring(Ring<Tile, Stages>& ring) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Stages; ++i) {
+      mbarrier_init(&ring.full[i], 1);
+      mbarrier_init(&ring.empty[i], 4 * consumers);  // one thread of every warp
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+}
+
+// How the positions of a Space are found in its tensor map.
+struct Geometry {
+  int rank;
+  Space space;
+  int lower[3], offset[3];  // W, H, D
+};
+template <class T>
+PYOPS_DEVICE void load_image(T* to, const TensorMap& map, uint64_t* full, const Geometry& g, const Position& o,
+                             const Tap& t, int c) {
+  const Space& s = g.space;
+  const int n = static_cast<int>(o.n), w = g.lower[0] + o.w * s.w.in_step, h = g.lower[1] + o.h * s.h.in_step,
+            d = g.lower[2] + o.d * s.d.in_step;
+  const auto ow = static_cast<uint16_t>(g.offset[0] + t.w * s.w.tap_step),
+             oh = static_cast<uint16_t>(g.offset[1] + t.h * s.h.tap_step),
+             od = static_cast<uint16_t>(g.offset[2] + t.d * s.d.tap_step);
+  if (g.rank == 3)
+    tma_load_im2col(to, map, full, {c, w, n}, {ow});
+  else if (g.rank == 4)
+    tma_load_im2col(to, map, full, {c, w, h, n}, {ow, oh});
+  else
+    tma_load_im2col(to, map, full, {c, w, h, d, n}, {ow, oh, od});
+}
+
+// forward and gradient in the input
+
+struct ProductArguments {
+  Geometry geometry;
+  int64_t example, position;  // strides of y
+  unsigned pixels, tiles, filter_tiles;
+  int C, K, taps_h, taps_w;
+  bool dense;  // the positions are all of y, in order
+};
+
+template <class T, int Filters, int Pixels>
+struct ProductTile {
+  alignas(1024) T w[Filters][depth];
+  alignas(1024) T x[Pixels][depth];
+};
+template <class T, int Filters, int Pixels>
+struct ProductShared {
+  static constexpr int stages = ring_bytes / static_cast<int>(sizeof(ProductTile<T, Filters, Pixels>));
+  Ring<ProductTile<T, Filters, Pixels>, stages> ring;
+  alignas(16) T y[consumers][2][64][64];  // 64 pixels of 64 filters, in 16-byte chunks that are permuted by the pixel
+};
+
+template <class T, int Filters, int Pixels>
+PYOPS_DEVICE void produce(ProductShared<T, Filters, Pixels>& s, const TensorMap& map_x, const TensorMap& map_w,
+                          const ProductArguments& p) {
+  constexpr int stages = ProductShared<T, Filters, Pixels>::stages;
+  const Space& space = p.geometry.space;
+  Turn turn;
+  for (unsigned tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+    const int k0 = static_cast<int>(tile % p.filter_tiles) * Filters;
+    const Position first = position(space, tile / p.filter_tiles * Pixels);
+    for (int j = 0; j < space.taps(); ++j) {
+      const Tap t = tap_of(space, j);
+      const int filter_tap =
+          ((space.d.w_base + t.d * space.d.w_step) * p.taps_h + space.h.w_base + t.h * space.h.w_step) * p.taps_w +
+          space.w.w_base + t.w * space.w.w_step;
+      for (int c = 0; c < p.C; c += depth) {
+        auto& to = s.ring.tile[turn.stage];
+        uint64_t* full = &s.ring.full[turn.stage];
+        mbarrier_wait(&s.ring.empty[turn.stage], turn.parity ^ 1);
+        mbarrier_arrive_expect_tx(full, sizeof to.w + sizeof to.x);
+        load_image(to.x[0], map_x, full, p.geometry, first, t, c);
+        tma_load_im2col(to.w[0], map_w, full, {c, 0, k0}, {static_cast<uint16_t>(filter_tap)});
+        turn.next<stages>();
+      }
+    }
+  }
+}
+
+template <class T, int Filters, int Pixels>
+PYOPS_DEVICE void consume(ProductShared<T, Filters, Pixels>& s, const T* __restrict__ bias, T* __restrict__ y,
+                          const ProductArguments& p) {
+  // Warpgroups share the filters of a tile where it has 128, else its pixels.
+  constexpr int stages = ProductShared<T, Filters, Pixels>::stages, Columns = Pixels * Filters / (64 * consumers);
+  const int group = threadIdx.x / 128 - 1, t = threadIdx.x % 128, warp = t / 32, lane = t % 32;
+  const int filter0 = Filters == 64 ? 0 : group * 64, pixel0 = Filters == 64 ? group * Columns : 0;
+  const int steps = p.geometry.space.taps() * static_cast<int>(ceil_div(p.C, depth));
+  Turn turn;
+  for (unsigned tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+    float sum[Columns / 2];
+    int previous = 0;
+    for (int step = 0; step < steps; ++step) {
+      const auto& from = s.ring.tile[turn.stage];
+      mbarrier_wait(&s.ring.full[turn.stage], turn.parity);
+      wgmma_fence();
+#pragma unroll
+      for (int c = 0; c < depth; c += 16)
+        wgmma_m64k16<T, Columns>(sum, smem_desc(&from.w[filter0][c], 16, 1024, Swizzle::b128),
+                                 smem_desc(&from.x[pixel0][c], 16, 1024, Swizzle::b128), step > 0 || c > 0);
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (step > 0 && lane == 0) mbarrier_arrive(&s.ring.empty[previous]);  // its product is done
+      previous = turn.stage;
+      turn.next<stages>();
+    }
+    wgmma_wait<0>();
+    if (lane == 0) mbarrier_arrive(&s.ring.empty[previous]);
+
+    const int k0 = static_cast<int>(tile % p.filter_tiles) * Filters + filter0;
+    const unsigned first = tile / p.filter_tiles * Pixels + pixel0;
+    float add[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int k = k0 + warp * 16 + lane / 4 + i * 8;
+      add[i] = bias != nullptr && k < p.K ? to_float(__ldg(bias + k)) : 0.0f;
+    }
+#pragma unroll
+    for (int q = 0; q < Columns / 64; ++q) {
+      auto& staged = s.y[group][q % 2];
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        uint32_t r[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* v = &sum[q * 32 + (j + i / 2) * 4 + i % 2 * 2];
+          r[i] = pack2<T>(v[0] + add[i % 2], v[1] + add[i % 2]);
+        }
+        const int pixel = (j + lane / 16) * 8 + lane % 8, chunk = warp * 2 + lane / 8 % 2;
+        stmatrix_x4_trans(&staged[pixel][(chunk ^ pixel % 8) * 8], r);
+      }
+      named_barrier_sync(1 + group, 128);  // once for each of two buffers: nobody still reads the other one
+      const int chunk = t % 8, k = k0 + chunk * 8;
+      const auto store = [&](int row, const auto& place) {
+        const unsigned pixel = first + q * 64 + row;
+        if (pixel < p.pixels && k < p.K)
+          store_vec(y + place(pixel) + k, load_vec<8>(&staged[row][(chunk ^ row % 8) * 8]));
+      };
+      if (p.dense) {
+#pragma unroll
+        for (int row = t / 8; row < 64; row += 16) store(row, [&](unsigned pixel) { return pixel * p.position; });
+      } else {
+#pragma unroll 1
+        for (int row = t / 8; row < 64; row += 16)
+          store(row, [&](unsigned pixel) {
+            const Position o = position(p.geometry.space, pixel);
+            return o.n * p.example + p.geometry.space.output(o) * p.position;
+          });
+      }
+    }
+  }
+}
+
+template <class T, int Filters, int Pixels>
+__global__ void __launch_bounds__(threads, 1)
+    conv_wgmma_kernel(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w,
+                      const T* __restrict__ bias, T* __restrict__ y, const __grid_constant__ ProductArguments p) {
+  auto& s = shared_storage<ProductShared<T, Filters, Pixels>>();
+  open_ring(s.ring);
+  if (threadIdx.x < 128) {
+    setmaxnreg_dec<40>();
+    if (threadIdx.x == 0) produce(s, map_x, map_w, p);
+  } else {
+    setmaxnreg_inc<232>();
+    consume(s, bias, y, p);
+  }
+}
+
+// gradient in the filter
+
+struct WgradArguments {
+  Geometry geometry;
+  unsigned pixels, range;  // all; those of one block
+  int C, K, columns, channel_blocks, blocks;
+};
+template <class T, int Filters, int Blocks>
+struct WgradTile {
+  alignas(1024) T dy[Filters / 64][depth][64];
+  alignas(1024) T x[Blocks][depth][64];
+};
+template <class T, int Filters, int Blocks>
+using WgradShared = Ring<WgradTile<T, Filters, Blocks>,
+                         std::min(ring_bytes / static_cast<int>(sizeof(WgradTile<T, Filters, Blocks>)), 8)>;
+
+template <class T, int Filters, int Blocks, int Stages>
+PYOPS_DEVICE void produce(Ring<WgradTile<T, Filters, Blocks>, Stages>& ring, const TensorMap& map_dy,
+                          const TensorMap& map_x, const WgradArguments& p, unsigned first, unsigned last, int k0,
+                          int block0) {
+  const Space& space = p.geometry.space;
+  Turn turn;
+  for (unsigned pixel = first; pixel < last; pixel += depth) {
+    auto& to = ring.tile[turn.stage];
+    uint64_t* full = &ring.full[turn.stage];
+    const Position o = position(space, pixel);
+    mbarrier_wait(&ring.empty[turn.stage], turn.parity ^ 1);
+    mbarrier_arrive_expect_tx(full, sizeof to.dy + sizeof to.x);
+    for (int i = 0; i < Filters / 64; ++i)
+      tma_load_im2col(to.dy[i][0], map_dy, full, {k0 + i * 64, static_cast<int>(pixel), 0}, {uint16_t(0)});
+    for (int i = 0; i < Blocks; ++i) {
+      // past the last block: zeros, from behind the last channel
+      const bool valid = block0 + i < p.blocks;
+      const int block = valid ? block0 + i : 0;
+      load_image(to.x[i][0], map_x, full, p.geometry, o, tap_of(space, block / p.channel_blocks),
+                 valid ? block % p.channel_blocks * 64 : p.channel_blocks * 64);
+    }
+    turn.next<Stages>();
+  }
+}
+
+template <class T, int Filters, int Blocks, int Stages>
+PYOPS_DEVICE void consume(Ring<WgradTile<T, Filters, Blocks>, Stages>& ring, float* __restrict__ part,
+                          const WgradArguments& p, unsigned first, unsigned last, int k0, int block0) {
+  // Warpgroups share the filters of a tile where it has 128, else its pixels: each then writes a part of its own.
+  constexpr bool by_pixels = Filters == 64;
+  constexpr int span = by_pixels ? depth / consumers : depth;
+  const int group = threadIdx.x / 128 - 1, t = threadIdx.x % 128, warp = t / 32, lane = t % 32;
+  const int filters = by_pixels ? 0 : group, line0 = by_pixels ? group * span : 0;
+  float sum[Blocks * 32];
+  Turn turn;
+  int previous = 0;
+  for (unsigned pixel = first; pixel < last; pixel += depth) {
+    const auto& from = ring.tile[turn.stage];
+    mbarrier_wait(&ring.full[turn.stage], turn.parity);
+    wgmma_fence();
+#pragma unroll
+    for (int line = 0; line < span; line += 16)
+      wgmma_m64k16<T, Blocks * 64, Major::mn, Major::mn>(
+          sum, smem_desc(from.dy[filters][line0 + line], sizeof from.dy[0], 1024, Swizzle::b128),
+          smem_desc(from.x[0][line0 + line], sizeof from.x[0], 1024, Swizzle::b128), pixel > first || line > 0);
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (pixel > first && lane == 0) mbarrier_arrive(&ring.empty[previous]);
+    previous = turn.stage;
+    turn.next<Stages>();
+  }
+  wgmma_wait<0>();
+
+  const int index = by_pixels ? blockIdx.y * consumers + group : blockIdx.y;
+  float* to = part + static_cast<int64_t>(index) * p.K * p.columns;
+#pragma unroll
+  for (int i = 0; i < Blocks * 32; i += 2) {
+    const int k = k0 + filters * 64 + warp * 16 + lane / 4 + i / 2 % 2 * 8;
+    const int column = i / 4 * 8 + lane % 4 * 2, block = block0 + column / 64,
+              c = block % p.channel_blocks * 64 + column % 64;
+    if (k < p.K && block < p.blocks && c < p.C)
+      store_vec(to + static_cast<int64_t>(k) * p.columns + block / p.channel_blocks * p.C + c,
+                Vec<float, 2>{{sum[i], sum[i + 1]}});
+  }
+}
+
+template <class T, int Filters, int Blocks>
+__global__ void __launch_bounds__(threads, 1)
+    wgrad_wgmma_kernel(const __grid_constant__ TensorMap map_dy, const __grid_constant__ TensorMap map_x,
+                       float* __restrict__ part, const __grid_constant__ WgradArguments p) {
+  auto& ring = shared_storage<WgradShared<T, Filters, Blocks>>();
+  const int filter_tiles = static_cast<int>(ceil_div(p.K, Filters));
+  const int k0 = blockIdx.x % filter_tiles * Filters, block0 = blockIdx.x / filter_tiles * Blocks;
+  const unsigned first = blockIdx.y * p.range, last = min(first + p.range, p.pixels);
+  open_ring(ring);
+  if (threadIdx.x < 128) {
+    setmaxnreg_dec<40>();
+    if (threadIdx.x == 0) produce(ring, map_dy, map_x, p, first, last, k0, block0);
+  } else {
+    setmaxnreg_inc<232>();
+    consume(ring, part, p, first, last, k0, block0);
+  }
+}
+
+// launches
+
+template <class T, int Rank>
+TensorMap image_map(const T* x, const Space& s, int64_t examples, int C, unsigned pixels) {
+  const Axis* axes[] = {&s.w, &s.h, &s.d};
+  uint64_t shape[Rank], stride[Rank];
+  Im2col window{};
+  window.channels = depth, window.pixels = pixels;
+  shape[0] = C, stride[0] = sizeof(T);
+  for (int i = 1; i < Rank; ++i) {
+    stride[i] = stride[i - 1] * shape[i - 1];
+    if (i + 1 == Rank) {
+      shape[i] = examples;
+      continue;
+    }
+    const Axis& a = *axes[i - 1];
+    const Walk walk(a);
+    shape[i] = a.size;
+    window.lower_corner[i - 1] = walk.lower, window.upper_corner[i - 1] = walk.upper;
+    window.traversal[i - 1] = a.count > 1 ? a.in_step : 1;
+  }
+  return make_tensor_map_im2col(x, shape, stride, window, Swizzle::b128);
+}
+template <class T>
+TensorMap image_map(const T* x, const Space& s, int64_t examples, int C, unsigned pixels) {
+  const int rank = map_rank(s);
+  return rank == 3   ? image_map<T, 3>(x, s, examples, C, pixels)
+         : rank == 4 ? image_map<T, 4>(x, s, examples, C, pixels)
+                     : image_map<T, 5>(x, s, examples, C, pixels);
+}
+Geometry geometry_of(const Space& s) {
+  const Walk w(s.w), h(s.h), d(s.d);
+  return {map_rank(s), s, {w.lower, h.lower, d.lower}, {w.offset, h.offset, d.offset}};
+}
+// [rows, width, C] as images of one line, of which a box holds one element from each of `count` images.
+template <class T>
+TensorMap filter_map(const T* w, int64_t rows, int width, int C, unsigned count) {
+  const uint64_t line = C * sizeof(T);
+  return make_tensor_map_im2col(w, {uint64_t(C), uint64_t(width), uint64_t(rows)}, {sizeof(T), line, line * width},
+                                Im2col{{0}, {1 - width}, depth, count, {1}}, Swizzle::b128);
+}
+
+template <class T, int Filters, int Pixels>
+void launch_product(const Product<T>& p, cudaStream_t stream) {
+  const Space& s = p.space;
+  const int64_t pixels = p.examples * s.positions(), filter_tiles = ceil_div(p.K, Filters),
+                tiles = ceil_div(pixels, Pixels) * filter_tiles;
+  const ProductArguments arguments{geometry_of(s),
+                                   s.out_plane() * p.K,
+                                   p.K,
+                                   static_cast<unsigned>(pixels),
+                                   static_cast<unsigned>(tiles),
+                                   static_cast<unsigned>(filter_tiles),
+                                   p.C,
+                                   p.K,
+                                   p.filter_taps[1],
+                                   p.filter_taps[2],
+                                   s.positions() == s.out_plane()};
+  const int width = p.filter_taps[0] * p.filter_taps[1] * p.filter_taps[2];
+  launch(conv_wgmma_kernel<T, Filters, Pixels>,
+         {.grid = dim3(static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessor_count()))),
+          .block = dim3(threads),
+          .smem = sizeof(ProductShared<T, Filters, Pixels>),
+          .stream = stream},
+         image_map(p.x, s, p.examples, p.C, Pixels), filter_map(p.w, p.K, width, p.C, Filters), p.bias, p.y, arguments);
+}
+
+template <class T, int Filters, int Blocks>
+void launch_wgrad(const Wgrad<T>& p, const Shares& shares, cudaStream_t stream) {
+  const Space& s = p.space;
+  const int64_t pixels = p.examples * s.positions();
+  const int channel_blocks = static_cast<int>(ceil_div(p.C, 64)), blocks = channel_blocks * s.taps();
+  const WgradArguments arguments{geometry_of(s),
+                                 static_cast<unsigned>(pixels),
+                                 static_cast<unsigned>(shares.pixels),
+                                 p.C,
+                                 p.K,
+                                 s.taps() * p.C,
+                                 channel_blocks,
+                                 blocks};
+  // dy as one line of pixels
+  const TensorMap map_dy =
+      make_tensor_map_im2col(p.dy, {uint64_t(p.K), uint64_t(pixels), uint64_t(1)},
+                             {sizeof(T), uint64_t(p.K) * sizeof(T), uint64_t(pixels) * p.K * sizeof(T)},
+                             Im2col{{0}, {0}, 64, depth, {1}}, Swizzle::b128);
+  launch(wgrad_wgmma_kernel<T, Filters, Blocks>,
+         {.grid = dim3(static_cast<unsigned>(ceil_div(p.K, Filters) * ceil_div(blocks, Blocks)),
+                       static_cast<unsigned>(shares.splits)),
+          .block = dim3(threads),
+          .smem = sizeof(WgradShared<T, Filters, Blocks>),
+          .stream = stream},
+         map_dy, image_map(p.x, s, p.examples, p.C, depth), p.part, arguments);
+}
+
+// Blocks of 64 channels in a tile of wgrad: few tiles, and little of the last one for nothing.
+int wgrad_blocks(int64_t blocks) {
+  int best = 1;
+  for (const int b : {2, 3, 4})
+    if (ceil_div(blocks, b) * (2 * b + 1) < ceil_div(blocks, best) * (2 * best + 1)) best = b;
+  return best;
+}
+int wgrad_filters(int64_t K) { return K <= 64 ? 64 : 128; }
+
+}  // namespace
+
+template <class T>
+void product(const Product<T>& p, cudaStream_t stream) {
+  const auto tiles = [&](int filters, int pixels) {
+    return ceil_div(p.K, filters) * ceil_div(p.examples * p.space.positions(), pixels);
+  };
+  if (p.K <= 64) return launch_product<T, 64, 256>(p, stream);
+  if (tiles(128, 256) >= multiprocessor_count()) return launch_product<T, 128, 256>(p, stream);
+  launch_product<T, 128, 128>(p, stream);
+}
+template void product(const Product<bf16>&, cudaStream_t);
+template void product(const Product<fp16>&, cudaStream_t);
+
+// Blocks for one wave of the machine, or four where tiles alone are many; at least eight steps of the sum for each;
+// at most 64 MiB of parts.
+Shares wgrad_shares(const Space& space, int64_t examples, int64_t C, int64_t K) {
+  const int64_t pixels = examples * space.positions(), blocks = ceil_div(C, 64) * space.taps();
+  const int64_t filters = wgrad_filters(K), parts = filters == 64 ? consumers : 1;
+  const int64_t tiles = ceil_div(K, filters) * ceil_div(blocks, wgrad_blocks(blocks)), machine = multiprocessor_count();
+  const int64_t bytes = K * space.taps() * C * static_cast<int64_t>(sizeof(float)) * parts;
+  const int64_t most = std::min(ceil_div(pixels, 8 * depth), (int64_t(64) << 20) / bytes);
+  const int64_t wanted =
+      std::clamp<int64_t>((4 * tiles > machine ? 4 : 1) * machine / tiles, 1, std::max<int64_t>(most, 1));
+  const int64_t range = ceil_div(ceil_div(pixels, wanted), depth) * depth, splits = ceil_div(pixels, range);
+  return {static_cast<int>(splits * parts), static_cast<int>(splits), range};
+}
+
+template <class T>
+void wgrad(const Wgrad<T>& p, const Shares& shares, cudaStream_t stream) {
+  const int blocks = wgrad_blocks(ceil_div(p.C, 64) * p.space.taps());
+  const auto with_filters = [&]<int Filters>() {
+    if (blocks == 1) return launch_wgrad<T, Filters, 1>(p, shares, stream);
+    if (blocks == 2) return launch_wgrad<T, Filters, 2>(p, shares, stream);
+    if (blocks == 3) return launch_wgrad<T, Filters, 3>(p, shares, stream);
+    launch_wgrad<T, Filters, 4>(p, shares, stream);
+  };
+  if (wgrad_filters(p.K) == 64) return with_filters.template operator()<64>();
+  with_filters.template operator()<128>();
+}
+template void wgrad(const Wgrad<bf16>&, const Shares&, cudaStream_t);
+template void wgrad(const Wgrad<fp16>&, const Shares&, cudaStream_t);
+
+}  // namespace pyops::conv::hopper
