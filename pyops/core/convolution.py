@@ -263,8 +263,8 @@ class conv_algorithm:
 
     Args:
         name: ``"gemm"``, ``"winograd2"``, ``"winograd4"``, ``"ieee"``, ``"tf32"``, ``"3xtf32"``, ``"wgmma"``, or
-            ``""`` for the default table. An algorithm that does not apply to a call leaves it to ``"gemm"``; ``pyops explain conv2d``
-            says which one runs. With ``torch.use_deterministic_algorithms`` or
+            ``""`` for the default table. An algorithm that does not apply to a call leaves it to ``"gemm"``; ``pyops
+            explain conv2d`` says which one runs. With ``torch.use_deterministic_algorithms`` or
             ``torch.backends.mkldnn.conv.fp32_precision = "ieee"`` the table leaves out Winograd's.
             The environment variable PYOPS_CONV_ALGORITHM does the same from the start; where it names no algorithm,
             every convolution raises and says so.
