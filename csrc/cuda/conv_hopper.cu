@@ -411,27 +411,35 @@ int wgrad_filters(int64_t K) { return K <= 64 ? 64 : 128; }
 
 template <class T>
 void product(const Product<T>& p, cudaStream_t stream) {
-  const auto tiles = [&](int filters, int pixels) {
-    return ceil_div(p.K, filters) * ceil_div(p.examples * p.space.positions(), pixels);
+  // Rounds of the machine, times the products of a tile and its loads: one row is worth some 48 products.
+  const auto cost = [&](int filters, int pixels) {
+    const int64_t tiles = ceil_div(p.K, filters) * ceil_div(p.examples * p.space.positions(), pixels);
+    return ceil_div(tiles, multiprocessor_count()) * (filters * pixels + 48 * (filters + pixels));
   };
-  if (p.K <= 64) return launch_product<T, 64, 256>(p, stream);
-  if (tiles(128, 256) >= multiprocessor_count()) return launch_product<T, 128, 256>(p, stream);
-  launch_product<T, 128, 128>(p, stream);
+  const int64_t large = cost(128, 256), square = cost(128, 128), flat = cost(64, 256);
+  if (large <= std::min(square, flat)) return launch_product<T, 128, 256>(p, stream);
+  if (square <= flat) return launch_product<T, 128, 128>(p, stream);
+  launch_product<T, 64, 256>(p, stream);
 }
 template void product(const Product<bf16>&, cudaStream_t);
 template void product(const Product<fp16>&, cudaStream_t);
 
-// Blocks for one wave of the machine, or four where tiles alone are many; at least eight steps of the sum for each;
-// at most 64 MiB of parts.
+// At least eight steps of the sum for each block, and at most 64 MiB of parts. Counted in steps, a round of the machine
+// takes those of one block and some 16 to fill and empty its ring; 1.25 MB of parts are written and read in one.
 Shares wgrad_shares(const Space& space, int64_t examples, int64_t C, int64_t K) {
-  const int64_t pixels = examples * space.positions(), blocks = ceil_div(C, 64) * space.taps();
-  const int64_t filters = wgrad_filters(K), parts = filters == 64 ? consumers : 1;
+  const int64_t pixels = examples * space.positions(), steps = ceil_div(pixels, depth);
+  const int64_t blocks = ceil_div(C, 64) * space.taps(), filters = wgrad_filters(K);
   const int64_t tiles = ceil_div(K, filters) * ceil_div(blocks, wgrad_blocks(blocks)), machine = multiprocessor_count();
+  const int64_t parts = filters == 64 ? consumers : 1;
   const int64_t bytes = K * space.taps() * C * static_cast<int64_t>(sizeof(float)) * parts;
-  const int64_t most = std::min(ceil_div(pixels, 8 * depth), (int64_t(64) << 20) / bytes);
-  const int64_t wanted =
-      std::clamp<int64_t>((4 * tiles > machine ? 4 : 1) * machine / tiles, 1, std::max<int64_t>(most, 1));
-  const int64_t range = ceil_div(ceil_div(pixels, wanted), depth) * depth, splits = ceil_div(pixels, range);
+  const auto cost = [&](int64_t splits) {
+    return ceil_div(tiles * splits, machine) * (ceil_div(steps, splits) + 16) + splits * bytes / 1250000;
+  };
+  const int64_t most = std::min({ceil_div(steps, 8), (int64_t(64) << 20) / bytes, ceil_div(4 * machine, tiles)});
+  int64_t best = 1;
+  for (int64_t splits = 2; splits <= most; ++splits)
+    if (cost(splits) < cost(best)) best = splits;
+  const int64_t range = ceil_div(steps, best) * depth, splits = ceil_div(pixels, range);
   return {static_cast<int>(splits * parts), static_cast<int>(splits), range};
 }
 
