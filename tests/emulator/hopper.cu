@@ -281,6 +281,104 @@ PYOPS_TEST(tma_im2col) {
   return "";
 }
 
+// What convolution loads besides images: row `row` of one tap of filters [rows, taps, channels], and lines of a matrix
+
+struct FilterStorage {
+  alignas(1024) float tile[16][32];
+  uint64_t bar;
+};
+__global__ void load_filters(const __grid_constant__ TensorMap map, int c, int w, int n, int tap, float* out) {
+  auto& s = shared_storage<FilterStorage>();
+  if (threadIdx.x == 0) {
+    mbarrier_init(&s.bar, 1);
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(&s.bar, sizeof s.tile);
+    tma_load_im2col(s.tile, map, &s.bar, {c, w, n}, {static_cast<uint16_t>(tap)});
+  }
+  mbarrier_wait(&s.bar, 0);
+  for (int i = static_cast<int>(threadIdx.x); i < 512; i += 32)
+    out[i] = s.tile[i / 32][(i % 32 / 4 ^ i / 32 % 8) * 4 + i % 4];
+}
+PYOPS_TEST(tma_im2col_filters) {
+  constexpr int channels = 44, taps = 5, rows = 19;
+  Buffer<float> in("in", channels * taps * rows, false), out("out", 512, true);
+  in.fill([](size_t i) { return static_cast<float>(i + 1); });
+  const auto* data = static_cast<const float*>(in.get());
+  // A box one tap wide: the next pixel is the same tap of the next row.
+  const TensorMap filters = make_tensor_map_im2col(data, {channels, taps, rows}, {4, channels * 4, channels * taps * 4},
+                                                   Im2col{{0}, {1 - taps}, 32, 16, {1}}, Swizzle::b128);
+  const TensorMap matrix =
+      make_tensor_map_im2col(data, {channels, taps * rows, 1}, {4, channels * 4, channels * taps * rows * 4},
+                             Im2col{{0}, {0}, 32, 16, {1}}, Swizzle::b128);
+  for (const int c : {0, 32, 64}) {  // the last channels lie outside in part, then altogether
+    for (const int first : {0, 8}) {
+      for (const bool lines : {false, true}) {
+        const int tap = lines ? 0 : 3, row = lines ? taps * rows - 11 + first : first;
+        launch(load_filters, {.grid = 1, .block = 32, .smem = sizeof(FilterStorage)}, lines ? matrix : filters, c,
+               lines ? row : 0, lines ? 0 : row, tap, out.get());
+        test::synchronize();
+        for (int i = 0; i < 512; ++i) {
+          const int line = lines ? row + i / 32 : (row + i / 32) * taps + tap;
+          const bool inside = line < taps * rows && c + i % 32 < channels;
+          PYOPS_EXPECT_EQUAL(out[static_cast<size_t>(i)], inside ? line * channels + c + i % 32 + 1 : 0, i);
+        }
+      }
+    }
+  }
+  return "";
+}
+
+// A volume, whose steps and padding differ by side.
+struct VolumeStorage {
+  alignas(1024) float columns[40][8];
+  uint64_t bar;
+};
+__global__ void load_volume(const __grid_constant__ TensorMap map, int w, int h, int d, int tap_w, int tap_d,
+                            float* out) {
+  auto& s = shared_storage<VolumeStorage>();
+  if (threadIdx.x == 0) {
+    mbarrier_init(&s.bar, 1);
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(&s.bar, sizeof s.columns);
+    tma_load_im2col(s.columns, map, &s.bar, {0, w, h, d, 0},
+                    {static_cast<uint16_t>(tap_w), uint16_t(0), static_cast<uint16_t>(tap_d)});
+  }
+  mbarrier_wait(&s.bar, 0);
+  for (int i = static_cast<int>(threadIdx.x); i < 320; i += 32) out[i] = s.columns[i / 8][i % 8];
+}
+PYOPS_TEST(tma_im2col_volume) {
+  // sides W, H, D: outputs, first position, step
+  constexpr int C = 8, W = 6, H = 4, D = 5, N = 2, Q = 3, P = 4, O = 4, w0 = -1, h0 = 0, d0 = -2, step = 2;
+  Buffer<float> in("in", C * W * H * D * N, false), out("out", 320, true);
+  in.fill([](size_t i) { return static_cast<float>(i + 1); });
+  const TensorMap map = make_tensor_map_im2col(
+      static_cast<const float*>(in.get()), {C, W, H, D, N}, {4, C * 4, C * W * 4, C * W * H * 4, C * W * H * D * 4},
+      Im2col{{w0, h0, d0}, {w0 + (Q - 1) * step + 1 - W, h0 + P - H, d0 + O - D}, C, 40, {step, 1, 1}}, Swizzle::b32);
+  for (const int tap_w : {0, 2}) {
+    for (const int tap_d : {0, 4}) {
+      for (const int start : {0, 17}) {
+        launch(load_volume, {.grid = 1, .block = 32, .smem = sizeof(VolumeStorage)}, map, w0 + start % Q * step,
+               h0 + start / Q % P, d0 + start / (Q * P), tap_w, tap_d, out.get());
+        test::synchronize();
+        for (int i = 0; i < 320; ++i) {
+          const int pixel = start + i / 8, n = pixel / (Q * P * O);
+          const int w = w0 + pixel % Q * step + tap_w, h = h0 + pixel / Q % P, d = d0 + pixel / (Q * P) % O + tap_d;
+          const bool inside = n < N && w >= 0 && w < W && h >= 0 && h < H && d >= 0 && d < D;
+          const int c = (i % 8 / 4 ^ i / 32 % 2) * 4 + i % 4;  // 32-byte swizzle
+          PYOPS_EXPECT_EQUAL(out[static_cast<size_t>(i)], inside ? (((n * D + d) * H + h) * W + w) * C + c + 1 : 0, i);
+        }
+      }
+    }
+  }
+  return "";
+}
+
 // stores
 
 struct StoreStorage {
