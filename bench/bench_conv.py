@@ -1,5 +1,6 @@
-"""conv: dense convolutions, layers of ResNet-50 and EfficientNet."""
+"""conv: dense convolutions, layers of ResNet-50 and EfficientNet; the end of a residual block in the same pass."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from .case import Case, Function, Provider, with_both_directions
 from .peers import standard_providers
 
 STEM = "conv"
-OPS = ("conv2d",)
+OPS = ("conv2d", "conv2d_act")
 # Winograd's algorithm rounds more than a sum over taps: docs/adr/0005.
 SLACK = 8
 MATRIX = True
@@ -40,23 +41,36 @@ def convolution(batch: int, shape: tuple[int, ...], dtype: torch.dtype = torch.f
     return Case("conv2d", (batch, *shape), dtype, output=(batch, k, p, q), **fields)
 
 
+def block(
+    batch: int, shape: tuple[int, ...], activation: str, dtype: torch.dtype = torch.float32, **fields: Any
+) -> Case:
+    """The last layer of a residual block."""
+    plain = convolution(batch, shape, dtype, **fields)
+    return dataclasses.replace(plain, op="conv2d_act", args={"activation": activation})
+
+
 def cases(device: str) -> list[Case]:
     layers = [shape for shape in LAYERS if shape[-1] > 7 or shape[0] == 512][:7]
     if device == "cpu":
         both = [convolution(n, shape, quick=n == 1) for shape in layers for n in (1, 8)]
+        both += [block(1, (64, 56, 56), "relu", quick=True), block(8, (256, 56, 56), "silu")]
         return with_both_directions(both)
     half = [convolution(64, shape, torch.bfloat16, device=device, quick=shape[0] == 64) for shape in layers]
     half.append(convolution(1, (256, 112, 112), torch.bfloat16, device=device))
+    half.append(block(64, (256, 56, 56), "silu", torch.bfloat16, device=device))
     return with_both_directions([*half, convolution(64, (64, 56, 56), device=device)])
 
 
 def tiny(device: str) -> list[Case]:
-    return [convolution(n, shape, device=device, backward=True) for n, shape in ((2, (5, 9, 7)), (1, (16, 6, 6)))]
+    how: dict[str, Any] = {"device": device, "backward": True}
+    plain = [convolution(n, shape, **how) for n, shape in ((2, (5, 9, 7)), (1, (16, 6, 6)))]
+    return [*plain, block(2, (5, 9, 7), "relu", **how), block(1, (16, 6, 6), "silu", **how)]
 
 
 def shapes(case: Case) -> dict[str, tuple[int, ...]]:
     k, taps, _ = layer(case)
-    return {"weight": (k, case.shape[1], taps, taps)}
+    weight: dict[str, tuple[int, ...]] = {"weight": (k, case.shape[1], taps, taps)}
+    return weight if case.op == "conv2d" else {**weight, "bias": (k,), "residual": case.output or case.shape}
 
 
 def _positions(case: Case) -> int:
@@ -65,10 +79,11 @@ def _positions(case: Case) -> int:
 
 
 def bytes(case: Case) -> int:
-    """Forward x, w → y; backward dy, x, w → dx, dw."""
+    """Forward x, w → y; backward dy, x, w → dx, dw. A block reads r and keeps the sum, whose gradient is that of r."""
     k, taps, _ = layer(case)
     x, y, w = case.numel, _positions(case) * k, k * case.shape[1] * taps * taps
-    return (x + y + w + (y + 2 * x + 2 * w) * case.backward) * case.dtype.itemsize
+    ends = (y + 4 * y * case.backward) * (case.op == "conv2d_act")
+    return (x + y + w + (y + 2 * x + 2 * w) * case.backward + ends) * case.dtype.itemsize
 
 
 def flops(case: Case) -> int:
@@ -87,7 +102,15 @@ def traffic(case: Case) -> tuple[int, int]:
 
 def bind(functional: Any, case: Case) -> Function:
     _, taps, stride = layer(case)
-    return lambda t: functional.conv2d(t["x"], t["weight"], None, stride, taps // 2)
+    if case.op == "conv2d":
+        return lambda t: functional.conv2d(t["x"], t["weight"], None, stride, taps // 2)
+    name = case.args["activation"]
+    if functional is not torch.nn.functional:
+        return lambda t: functional.conv2d_act(
+            t["x"], t["weight"], t["bias"], t["residual"], name, stride, taps // 2
+        )  # fmt: skip
+    function = getattr(functional, name)
+    return lambda t: function(functional.conv2d(t["x"], t["weight"], t["bias"], stride, taps // 2) + t["residual"])
 
 
 def providers(case: Case) -> dict[str, Provider]:

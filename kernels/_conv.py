@@ -17,6 +17,9 @@ import torch
 
 from ._toolbox import cdiv
 
+# Number and parameters of the function of a plain convolution: none.
+NO_ACTIVATION = (-1, 0.0, 0.0, 0.0)
+
 
 class Axis(NamedTuple):
     """One dimension of the product; see common/conv.h."""

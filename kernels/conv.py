@@ -1,6 +1,7 @@
 """conv · Triton
   y[n,k,o] = b[k] + sum_{j,c} w[k,j,c] * x[n,c, in_base + o*in_step + j*tap_step]      along every dimension
   dw[k,j,c] = sum_{n,o} dy[n,k,o] * x[n,c, in_base + o*in_step + j*tap_step]
+  act: y = f(fwd + r) in the same pass, f by number, as in csrc/common
 layout   x, y by strides, so NCHW and NHWC alike · w: [G, K/G, taps, C/G], copied once (small)
 mapping  implicit GEMM: a tile of BLOCK_M pixels by BLOCK_N output channels; the reduction runs over (tap, c)
          the gradient in the input with stride s is one such product for each residue of the position modulo s
@@ -16,17 +17,19 @@ import triton
 import triton.language as tl
 
 from . import _conv
-from ._conv import Axis, forward_axis, gradient_axis
+from ._activation import value
+from ._conv import NO_ACTIVATION, Axis, forward_axis, gradient_axis
 from ._toolbox import Specimen, cdiv, multiprocessors
 
 
 @triton.jit
 def conv_kernel(
-    x, w, b, y, N, C, K, TAPS,
+    x, w, b, r, y, N, C, K, TAPS,
     PIXELS, COUNT_H, COUNT_W, SIZE_D, SIZE_H, SIZE_W,
     BASE_D, BASE_H, BASE_W, STEP_D, STEP_H, STEP_W, TAP_D, TAP_H, TAP_W, TAPS_H, TAPS_W,
     W_BASE, W_STEP_D, W_STEP_H, W_STEP_W, ALL_TAPS,
     XN, XC, XD, XH, XW, YN, YC, YD, YH, YW, Y_BASE,
+    KIND: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, PC: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of pixels by output channels of one group; COUNT_* and PIXELS count positions of this phase."""
@@ -68,10 +71,14 @@ def conv_kernel(
                 acc = tl.dot(left, right, acc, input_precision=PRECISION)
     if b is not None:
         acc += tl.load(b + g * K + k, mask=k < K, other=0.0).to(acc_t)[None, :]
-    to = y + n * YN + Y_BASE + od.to(tl.int64) * YD + oh.to(tl.int64) * YH + ow.to(tl.int64) * YW
-    tl.store(
-        to[:, None] + (g * K + k)[None, :] * YC, acc.to(y.dtype.element_ty), mask=valid[:, None] & (k < K)[None, :]
-    )
+    at = n * YN + Y_BASE + od.to(tl.int64) * YD + oh.to(tl.int64) * YH + ow.to(tl.int64) * YW
+    to = at[:, None] + (g * K + k)[None, :] * YC
+    stored = valid[:, None] & (k < K)[None, :]
+    if r is not None:
+        acc += tl.load(r + to, mask=stored, other=0.0).to(acc_t)
+    if KIND >= 0:
+        acc = value(acc, KIND, PA, PB, PC)
+    tl.store(y + to, acc.to(y.dtype.element_ty), mask=stored)
 
 
 @triton.jit
@@ -131,8 +138,10 @@ def _tile(dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
 
 
-def _product(x, w, b, y, axes: list[Axis], all_taps: tuple[int, int, int], groups: int, algorithm: str) -> None:
-    """y at the positions of ``axes``; x and y [N, C, D, H, W] by strides, w [G, K/G, taps, C/G]."""
+def _product(
+    x, w, b, r, y, axes: list[Axis], all_taps: tuple[int, int, int], groups: int, algorithm: str, f=NO_ACTIVATION
+) -> None:  # fmt: skip
+    """y at the positions of ``axes``; x, r and y [N, C, D, H, W] by strides, w [G, K/G, taps, C/G]."""
     d, h, v = axes
     n, c, k = x.shape[0], w.shape[3], w.shape[1]
     pixels = d.count * h.count * v.count
@@ -144,24 +153,37 @@ def _product(x, w, b, y, axes: list[Axis], all_taps: tuple[int, int, int], group
     step = (all_taps[1] * all_taps[2], all_taps[2], 1)
     grid = (cdiv(n * pixels, tile["BLOCK_M"]), cdiv(k, tile["BLOCK_N"]), groups)
     conv_kernel[grid](
-        x, w, b, y, n, c, k, d.taps * h.taps * v.taps,
+        x, w, b, r, y, n, c, k, d.taps * h.taps * v.taps,
         pixels, h.count, v.count, d.size, h.size, v.size,
         d.in_base, h.in_base, v.in_base, d.in_step, h.in_step, v.in_step, d.tap_step, h.tap_step, v.tap_step,
         max(h.taps, 1), max(v.taps, 1),
         sum(a.w_base * s for a, s in zip(axes, step)), *(a.w_step * s for a, s in zip(axes, step)), w.shape[2],
         *x.stride(), sy[0], sy[1], *(a.out_step * s for a, s in zip(axes, sy[2:])), base,
+        **dict(zip(("KIND", "PA", "PB", "PC"), f)),
         PRECISION=_precision(algorithm), **tile, num_warps=8,
     )  # fmt: skip
 
 
 def conv_fwd(x, w, b, stride, padding, dilation, groups, channels_last, algorithm) -> torch.Tensor:
+    return _forward(x, w, b, None, stride, padding, dilation, groups, channels_last, algorithm, NO_ACTIVATION)
+
+
+def conv_act_fwd(
+    x, w, b, residual, stride, padding, dilation, groups, channels_last, algorithm, kind, pa, pb, pc
+) -> torch.Tensor:  # fmt: skip
+    f = (kind, pa, pb, pc)
+    return _forward(x, w, b, residual, stride, padding, dilation, groups, channels_last, algorithm, f)
+
+
+def _forward(x, w, b, residual, stride, padding, dilation, groups, channels_last, algorithm, f) -> torch.Tensor:
     xv, wv = _conv.view(x, channels_last), _conv.view(w, channels_last)
     k, taps = wv.shape[0], tuple(wv.shape[2:])
     count = _conv.output_size(xv.shape[2:], taps, stride, padding, dilation)
     y = _conv.empty(x, x.shape[0], k, count, channels_last)
     arranged = wv.flatten(2).transpose(1, 2).contiguous().view(groups, k // groups, -1, wv.shape[1])
     axes = [forward_axis(*a) for a in zip(xv.shape[2:], count, taps, stride, padding, dilation)]
-    _product(xv, arranged, b, _conv.view(y, channels_last), axes, taps, groups, algorithm)
+    r = None if residual is None else _conv.view(residual, channels_last)
+    _product(xv, arranged, b, r, _conv.view(y, channels_last), axes, taps, groups, algorithm, f)
     return y
 
 
@@ -172,7 +194,7 @@ def conv_dgrad(dy, w, b, size, stride, padding, dilation, groups, channels_last,
     arranged = wv.reshape(groups, k // groups, c, -1).permute(0, 2, 3, 1).contiguous()
     for at in _conv.phases(stride):
         axes = [gradient_axis(*a) for a in zip(size, dyv.shape[2:], taps, stride, padding, dilation, at)]
-        _product(dyv, arranged, b, _conv.view(dx, channels_last), axes, taps, groups, algorithm)
+        _product(dyv, arranged, b, None, _conv.view(dx, channels_last), axes, taps, groups, algorithm)
     return dx
 
 
@@ -204,11 +226,16 @@ def conv_wgrad(dy, x, taps, stride, padding, dilation, groups, channels_last, al
 def specimens() -> list[Specimen]:
     """What tests/triton_compile.py compiles: both kernels, by type of x."""
     found = []
+    plain, gelu = (dict(zip(("KIND", "PA", "PB", "PC"), f)) for f in (NO_ACTIVATION, (3, 0.0, 0.0, 0.0)))
     for t, a in (("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")):
         tile = _tile(torch.float64 if t == "fp64" else torch.float32)
-        for kernel, pointers in ((conv_kernel, ("x", "w", "b", "y")), (conv_wgrad_kernel, ("dy", "x", "part"))):
+        for kernel, pointers, more in (
+            (conv_kernel, ("x", "w", "b", "y"), {"r": None} | plain),
+            (conv_kernel, ("x", "w", "b", "r", "y"), gelu),
+            (conv_wgrad_kernel, ("dy", "x", "part"), {}),
+        ):
             types = {name: f"*{a if name == 'part' else t}" for name in pointers}
-            constants = {"PRECISION": "ieee" if t == "fp64" else "tf32", **tile}
+            constants = {"PRECISION": "ieee" if t == "fp64" else "tf32", **tile, **more}
             sizes = {name: "i32" for name in kernel.arg_names if name not in types and name not in constants}
             found.append(Specimen(kernel, types | sizes, constants, 8, hot=t != "fp64"))
     return found

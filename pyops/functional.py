@@ -35,6 +35,7 @@ from .ops.additive_attention import additive_attention
 from .ops.attention import attention_varlen, scaled_dot_product_attention
 from .ops.batch_norm import batch_norm
 from .ops.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
+from .ops.conv_act import conv2d_act
 from .ops.cross_entropy import cross_entropy, linear_cross_entropy, nll_loss
 from .ops.depthwise_conv import depthwise_conv
 from .ops.distance import cdist, cosine_similarity, gram_matrix, knn, pairwise_distance
@@ -124,6 +125,7 @@ __all__ = [
     "color_histogram",
     "conv1d",
     "conv2d",
+    "conv2d_act",
     "conv3d",
     "conv_algorithm",
     "conv_transpose1d",

@@ -24,6 +24,11 @@ const T* image_in(const OpScope& op, const Tensor& t, const char* name, int64_t 
   return channels_last ? op.in<T>(t, name, {n, s[0], s[1], s[2], c}) : op.in<T>(t, name, {n, c, s[0], s[1], s[2]});
 }
 template <class T>
+const T* optional_image_in(const OpScope& op, const OptionalTensor& t, const char* name, int64_t n, int64_t c,
+                           const int64_t (&s)[3], bool channels_last) {
+  return t.has_value() ? image_in<T>(op, *t, name, n, c, s, channels_last) : nullptr;
+}
+template <class T>
 T* image_out(const OpScope& op, const Tensor& t, const char* name, int64_t n, int64_t c, const int64_t (&s)[3],
              bool channels_last) {
   return channels_last ? op.out<T>(t, name, {n, s[0], s[1], s[2], c}) : op.out<T>(t, name, {n, c, s[0], s[1], s[2]});

@@ -9,6 +9,7 @@
 
 #include "common/conv.h"
 #include "cpu/conv_choice.h"
+#include "cpu/conv_epilogue.h"
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
 
@@ -138,9 +139,8 @@ const acc_t* weight_rows(const Problem& p, const scalar_t* w, Buffer<acc_t>& buf
 }
 
 template <class scalar_t>
-void planes(const Problem& p, const scalar_t* x, const scalar_t* w, const scalar_t* bias, scalar_t* y) {
+void planes(const Problem& p, const scalar_t* x, const scalar_t* w, const Epilogue<scalar_t>& epilogue, scalar_t* y) {
   using acc_t = accumulate_t<scalar_t>;
-  using V = Vec<acc_t>;
   constexpr int64_t R = Tile<acc_t>::rows, L = Tile<acc_t>::columns;
   const Space& s = p.space;
   const int64_t K = p.K(), T = s.taps(), pixels = p.N * s.positions();
@@ -200,20 +200,19 @@ void planes(const Problem& p, const scalar_t* x, const scalar_t* w, const scalar
           size_t i = 0;
           for (int64_t q = 0; q < last - first; q += L) {
             tile_product(padded, std::min(L, last - first - q), K, a.get(), b.get() + q * K, tile);
-            for (; i < runs.size() && runs[i].at < q + L; ++i) {
-              const Run& r = runs[i];
-              const int64_t step = s.w.out_step, k0 = g * p.M + m0 + m;
-              scalar_t* to = y + (r.first.n * p.G * p.M + k0) * out_plane + out_offset(s, r.first);
-              for (int64_t k = 0; k < count; ++k, to += out_plane) {
-                const acc_t* from = tile + k * L + r.at - q;
-                const V add(bias ? acc_t(bias[k0 + k]) : acc_t(0));
-                if (step == 1)
-                  each_vector<acc_t>(
-                      r.count, [&](int64_t e, auto lanes) { (V::load(from + e, lanes) + add).store(to + e, lanes); });
-                else
-                  for (int64_t e = 0; e < r.count; ++e) to[e * step] = scalar_t(from[e] + add.v[0]);
+            const size_t next = size_t(
+                std::find_if(runs.begin() + int64_t(i), runs.end(), [&](const Run& r) { return r.at >= q + L; }) -
+                runs.begin());
+            epilogue.template store<false>(tile, count * L, y, [&](auto&& piece) {
+              for (size_t j = i; j < next; ++j) {
+                const Run& r = runs[j];
+                const int64_t k0 = g * p.M + m0 + m;
+                int64_t at = (r.first.n * p.G * p.M + k0) * out_plane + out_offset(s, r.first);
+                for (int64_t k = 0; k < count; ++k, at += out_plane)
+                  piece(tile + k * L + r.at - q, r.count, at, int64_t(s.w.out_step), k0 + k);
               }
-            }
+            });
+            i = next;
           }
         }
       }
@@ -267,9 +266,9 @@ PYOPS_INLINE void pack_pixel(const Problem& p, acc_t* panel, int64_t rows, int64
 }
 
 template <class scalar_t>
-void channels_last(const Problem& p, const scalar_t* x, const scalar_t* w, const scalar_t* bias, scalar_t* y) {
+void channels_last(const Problem& p, const scalar_t* x, const scalar_t* w, const Epilogue<scalar_t>& epilogue,
+                   scalar_t* y) {
   using acc_t = accumulate_t<scalar_t>;
-  using V = Vec<acc_t>;
   constexpr int64_t R = Tile<acc_t>::rows, L = Tile<acc_t>::columns;
   const Space& s = p.space;
   const int64_t K = p.K(), T = s.taps(), pixels = p.N * s.positions(), in_plane = s.in_plane();
@@ -289,11 +288,11 @@ void channels_last(const Problem& p, const scalar_t* x, const scalar_t* w, const
         alignas(64) acc_t tile[R * L];
         for (int64_t block = begin; block < end; ++block) {
           const int64_t count = std::min(R, pixels - block * R), padded = Tile<acc_t>::round(count);
-          scalar_t* to[R];
+          int64_t to[R];
           const scalar_t* image[R];
           for (int64_t i = 0; i < count; ++i) {
             const Pixel pixel = pixel_at(s, block * R + i);
-            to[i] = y + (pixel.n * s.out_plane() + out_offset(s, pixel)) * p.G * p.M + m0;
+            to[i] = (pixel.n * s.out_plane() + out_offset(s, pixel)) * p.G * p.M;
             image[i] = x + pixel.n * in_plane * p.G * p.C;
             int64_t* offset = at.get() + i * T;
             for (int32_t jd = 0; jd < s.d.taps; ++jd)
@@ -310,14 +309,11 @@ void channels_last(const Problem& p, const scalar_t* x, const scalar_t* w, const
             for (int64_t i = 0; i < count; ++i)
               pack_pixel(p, a.get(), padded, i, at.get() + i * T, image[i] + (g0 + g) * p.C);
             for (int64_t m = 0; m < M; m += L) {
-              const int64_t used = std::min(L, M - m), k = (g0 + g) * p.M + m;
+              const int64_t used = std::min(L, M - m), k = (g0 + g) * p.M + m0 + m;
               tile_product(padded, used, K, a.get(), panels.get() + (g * portion + m) * K, tile);
-              for (int64_t i = 0; i < count; ++i)
-                each_vector<acc_t>(used, [&](int64_t e, auto lanes) {
-                  V value = V::load(tile + i * L + e, lanes);
-                  if (bias) value += V::load(bias + m0 + k + e, lanes);
-                  value.store(to[i] + k + e, lanes);
-                });
+              epilogue.template store<true>(tile, count * L, y, [&](auto&& piece) {
+                for (int64_t i = 0; i < count; ++i) piece(tile + i * L, used, to[i] + k, int64_t(1), k);
+              });
             }
           }
         }

@@ -123,9 +123,8 @@ bool fits(const Problem& p) {
 }
 
 template <class scalar_t>
-void product(const Problem& p, const scalar_t* x, const scalar_t* w, const scalar_t* bias, scalar_t* y) {
+void product(const Problem& p, const scalar_t* x, const scalar_t* w, const Epilogue<scalar_t>& epilogue, scalar_t* y) {
   using acc_t = accumulate_t<scalar_t>;
-  using V = Vec<acc_t>;
   constexpr int64_t R = Tile<acc_t>::rows, L = Tile<acc_t>::columns;
   constexpr bool may_stay = std::is_same_v<scalar_t, acc_t>;
   const Space& s = p.space;
@@ -181,27 +180,21 @@ void product(const Problem& p, const scalar_t* x, const scalar_t* w, const scala
             tile_product(padded, used, K, a.get(), copies.get(), tile);
           else if constexpr (may_stay)
             tile_product(padded, used, K, a.get(), OffsetRows<acc_t>{image + w0 + q, offsets.data()}, tile);
-          for (int64_t at = q; at < q + used;) {
-            const int64_t row = at / plan.pitch, column = at % plan.pitch;
-            const int64_t next = std::min((row + 1) * plan.pitch, q + used);
-            const int64_t run = std::min(width - column, q + used - at);
-            if (run > 0) {
-              const int64_t step = s.w.out_step;
-              const conv_gemm::Pixel pixel{n, int32_t(d0), int32_t(h0 + row), int32_t(w0 + column)};
-              const int64_t place = plan.in_place ? w0 + at : conv_gemm::out_offset(s, pixel);
-              scalar_t* to = y + (n * p.G * p.M + k0) * out_plane + place;
-              for (int64_t k = 0; k < count; ++k, to += out_plane) {
-                const acc_t* from = tile + k * L + at - q;
-                const V add(bias ? acc_t(bias[k0 + k]) : acc_t(0));
-                if (step == 1)
-                  each_vector<acc_t>(
-                      run, [&](int64_t e, auto lane) { (V::load(from + e, lane) + add).store(to + e, lane); });
-                else
-                  for (int64_t e = 0; e < run; ++e) to[e * step] = scalar_t(from[e] + add.v[0]);
+          epilogue.template store<false>(tile, count * L, y, [&](auto&& piece) {
+            for (int64_t at = q; at < q + used;) {
+              const int64_t row = at / plan.pitch, column = at % plan.pitch;
+              const int64_t next = std::min((row + 1) * plan.pitch, q + used);
+              const int64_t run = std::min(width - column, q + used - at);
+              if (run > 0) {
+                const conv_gemm::Pixel pixel{n, int32_t(d0), int32_t(h0 + row), int32_t(w0 + column)};
+                int64_t to =
+                    (n * p.G * p.M + k0) * out_plane + (plan.in_place ? w0 + at : conv_gemm::out_offset(s, pixel));
+                for (int64_t k = 0; k < count; ++k, to += out_plane)
+                  piece(tile + k * L + at - q, run, to, int64_t(s.w.out_step), k0 + k);
               }
+              at = next;
             }
-            at = next;
-          }
+          });
         }
       }
     }

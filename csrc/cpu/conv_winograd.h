@@ -150,17 +150,18 @@ struct Winograd {
   const Problem& p;
   const Space& s;
   const Grid grid;
-  const float *x, *w, *bias;
+  const float *x, *w;
+  const Epilogue<float>& epilogue;
   float* y;
   const int64_t C, a_panel, b_panel;  // C: summed channels; elements of a panel of either operand
 
-  Winograd(const Problem& problem, const float* x, const float* w, const float* bias, float* y)
+  Winograd(const Problem& problem, const float* x, const float* w, const Epilogue<float>& epilogue, float* y)
       : p(problem),
         s(problem.space),
         grid(problem.space, m),
         x(x),
         w(w),
-        bias(bias),
+        epilogue(epilogue),
         y(y),
         C(problem.C),
         a_panel(T::packed_a(R, problem.C)),
@@ -337,7 +338,7 @@ struct Winograd {
     float *cells = room, *line = room + m * m * cell_pitch;  // cells: [m][m][cell_pitch]
     runs_of(grid, begin, begin + count, runs);
     for (int64_t k = 0; k < channels; ++k) {
-      const V add(bias ? bias[k0 + k] : 0.f);
+      const V add(epilogue.bias ? epilogue.bias[k0 + k] : 0.f);
       for (int64_t l = 0; l < L; l += W)
         transform_output([&](int i, int j) { return V::load(sums + (i * t + j) * step + k * L + l); },
                          [&](int i, int j, const V& v) { (v + add).store(cells + (i * m + j) * cell_pitch + l); });
@@ -350,7 +351,9 @@ struct Winograd {
             for (int j = 0; j < m; ++j) v[j] = V::load(cells + (i * m + j) * cell_pitch + r.lane + e);
             interleave(v, line + e * m);
           }
-          std::copy_n(line, columns, plane + (r.row * m + i) * s.w.count + r.column * m);
+          float* to = plane + (r.row * m + i) * s.w.count + r.column * m;
+          if (!epilogue.plain()) epilogue.finish(line, to - y, columns);
+          std::copy_n(line, columns, to);
         }
       }
     }
@@ -362,13 +365,19 @@ struct Winograd {
       const int64_t h = tile % grid.each() / grid.columns * m, v = tile % grid.columns * m;
       float* to = y + ((n * s.h.count + h) * s.w.count + v) * p.G * p.M + k0;
       each_vector<float>(channels, [&](int64_t k, auto lanes) {
-        const V add = bias ? V::load(bias + k0 + k, lanes) : V(0.f);
+        const V add = epilogue.bias ? V::load(epilogue.bias + k0 + k, lanes) : V(0.f);
         transform_output([&](int i, int j) { return V::load(sums + (i * t + j) * step + r * L + k); },
                          [&](int i, int j, const V& value) {
                            if (h + i < s.h.count && v + j < s.w.count)
                              (value + add).store(to + (i * s.w.count + j) * p.G * p.M + k, lanes);
                          });
       });
+      if (epilogue.plain()) continue;
+      for (int64_t i = 0; i < std::min<int64_t>(m, s.h.count - h); ++i)
+        for (int64_t j = 0; j < std::min<int64_t>(m, s.w.count - v); ++j) {
+          float* pixel = to + (i * s.w.count + j) * p.G * p.M;
+          epilogue.finish(pixel, pixel - y, channels);
+        }
     }
   }
 
@@ -439,12 +448,12 @@ struct Winograd {
   }
 };
 
-inline void product(const Problem& p, int m, bool channels_last, const float* x, const float* w, const float* bias,
-                    float* y) {
+inline void product(const Problem& p, int m, bool channels_last, const float* x, const float* w,
+                    const Epilogue<float>& epilogue, float* y) {
   if (channels_last)
-    m == 2 ? Winograd<2, true>(p, x, w, bias, y).run() : Winograd<4, true>(p, x, w, bias, y).run();
+    m == 2 ? Winograd<2, true>(p, x, w, epilogue, y).run() : Winograd<4, true>(p, x, w, epilogue, y).run();
   else
-    m == 2 ? Winograd<2, false>(p, x, w, bias, y).run() : Winograd<4, false>(p, x, w, bias, y).run();
+    m == 2 ? Winograd<2, false>(p, x, w, epilogue, y).run() : Winograd<4, false>(p, x, w, epilogue, y).run();
 }
 
 }  // namespace pyops::PYOPS_CPU_CAPABILITY::conv_winograd

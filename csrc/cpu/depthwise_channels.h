@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/conv.h"
+#include "cpu/conv_epilogue.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -27,13 +28,15 @@ struct Channel {
 // y has K channels; x has in_channels of them. w: [parts][taps][K], part m with its own channels of x.
 template <class scalar_t>
 void channels_last(const Space& s, int64_t N, int64_t K, int64_t in_channels, int64_t parts, int64_t divide,
-                   const accumulate_t<scalar_t>* w, const scalar_t* x, const scalar_t* bias, scalar_t* y) {
+                   const accumulate_t<scalar_t>* w, const scalar_t* x, const Epilogue<scalar_t>& epilogue,
+                   scalar_t* y) {
   using acc_t = accumulate_t<scalar_t>;
   using V = Vec<acc_t>;
   constexpr int group = 4;
   const int64_t taps = s.taps(), rows = int64_t(s.d.count) * s.h.count;
   const int64_t work = std::max<int64_t>(s.w.count * K * taps * parts, 1);
   parallel_for(N * rows, ceil_div(1 << 15, work), [&](int64_t begin, int64_t end) {
+    Buffer<acc_t> wide(epilogue.plain() ? 0 : group * K);  // sums that are not finished
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / rows, od = task % rows / s.h.count, oh = task % s.h.count;
       const scalar_t* image = x + n * s.in_plane() * in_channels;
@@ -41,7 +44,8 @@ void channels_last(const Space& s, int64_t N, int64_t K, int64_t in_channels, in
           ((s.d.out_base + od * s.d.out_step) * s.h.out_size + s.h.out_base + oh * s.h.out_step) * s.w.out_size +
           s.w.out_base;
       scalar_t* out = y + (n * s.out_plane() + out_row) * K;
-      for (int64_t ow = 0; ow < s.w.count; ow += group)
+      for (int64_t ow = 0; ow < s.w.count; ow += group) {
+        const int64_t used = std::min<int64_t>(group, s.w.count - ow);
         each_vector<acc_t>(K, [&](int64_t k, auto lanes) {
           V sum[group];
           for (int64_t part = 0; part < parts; ++part) {
@@ -75,10 +79,18 @@ void channels_last(const Space& s, int64_t N, int64_t K, int64_t in_channels, in
               }
             }
           }
-          const V add = bias ? V::load(bias + k, lanes) : V();
-          for (int64_t i = 0; i < std::min<int64_t>(group, s.w.count - ow); ++i)
-            (sum[i] + add).store(out + (ow + i) * s.w.out_step * K + k, lanes);
+          const V add = epilogue.bias ? V::load(epilogue.bias + k, lanes) : V();
+          for (int64_t i = 0; i < used; ++i)
+            if (epilogue.plain())
+              (sum[i] + add).store(out + (ow + i) * s.w.out_step * K + k, lanes);
+            else
+              (sum[i] + add).store(wide.get() + i * K + k, lanes);
         });
+        if (epilogue.plain()) continue;
+        scalar_t* to = out + ow * K;
+        epilogue.finish(wide.get(), to - y, used * K);
+        narrowed(to, wide.get(), used * K);
+      }
     }
   });
 }

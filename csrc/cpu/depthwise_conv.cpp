@@ -1,4 +1,5 @@
 // depthwise_conv · CPU
+//   act    y = f(fwd + r), f by number (common/activation.h)
 //   fwd    y[n,(c,m),p] = b[(c,m)] + sum_r w[(c,m),r] * x[n,c, p*stride - padding + r*dilation]
 //   dgrad  dx[n,c,h] = b[c] + sum of w[(c,m),r] * dy[n,(c,m),p] over m and the (p, r) that meet in h
 //   wgrad  dw[(c,m),r] = sum_{n,p} dy[n,(c,m),p] * x[n,c, p*stride - padding + r*dilation]
@@ -38,17 +39,17 @@ void arrange(const Sizes& s, const Space& space, bool transposed, bool last, con
 
 template <class scalar_t>
 void filter(const Sizes& s, const Space& space, bool transposed, bool last, const scalar_t* x, const scalar_t* w,
-            const scalar_t* bias, scalar_t* y) {
+            const Epilogue<scalar_t>& epilogue, scalar_t* y) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t M = s.K / s.C;
   Buffer<acc_t> arranged(s.K * space.taps());
   arrange(s, space, transposed, last, w, arranged.get());
   if (!last)
-    depthwise::planes(space, s.N, s.C, M, transposed, arranged.get(), x, bias, y);
+    depthwise::planes(space, s.N, s.C, M, transposed, arranged.get(), x, epilogue, y);
   else if (transposed)
-    depthwise::channels_last(space, s.N, s.C, s.K, M, 1, arranged.get(), x, bias, y);
+    depthwise::channels_last(space, s.N, s.C, s.K, M, 1, arranged.get(), x, epilogue, y);
   else
-    depthwise::channels_last(space, s.N, s.K, s.C, 1, M, arranged.get(), x, bias, y);
+    depthwise::channels_last(space, s.N, s.K, s.C, 1, M, arranged.get(), x, epilogue, y);
 }
 
 // ---- binding
@@ -57,20 +58,37 @@ void check_depthwise(const OpScope& op, const Sizes& s) {
   op.check(s.G == s.C, "groups must be the number of input channels: got ", s.G, ", expected ", s.C);
 }
 
-Tensor depthwise_conv_fwd(const Tensor& x, const Tensor& w, const OptionalTensor& b, Ints stride, Ints padding,
-                          Ints dilation, int64_t groups, bool channels_last, std::string) {
-  OpScope op("depthwise_conv_fwd", x);
+// y = f(conv(x, w) + b + residual); kind -1: neither f nor residual.
+Tensor forward(const OpScope& op, const Tensor& x, const Tensor& w, const OptionalTensor& b,
+               const OptionalTensor& residual, const Ints& stride, const Ints& padding, const Ints& dilation,
+               int64_t groups, bool channels_last, int64_t kind, Parameters parameters) {
   const Sizes s = fwd_sizes(op, x, w, groups, channels_last, stride, padding, dilation);
   check_depthwise(op, s);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     Tensor y = image(op, x.scalar_type(), s.N, s.K, s.y, channels_last);
     auto* px = image_in<scalar_t>(op, x, "x", s.N, s.C, s.x, channels_last);
     auto* pw = image_in<scalar_t>(op, w, "w", s.K, 1, s.r, channels_last);
-    auto* pb = op.in_optional<scalar_t>(b, "b", {s.K});
+    const Epilogue<scalar_t> epilogue{
+        op.in_optional<scalar_t>(b, "b", {s.K}),
+        optional_image_in<scalar_t>(op, residual, "residual", s.N, s.K, s.y, channels_last), int(kind), parameters};
     auto* py = image_out<scalar_t>(op, y, "y", s.N, s.K, s.y, channels_last);
-    filter(s, forward_space(s), false, channels_last, px, pw, pb, py);
+    filter(s, forward_space(s), false, channels_last, px, pw, epilogue, py);
     return y;
   });
+}
+
+Tensor depthwise_conv_fwd(const Tensor& x, const Tensor& w, const OptionalTensor& b, Ints stride, Ints padding,
+                          Ints dilation, int64_t groups, bool channels_last, std::string) {
+  OpScope op("depthwise_conv_fwd", x);
+  return forward(op, x, w, b, {}, stride, padding, dilation, groups, channels_last, -1, {});
+}
+
+Tensor depthwise_conv_act_fwd(const Tensor& x, const Tensor& w, const OptionalTensor& b, const OptionalTensor& residual,
+                              Ints stride, Ints padding, Ints dilation, int64_t groups, bool channels_last, std::string,
+                              int64_t kind, double pa, double pb, double pc) {
+  OpScope op("depthwise_conv_act_fwd", x);
+  activation::check_kind(op, kind);
+  return forward(op, x, w, b, residual, stride, padding, dilation, groups, channels_last, kind, {pa, pb, pc});
 }
 
 Tensor depthwise_conv_dgrad(const Tensor& dy, const Tensor& w, const OptionalTensor& b, Ints size, Ints stride,
@@ -82,9 +100,9 @@ Tensor depthwise_conv_dgrad(const Tensor& dy, const Tensor& w, const OptionalTen
     Tensor dx = image(op, dy.scalar_type(), s.N, s.C, s.x, channels_last);
     auto* pdy = image_in<scalar_t>(op, dy, "dy", s.N, s.K, s.y, channels_last);
     auto* pw = image_in<scalar_t>(op, w, "w", s.K, 1, s.r, channels_last);
-    auto* pb = op.in_optional<scalar_t>(b, "b", {s.C});
+    const Epilogue<scalar_t> epilogue{op.in_optional<scalar_t>(b, "b", {s.C})};
     auto* pdx = image_out<scalar_t>(op, dx, "dx", s.N, s.C, s.x, channels_last);
-    each_phase(s, [&](const Space& space) { filter(s, space, true, channels_last, pdy, pw, pb, pdx); });
+    each_phase(s, [&](const Space& space) { filter(s, space, true, channels_last, pdy, pw, epilogue, pdx); });
     return dx;
   });
 }
@@ -122,6 +140,7 @@ Tensor depthwise_conv_wgrad(const Tensor& dy, const Tensor& x, Ints taps, Ints s
 
 PYOPS_LIBRARY(m) {
   PYOPS_IMPL(m, depthwise_conv_fwd);
+  PYOPS_IMPL(m, depthwise_conv_act_fwd);
   PYOPS_IMPL(m, depthwise_conv_dgrad);
   PYOPS_IMPL(m, depthwise_conv_wgrad);
 }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "common/conv.h"
+#include "cpu/conv_epilogue.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -150,7 +151,7 @@ inline constexpr int64_t tile_height = 32, tile_width = 512, group = 4;
 // and the output plane sums `multiplier` of them.
 template <class scalar_t>
 void planes(const Space& s, int64_t N, int64_t C, int64_t multiplier, bool transposed, const accumulate_t<scalar_t>* w,
-            const scalar_t* x, const scalar_t* bias, scalar_t* y) {
+            const scalar_t* x, const Epilogue<scalar_t>& epilogue, scalar_t* y) {
   using acc_t = accumulate_t<scalar_t>;
   using V = Vec<acc_t>;
   const int64_t taps = s.taps(), in_plane = s.in_plane(), out_plane = s.out_plane();
@@ -164,7 +165,7 @@ void planes(const Space& s, int64_t N, int64_t C, int64_t multiplier, bool trans
         for (int64_t plane = begin; plane < end; ++plane) {
           const int64_t n = plane / outer, k = plane % outer;
           scalar_t* out = y + plane * out_plane;
-          const V add(bias ? acc_t(bias[k]) : acc_t(0));
+          const V add(epilogue.bias ? acc_t(epilogue.bias[k]) : acc_t(0));
           for (int64_t od = 0; od < s.d.count; ++od)
             for (int64_t oh = 0; oh < s.h.count; oh += th)
               for (int64_t ow = 0; ow < s.w.count; ow += tw) {
@@ -180,20 +181,31 @@ void planes(const Space& s, int64_t N, int64_t C, int64_t multiplier, bool trans
                     for (int64_t column = 0; column < width; column += 2 * V::width) {
                       const int64_t count = std::min<int64_t>(2 * V::width, width - column), step = s.w.out_step;
                       outputs_of<group>(t, s, f, r, column, count <= V::width, result);
-                      for (int64_t i = 0; i < std::min<int64_t>(group, height - r); ++i) {
+                      const int64_t used = std::min<int64_t>(group, height - r);
+                      const auto target = [&](int64_t i) {
+                        const int64_t h = s.h.out_base + (oh + r + i) * s.h.out_step;
+                        return out + ((s.d.out_base + od * s.d.out_step) * s.h.out_size + h) * s.w.out_size +
+                               s.w.out_base + (ow + column) * step;
+                      };
+                      for (int64_t i = 0; i < used; ++i) {
                         acc_t* from = result + i * 2 * V::width;
                         acc_t* total = totals.get() + (r + i) * tw + column;  // of the parts before
                         each_vector<acc_t>(count, [&](int64_t e, auto lanes) {
                           const V before = part > 0 ? V::load(total + e, lanes) : add;
                           (V::load(from + e, lanes) + before).store(part + 1 < sums ? total + e : from + e, lanes);
                         });
-                        if (part + 1 < sums) continue;
-                        const int64_t h = s.h.out_base + (oh + r + i) * s.h.out_step;
-                        scalar_t* to = out + ((s.d.out_base + od * s.d.out_step) * s.h.out_size + h) * s.w.out_size +
-                                       s.w.out_base + (ow + column) * step;
+                      }
+                      if (part + 1 < sums) continue;
+                      if (!epilogue.plain()) {
+                        for (int64_t i = 0; i < used; ++i)
+                          epilogue.add_residual(result + i * 2 * V::width, target(i) - y, count);
+                        epilogue.activate(result, used * 2 * V::width);
+                      }
+                      for (int64_t i = 0; i < used; ++i) {
+                        const acc_t* from = result + i * 2 * V::width;
+                        scalar_t* to = target(i);
                         if (step == 1)
-                          each_vector<acc_t>(
-                              count, [&](int64_t e, auto lanes) { V::load(from + e, lanes).store(to + e, lanes); });
+                          narrowed(to, from, count);
                         else
                           for (int64_t e = 0; e < count; ++e) to[e * step] = scalar_t(from[e]);
                       }

@@ -1,4 +1,5 @@
 // conv · CUDA, sm_80
+//   act    y = f(fwd + r), f by number (common/activation.h)
 //   fwd    y[n,k,p] = b[k] + sum_{c,r} w[k,c,r] * x[n,c, p*stride - padding + r*dilation]
 //   dgrad  dx[n,c,h] = b[c] + sum of w[k,c,r] * dy[n,k,p] over k and the (p, r) that meet in h
 //   wgrad  dw[k,c,r] = sum_{n,p} dy[n,k,p] * x[n,c, p*stride - padding + r*dilation]
@@ -74,20 +75,22 @@ Tensor arranged_weights(const OpScope& op, const T* w, const Sizes& s, bool tran
 
 // y at the positions of `space`, of M channels a group, from x with C channels a group.
 template <class T>
-void product(const OpScope& op, const Sizes& s, const Space& space, const T* x, const T* w, const T* bias, T* y,
-             int64_t C, int64_t M, bool last, const std::string& algorithm) {
+void product(const OpScope& op, const Sizes& s, const Space& space, const T* x, const T* w, const Epilogue<T>& end,
+             T* y, int64_t C, int64_t M, bool last, const std::string& algorithm) {
   const Strides in = strides_of(s.G * C, space.in_plane(), last), out = strides_of(s.G * M, space.out_plane(), last);
   // pixels of a launch are counted in 31 bits
   const int64_t portion = std::max<int64_t>((int64_t(1) << 30) / space.positions(), 1);
   op.check(space.positions() < (int64_t(1) << 30), "an image has too many positions");
   for (int64_t n = 0; n < s.N; n += portion) {
     const int64_t count = std::min(portion, s.N - n), pixels = count * space.positions();
+    Epilogue<T> portion_end = end;
+    if (end.residual != nullptr) portion_end.residual += n * out.example;
     if constexpr (hopper_built && is_half<T>)
       if (on_hopper<T>(s, space, C, M, last, algorithm, x, w)) {
         hopper::product(
             hopper::Product<T>{x + n * in.example,
                                w,
-                               bias,
+                               portion_end,
                                y + n * out.example,
                                space,
                                count,
@@ -99,7 +102,7 @@ void product(const OpScope& op, const Sizes& s, const Space& space, const T* x, 
       }
     ConvArguments<T> p{x + n * in.example,
                        w,
-                       bias,
+                       portion_end,
                        y + n * out.example,
                        space,
                        in,
@@ -124,22 +127,41 @@ void product(const OpScope& op, const Sizes& s, const Space& space, const T* x, 
   }
 }
 
-Tensor conv_fwd(const Tensor& x, const Tensor& w, const OptionalTensor& b, Ints stride, Ints padding, Ints dilation,
-                int64_t groups, bool channels_last, std::string algorithm) {
-  OpScope op("conv_fwd", x);
+// y = f(conv(x, w) + b + residual); kind -1: neither f nor residual.
+Tensor forward(const OpScope& op, const Tensor& x, const Tensor& w, const OptionalTensor& b,
+               const OptionalTensor& residual, const Ints& stride, const Ints& padding, const Ints& dilation,
+               int64_t groups, bool channels_last, const std::string& algorithm, int64_t kind,
+               activation::Parameters parameters) {
   const Sizes s = fwd_sizes(op, x, w, groups, channels_last, stride, padding, dilation);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     Tensor y = image(op, x.scalar_type(), s.N, s.K, s.y, channels_last);
     auto* px = image_in<T>(op, x, "x", s.N, s.C, s.x, channels_last);
     auto* pw = image_in<T>(op, w, "w", s.K, s.C / s.G, s.r, channels_last);
-    auto* pb = op.in_optional<T>(b, "b", {s.K});
+    const Epilogue<T> end{op.in_optional<T>(b, "b", {s.K}),
+                          optional_image_in<T>(op, residual, "residual", s.N, s.K, s.y, channels_last),
+                          static_cast<int>(kind), parameters};
     auto* py = image_out<T>(op, y, "y", s.N, s.K, s.y, channels_last);
     if (s.N == 0) return y;
     Tensor arranged = arranged_weights(op, pw, s, false, channels_last);
     auto* pa = op.in<T>(arranged, "arranged", {s.K, s.taps(), s.C / s.G});
-    product(op, s, forward_space(s), px, pa, pb, py, s.C / s.G, s.K / s.G, channels_last, algorithm);
+    product(op, s, forward_space(s), px, pa, end, py, s.C / s.G, s.K / s.G, channels_last, algorithm);
     return y;
   });
+}
+
+Tensor conv_fwd(const Tensor& x, const Tensor& w, const OptionalTensor& b, Ints stride, Ints padding, Ints dilation,
+                int64_t groups, bool channels_last, std::string algorithm) {
+  OpScope op("conv_fwd", x);
+  return forward(op, x, w, b, {}, stride, padding, dilation, groups, channels_last, algorithm, -1, {});
+}
+
+Tensor conv_act_fwd(const Tensor& x, const Tensor& w, const OptionalTensor& b, const OptionalTensor& residual,
+                    Ints stride, Ints padding, Ints dilation, int64_t groups, bool channels_last, std::string algorithm,
+                    int64_t kind, double pa, double pb, double pc) {
+  OpScope op("conv_act_fwd", x);
+  activation::check_kind(op, kind);
+  return forward(op, x, w, b, residual, stride, padding, dilation, groups, channels_last, algorithm, kind,
+                 {pa, pb, pc});
 }
 
 Tensor conv_dgrad(const Tensor& dy, const Tensor& w, const OptionalTensor& b, Ints size, Ints stride, Ints padding,
@@ -150,13 +172,13 @@ Tensor conv_dgrad(const Tensor& dy, const Tensor& w, const OptionalTensor& b, In
     Tensor dx = image(op, dy.scalar_type(), s.N, s.C, s.x, channels_last);
     auto* pdy = image_in<T>(op, dy, "dy", s.N, s.K, s.y, channels_last);
     auto* pw = image_in<T>(op, w, "w", s.K, s.C / s.G, s.r, channels_last);
-    auto* pb = op.in_optional<T>(b, "b", {s.C});
+    const Epilogue<T> end{op.in_optional<T>(b, "b", {s.C})};
     auto* pdx = image_out<T>(op, dx, "dx", s.N, s.C, s.x, channels_last);
     if (s.N == 0) return dx;
     Tensor arranged = arranged_weights(op, pw, s, true, channels_last);
     auto* pa = op.in<T>(arranged, "arranged", {s.C, s.taps(), s.K / s.G});
     each_phase(s, [&](const Space& space) {
-      product(op, s, space, pdy, pa, pb, pdx, s.K / s.G, s.C / s.G, channels_last, algorithm);
+      product(op, s, space, pdy, pa, end, pdx, s.K / s.G, s.C / s.G, channels_last, algorithm);
     });
     return dx;
   });
@@ -234,6 +256,7 @@ Tensor conv_wgrad(const Tensor& dy, const Tensor& x, Ints taps, Ints stride, Int
 PYOPS_LIBRARY(m) {
   using namespace pyops;
   PYOPS_IMPL(m, conv_fwd);
+  PYOPS_IMPL(m, conv_act_fwd);
   PYOPS_IMPL(m, conv_dgrad);
   PYOPS_IMPL(m, conv_wgrad);
 }

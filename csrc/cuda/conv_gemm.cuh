@@ -12,6 +12,7 @@
 // is how NCHW is contiguous. Forward and gradient in the input share conv_kernel (common/conv.h).
 #pragma once
 
+#include "cuda/conv_epilogue.cuh"
 #include "cuda/device.cuh"
 
 #include "common/conv.h"
@@ -34,7 +35,8 @@ struct Strides {
 
 template <class T>
 struct ConvArguments {
-  const T *x, *w, *bias;  // w: [G, K, all taps, C]
+  const T *x, *w;  // w: [G, K, all taps, C]
+  Epilogue<T> end;
   T* y;
   Space space;
   Strides in, out;
@@ -268,14 +270,15 @@ __global__ void __launch_bounds__(threads) conv_kernel(ConvArguments<T> p) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) s.y[sums.row(i, j, e)][sums.column(i, j, e)] = sums.v[i][j][e];
   __syncthreads();
-  for (int i = tid; i < tile * tile; i += threads) {
-    const int fast = i % tile, slow = i / tile;
-    const int row = p.out.channel == 1 ? slow : fast, column = p.out.channel == 1 ? fast : slow;
-    if (s.to[row] < 0 || k0 + column >= p.K) continue;
-    const int64_t k = static_cast<int64_t>(g) * p.K + k0 + column;
-    const auto bias = p.bias != nullptr ? to_acc(__ldg(p.bias + k)) : accumulate_t<T>(0);
-    p.y[s.to[row] + k * p.out.channel] = from_acc<T>(s.y[row][column] + bias);
-  }
+  with_epilogue(p.end, [&](auto finish) {
+    for (int i = tid; i < tile * tile; i += threads) {
+      const int fast = i % tile, slow = i / tile;
+      const int row = p.out.channel == 1 ? slow : fast, column = p.out.channel == 1 ? fast : slow;
+      if (s.to[row] < 0 || k0 + column >= p.K) continue;
+      const int64_t k = static_cast<int64_t>(g) * p.K + k0 + column, at = s.to[row] + k * p.out.channel;
+      p.y[at] = from_acc<T>(finish(s.y[row][column], k, at));
+    }
+  });
 }
 
 template <class T>

@@ -1,5 +1,6 @@
 // conv · CUDA, sm_90a
-//   product  y[n,k,o] = bias[k] + sum over (tap, c) of w[k,tap,c] * x[n,c, o at the tap]      forward and input gradient
+//   product  y[n,k,o] = f(r[n,k,o] + bias[k] + sum over (tap, c) of w[k,tap,c] * x[n,c, o at the tap]), f and r optional:
+//            forward and input gradient
 //   wgrad    part[i,k,tap,c] = sum over the i-th share of the pixels of dy[k,o] * x[c, o at the tap]
 // layout   channels last; w: [K, taps, C]
 // mapping  implicit GEMM by wgmma: one producer warp feeds a ring of tiles in shared memory by TMA im2col, two consumer
@@ -7,7 +8,8 @@
 //          A tile of the product is Filters x Pixels, the sum runs over taps and blocks of 64 channels; one of wgrad is
 //          Filters x (Blocks of 64 channels at one tap each), the sum runs over 64 pixels at a time
 // memory   tiles from L2; each block of 64 channels of a tile of x once for every tap
-// numerics fp32 sums in a fixed order; wgrad's parts are added by wgrad_sum_kernel (conv_gemm.cuh)
+// numerics fp32 sums in a fixed order, rounded to T before residual and activation; wgrad's parts are added by
+//          wgrad_sum_kernel (conv_gemm.cuh)
 #include "cuda/conv_hopper.cuh"
 
 namespace pyops::conv::hopper {
@@ -117,7 +119,7 @@ PYOPS_DEVICE void produce(ProductShared<T, Filters, Pixels>& s, const TensorMap&
 }
 
 template <class T, int Filters, int Pixels>
-PYOPS_DEVICE void consume(ProductShared<T, Filters, Pixels>& s, const T* __restrict__ bias, T* __restrict__ y,
+PYOPS_DEVICE void consume(ProductShared<T, Filters, Pixels>& s, const Epilogue<T>& end, T* __restrict__ y,
                           const ProductArguments& p) {
   // Warpgroups share the filters of a tile where it has 128, else its pixels.
   constexpr int stages = ProductShared<T, Filters, Pixels>::stages, Columns = Pixels * Filters / (64 * consumers);
@@ -151,7 +153,7 @@ PYOPS_DEVICE void consume(ProductShared<T, Filters, Pixels>& s, const T* __restr
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int k = k0 + warp * 16 + lane / 4 + i * 8;
-      add[i] = bias != nullptr && k < p.K ? to_float(__ldg(bias + k)) : 0.0f;
+      add[i] = end.bias != nullptr && k < p.K ? to_float(__ldg(end.bias + k)) : 0.0f;
     }
 #pragma unroll
     for (int q = 0; q < Columns / 64; ++q) {
@@ -168,22 +170,36 @@ PYOPS_DEVICE void consume(ProductShared<T, Filters, Pixels>& s, const T* __restr
         stmatrix_x4_trans(&staged[pixel][(chunk ^ pixel % 8) * 8], r);
       }
       named_barrier_sync(1 + group, 128);  // once for each of two buffers: nobody still reads the other one
+      const auto place = [&](unsigned pixel) {
+        if (p.dense) return pixel * p.position;
+        const Position o = position(p.geometry.space, pixel);
+        return o.n * p.example + p.geometry.space.output(o) * p.position;
+      };
+      if (end.kind >= 0) {
+        with_epilogue(Epilogue<T>{nullptr, end.residual, end.kind, end.parameters}, [&](auto finish) {
+#pragma unroll 1
+          for (int i = t; i < 64 * 64; i += 128) {
+            const int row = i / 64, column = i % 64, k = k0 + column;
+            const unsigned pixel = first + q * 64 + row;
+            if (pixel >= p.pixels || k >= p.K) continue;
+            const int64_t at = place(pixel) + k;
+            y[at] = from_acc<T>(finish(to_acc(staged[row][(column / 8 ^ row % 8) * 8 + column % 8]), k, at));
+          }
+        });
+        continue;
+      }
       const int chunk = t % 8, k = k0 + chunk * 8;
-      const auto store = [&](int row, const auto& place) {
+      const auto store = [&](int row, const auto& where) {
         const unsigned pixel = first + q * 64 + row;
         if (pixel < p.pixels && k < p.K)
-          store_vec(y + place(pixel) + k, load_vec<8>(&staged[row][(chunk ^ row % 8) * 8]));
+          store_vec(y + where(pixel) + k, load_vec<8>(&staged[row][(chunk ^ row % 8) * 8]));
       };
       if (p.dense) {
 #pragma unroll
         for (int row = t / 8; row < 64; row += 16) store(row, [&](unsigned pixel) { return pixel * p.position; });
       } else {
 #pragma unroll 1
-        for (int row = t / 8; row < 64; row += 16)
-          store(row, [&](unsigned pixel) {
-            const Position o = position(p.geometry.space, pixel);
-            return o.n * p.example + p.geometry.space.output(o) * p.position;
-          });
+        for (int row = t / 8; row < 64; row += 16) store(row, place);
       }
     }
   }
@@ -192,7 +208,8 @@ PYOPS_DEVICE void consume(ProductShared<T, Filters, Pixels>& s, const T* __restr
 template <class T, int Filters, int Pixels>
 __global__ void __launch_bounds__(threads, 1)
     conv_wgmma_kernel(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w,
-                      const T* __restrict__ bias, T* __restrict__ y, const __grid_constant__ ProductArguments p) {
+                      const __grid_constant__ Epilogue<T> end, T* __restrict__ y,
+                      const __grid_constant__ ProductArguments p) {
   auto& s = shared_storage<ProductShared<T, Filters, Pixels>>();
   open_ring(s.ring);
   if (threadIdx.x < 128) {
@@ -200,7 +217,7 @@ __global__ void __launch_bounds__(threads, 1)
     if (threadIdx.x == 0) produce(s, map_x, map_w, p);
   } else {
     setmaxnreg_inc<232>();
-    consume(s, bias, y, p);
+    consume(s, end, y, p);
   }
 }
 
@@ -368,7 +385,7 @@ void launch_product(const Product<T>& p, cudaStream_t stream) {
           .block = dim3(threads),
           .smem = sizeof(ProductShared<T, Filters, Pixels>),
           .stream = stream},
-         image_map(p.x, s, p.examples, p.C, Pixels), filter_map(p.w, p.K, width, p.C, Filters), p.bias, p.y, arguments);
+         image_map(p.x, s, p.examples, p.C, Pixels), filter_map(p.w, p.K, width, p.C, Filters), p.end, p.y, arguments);
 }
 
 template <class T, int Filters, int Blocks>

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "cuda/conv_epilogue.cuh"
 #include "cuda/device.cuh"
 
 #include "common/conv.h"
@@ -55,10 +56,11 @@ bool serves(const Space& s, int64_t C, int64_t K, int64_t G, bool channels_last,
   return false;
 }
 
-// y[n, k, o] = bias[k] + sum over taps and c of w[k, tap, c] * x[n, c, o at the tap]
+// y[n, k, o] = f(r[n, k, o] + bias[k] + sum over taps and c of w[k, tap, c] * x[n, c, o at the tap])
 template <class T>
 struct Product {
-  const T *x, *w, *bias;  // w: [K, taps of the whole filter, C]
+  const T *x, *w;  // w: [K, taps of the whole filter, C]
+  Epilogue<T> end;
   T* y;
   Space space;
   int64_t examples;

@@ -285,7 +285,7 @@ struct Call {
     const auto vector = [](const T* p, int64_t width) { return width % conv::vector<T> == 0 && is_aligned(p); };
     const conv::ConvArguments<T> p{x,
                                    w,
-                                   nullptr,
+                                   {},
                                    y,
                                    rows_of(rows),
                                    {0, s.G * C, 1},

@@ -1,4 +1,5 @@
 // depthwise_conv · CUDA
+//   act    y = f(fwd + r), f by number (common/activation.h)
 //   fwd    y[n,(c,m),p] = b[(c,m)] + sum_r w[(c,m),r] * x[n,c, p*stride - padding + r*dilation]
 //   dgrad  dx[n,c,h] = b[c] + sum of w[(c,m),r] * dy[n,(c,m),p] over m and the (p, r) that meet in h
 //   wgrad  dw[(c,m),r] = sum_{n,p} dy[n,(c,m),p] * x[n,c, p*stride - padding + r*dilation]
@@ -10,6 +11,7 @@
 //          time; a second kernel adds the parts
 // memory   x and y once from DRAM, overlapping taps from L1; filters from L1
 // numerics sums in fp32 (fp64 for fp64), in a fixed order
+#include "cuda/conv_epilogue.cuh"
 #include "cuda/device.cuh"
 
 #include "common/conv.h"
@@ -23,7 +25,8 @@ inline constexpr int outputs = 4;  // of a thread
 
 template <class T>
 struct Depthwise {
-  const T *x, *w, *bias;
+  const T *x, *w;
+  Epilogue<T> end;
   T* y;
   Space space;
   int64_t N;
@@ -96,15 +99,19 @@ __global__ void __launch_bounds__(256, 2) depthwise_conv_kernel(Depthwise<T> p) 
         }
       }
     }
-    const A bias = p.bias != nullptr ? to_acc(__ldg(p.bias + k)) : A(0);
-    T* y = p.y + plane_of(n, k, p.out_channels, s.out_plane(), p.channels_last) +
-           ((static_cast<int64_t>(s.d.out_base + od * s.d.out_step) * s.h.out_size + s.h.out_base + oh * s.h.out_step) *
-                s.w.out_size +
-            s.w.out_base) *
-               out_stride;
+    const int64_t first =
+        plane_of(n, k, p.out_channels, s.out_plane(), p.channels_last) +
+        ((static_cast<int64_t>(s.d.out_base + od * s.d.out_step) * s.h.out_size + s.h.out_base + oh * s.h.out_step) *
+             s.w.out_size +
+         s.w.out_base) *
+            out_stride;
+    with_epilogue(p.end, [&](auto finish) {
 #pragma unroll
-    for (int i = 0; i < outputs; ++i)
-      if (ow + i < s.w.count) y[(ow + i) * s.w.out_step * out_stride] = from_acc<T>(sum[i] + bias);
+      for (int i = 0; i < outputs; ++i) {
+        const int64_t at = first + (ow + i) * s.w.out_step * out_stride;
+        if (ow + i < s.w.count) p.y[at] = from_acc<T>(finish(sum[i], k, at));
+      }
+    });
   }
 }
 
@@ -172,14 +179,14 @@ void check_depthwise(const OpScope& op, const Sizes& s) {
 
 template <class T>
 void filter(const OpScope& op, const Sizes& s, const Space& space, bool transposed, bool last, const T* x, const T* w,
-            const T* bias, T* y) {
+            const Epilogue<T>& end, T* y) {
   const int64_t in = transposed ? s.K : s.C, out = transposed ? s.C : s.K;
   const int64_t items = ceil_div(space.w.count, outputs) * space.d.count * space.h.count * (last ? out : 1);
   op.check(items < (int64_t(1) << 31), "an image has too many positions");
   if (s.N == 0) return;
   const Depthwise<T> p{x,
                        w,
-                       bias,
+                       end,
                        y,
                        space,
                        s.N,
@@ -201,18 +208,36 @@ void filter(const OpScope& op, const Sizes& s, const Space& space, bool transpos
          p);
 }
 
-Tensor depthwise_conv_fwd(const Tensor& x, const Tensor& w, const OptionalTensor& b, Ints stride, Ints padding,
-                          Ints dilation, int64_t groups, bool channels_last, std::string) {
-  OpScope op("depthwise_conv_fwd", x);
+// y = f(conv(x, w) + b + residual); kind -1: neither f nor residual.
+Tensor forward(const OpScope& op, const Tensor& x, const Tensor& w, const OptionalTensor& b,
+               const OptionalTensor& residual, const Ints& stride, const Ints& padding, const Ints& dilation,
+               int64_t groups, bool channels_last, int64_t kind, activation::Parameters parameters) {
   const Sizes s = fwd_sizes(op, x, w, groups, channels_last, stride, padding, dilation);
   check_depthwise(op, s);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     Tensor y = image(op, x.scalar_type(), s.N, s.K, s.y, channels_last);
+    const Epilogue<T> end{op.in_optional<T>(b, "b", {s.K}),
+                          optional_image_in<T>(op, residual, "residual", s.N, s.K, s.y, channels_last),
+                          static_cast<int>(kind), parameters};
     filter(op, s, forward_space(s), false, channels_last, image_in<T>(op, x, "x", s.N, s.C, s.x, channels_last),
-           image_in<T>(op, w, "w", s.K, 1, s.r, channels_last), op.in_optional<T>(b, "b", {s.K}),
+           image_in<T>(op, w, "w", s.K, 1, s.r, channels_last), end,
            image_out<T>(op, y, "y", s.N, s.K, s.y, channels_last));
     return y;
   });
+}
+
+Tensor depthwise_conv_fwd(const Tensor& x, const Tensor& w, const OptionalTensor& b, Ints stride, Ints padding,
+                          Ints dilation, int64_t groups, bool channels_last, std::string) {
+  OpScope op("depthwise_conv_fwd", x);
+  return forward(op, x, w, b, {}, stride, padding, dilation, groups, channels_last, -1, {});
+}
+
+Tensor depthwise_conv_act_fwd(const Tensor& x, const Tensor& w, const OptionalTensor& b, const OptionalTensor& residual,
+                              Ints stride, Ints padding, Ints dilation, int64_t groups, bool channels_last, std::string,
+                              int64_t kind, double pa, double pb, double pc) {
+  OpScope op("depthwise_conv_act_fwd", x);
+  activation::check_kind(op, kind);
+  return forward(op, x, w, b, residual, stride, padding, dilation, groups, channels_last, kind, {pa, pb, pc});
 }
 
 Tensor depthwise_conv_dgrad(const Tensor& dy, const Tensor& w, const OptionalTensor& b, Ints size, Ints stride,
@@ -224,9 +249,9 @@ Tensor depthwise_conv_dgrad(const Tensor& dy, const Tensor& w, const OptionalTen
     Tensor dx = image(op, dy.scalar_type(), s.N, s.C, s.x, channels_last);
     auto* pdy = image_in<T>(op, dy, "dy", s.N, s.K, s.y, channels_last);
     auto* pw = image_in<T>(op, w, "w", s.K, 1, s.r, channels_last);
-    auto* pb = op.in_optional<T>(b, "b", {s.C});
+    const Epilogue<T> end{op.in_optional<T>(b, "b", {s.C})};
     auto* pdx = image_out<T>(op, dx, "dx", s.N, s.C, s.x, channels_last);
-    each_phase(s, [&](const Space& space) { filter(op, s, space, true, channels_last, pdy, pw, pb, pdx); });
+    each_phase(s, [&](const Space& space) { filter(op, s, space, true, channels_last, pdy, pw, end, pdx); });
     return dx;
   });
 }
@@ -269,6 +294,7 @@ Tensor depthwise_conv_wgrad(const Tensor& dy, const Tensor& x, Ints taps, Ints s
 PYOPS_LIBRARY(m) {
   using namespace pyops;
   PYOPS_IMPL(m, depthwise_conv_fwd);
+  PYOPS_IMPL(m, depthwise_conv_act_fwd);
   PYOPS_IMPL(m, depthwise_conv_dgrad);
   PYOPS_IMPL(m, depthwise_conv_wgrad);
 }

@@ -30,6 +30,7 @@ FLOAT32_ON: dict[str, tuple[str, ...]] = {
 # op -> device types on which autocast runs it in its low precision: what torch counts with the matrix products.
 LOW_ON: dict[str, tuple[str, ...]] = {
     **{f"{name}{n}d": ("cpu", "cuda") for name in ("conv", "conv_transpose") for n in (1, 2, 3)},
+    "conv2d_act": ("cpu", "cuda"),
     "depthwise_conv": ("cpu", "cuda"),
     "prelu": ("cpu", "cuda"),
     "linear": ("cpu", "cuda"),

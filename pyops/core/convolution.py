@@ -9,7 +9,9 @@ Every convolution, of 1 to 3 spatial dimensions, reaches the kernels as a 3-d on
     dgrad(dy, w)  dx[h] = sum over the (p, r) that meet in h of  w[r] dy[p]            (also the transposed convolution)
     wgrad(dy, x)  dw[r] = sum over p of  dy[p] x[p*stride - padding + r*dilation]
 
-All three are bilinear, and the derivative of each in either argument is another of the three
+    act(x, w, r)  y = f(fwd(x, w) + r), f by number (core/activations.py)
+
+The first three are bilinear, and the derivative of each in either argument is another of the three
 (docs/math/convolution.md). A room declares its three ops with ``family`` and gets functions that are differentiable any
 number of times.
 """
@@ -24,11 +26,13 @@ from typing import Any
 
 import torch
 
-from . import backend, library, multilinear
+from . import activations, backend, blocking, library, multilinear
 from .multilinear import Multilinear, Tensors
 
 # Order of the constants of an op: stride, padding, dilation, groups, channels_last, algorithm.
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups, bool channels_last, str algorithm"
+_FUNCTION = "int kind, float pa, float pb, float pc"
+_IDENTITY = activations.fused("conv_act", "identity")
 
 
 def output_size(size: Any, taps: Any, stride: Any, padding: Any, dilation: Any) -> list[Any]:
@@ -55,6 +59,10 @@ def _fwd_fake(x, w, b, stride, padding, dilation, groups, channels_last, algorit
     return x.new_empty(_shape(x.shape[0], w.shape[0], sizes, channels_last))
 
 
+def _act_fake(x, w, b, residual, *constants):
+    return _fwd_fake(x, w, b, *constants[:-4])
+
+
 def _dgrad_fake(dy, w, b, size, stride, padding, dilation, groups, channels_last, algorithm):
     return dy.new_empty(_shape(dy.shape[0], groups * channels(w, channels_last), size, channels_last))
 
@@ -66,11 +74,17 @@ def _wgrad_fake(dy, x, taps, stride, padding, dilation, groups, channels_last, a
 
 @dataclass(frozen=True)
 class Family:
-    """The three differentiable functions of one room; each takes the namespace first."""
+    """The differentiable functions of one room, each of which takes the namespace first.
+
+    ``plus(x, w, b, residual, *geometry)`` is fwd with something added. ``act(x, w, b, residual, *geometry, *function)``
+    applies an activation besides, in one pass; it is the bare op, without derivatives.
+    """
 
     stem: str
     serves: Callable[[Any, Any, int], bool]
     fwd: Callable[..., torch.Tensor]
+    plus: Callable[..., torch.Tensor]
+    act: Callable[..., torch.Tensor]
     dgrad: Callable[..., torch.Tensor]
     wgrad: Callable[..., torch.Tensor]
 
@@ -138,13 +152,14 @@ def _grouped(constants: Tensors, batch: int) -> Tensors:
 
 
 def family(stem: str, kernels: ModuleType | None, serves: Callable[[Any, Any, int], bool]) -> Family:
-    """Declares ``<stem>_fwd``, ``<stem>_dgrad`` and ``<stem>_wgrad`` and makes them differentiable."""
+    """Declares ``<stem>_fwd``, ``_act_fwd``, ``_dgrad`` and ``_wgrad`` of a stem and makes them differentiable."""
     ops = {
-        name: library.declare(f"{stem}_{name}({tensors}, {_GEOMETRY}) -> Tensor", fake, kernels)
-        for name, tensors, fake in (
-            ("fwd", "Tensor x, Tensor w, Tensor? b", _fwd_fake),
-            ("dgrad", "Tensor dy, Tensor w, Tensor? b, int[] size", _dgrad_fake),
-            ("wgrad", "Tensor dy, Tensor x, int[] taps", _wgrad_fake),
+        name: library.declare(f"{stem}_{name}({tensors}, {constants}) -> Tensor", fake, kernels)
+        for name, tensors, constants, fake in (
+            ("fwd", "Tensor x, Tensor w, Tensor? b", _GEOMETRY, _fwd_fake),
+            ("act_fwd", "Tensor x, Tensor w, Tensor? b, Tensor? residual", f"{_GEOMETRY}, {_FUNCTION}", _act_fake),
+            ("dgrad", "Tensor dy, Tensor w, Tensor? b, int[] size", _GEOMETRY, _dgrad_fake),
+            ("wgrad", "Tensor dy, Tensor x, int[] taps", _GEOMETRY, _wgrad_fake),
         )
     }
 
@@ -170,6 +185,28 @@ def family(stem: str, kernels: ModuleType | None, serves: Callable[[Any, Any, in
         x = _into_channels(batch, dims[0], x, last)
         w, b = _into_first(batch, dims[1], w), _into_first(batch, dims[2], b)
         return _from_channels(batch, fwd(ns, x, w, b, *_grouped(constants, batch)), last), 0
+
+    # The raw op with an activation is not linear: only ``plus``, which is, has derivatives.
+
+    def geometry_of(constants):
+        if constants[-4:] != _IDENTITY:
+            raise RuntimeError(
+                f"{stem}_act_fwd: got the derivative of the raw op, expected pyops.functional.conv2d_act, which has it"
+            )
+        return constants[:-4]
+
+    def plus_gradient(ns, dy, inputs, constants, needs):
+        (x, w, *_), geometry = inputs, geometry_of(constants)
+        return (*fwd_gradient(ns, dy, (x, w, None), geometry, needs[:3]), dy if needs[3] else None)
+
+    def plus_tangent(ns, inputs, tangents, constants):
+        (x, w, *_), (*along, added) = inputs, tangents
+        moved = fwd_tangent(ns, (x, w, None), along, geometry_of(constants))
+        return moved if added is None else moved + added
+
+    def plus_fold(ns, batch, dims, inputs, constants):
+        y, _ = fwd_fold(ns, batch, dims[:3], inputs[:3], geometry_of(constants))
+        return y if inputs[3] is None else y + multilinear.first(batch, dims[3], inputs[3]), 0
 
     def dgrad_gradient(ns, dx, inputs, constants, needs):
         (dy, w, _), geometry = inputs, constants[1:]
@@ -204,16 +241,28 @@ def family(stem: str, kernels: ModuleType | None, serves: Callable[[Any, Any, in
         dw = wgrad(ns, dy, x, *_grouped(constants, batch))
         return dw.unflatten(0, (batch, dw.shape[0] // batch)), 0
 
-    fwd = multilinear.differentiable(
-        Multilinear(ops["fwd"], 3, fwd_gradient, _product_rule(lambda *a: fwd(*a)), fwd_fold)
+    fwd_tangent = _product_rule(lambda *a: fwd(*a))
+    fwd = multilinear.differentiable(Multilinear(ops["fwd"], 3, fwd_gradient, fwd_tangent, fwd_fold))
+    linear_act = multilinear.differentiable(
+        Multilinear(ops["act_fwd"], 4, plus_gradient, plus_tangent, plus_fold, kept=(0, 1))
     )
+
+    def plus(ns, *arguments):
+        return linear_act(ns, *arguments, *_IDENTITY)
+
+    def act(ns, *arguments):
+        if torch.compiler.is_compiling():
+            return ops["act_fwd"].overloads[ns](*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return ops["act_fwd"].overloads[ns](*arguments)
+
     dgrad = multilinear.differentiable(
         Multilinear(ops["dgrad"], 3, dgrad_gradient, _product_rule(lambda *a: dgrad(*a)), dgrad_fold)
     )
     wgrad = multilinear.differentiable(
         Multilinear(ops["wgrad"], 2, wgrad_gradient, _product_rule(lambda *a: wgrad(*a)), wgrad_fold)
     )
-    _families[stem] = Family(stem, serves, fwd, dgrad, wgrad)
+    _families[stem] = Family(stem, serves, fwd, plus, act, dgrad, wgrad)
     return _families[stem]
 
 
@@ -321,3 +370,18 @@ def algorithm_for(dtype: torch.dtype, backend_name: str, on_gpu: bool) -> str:
 def current_algorithm(x: torch.Tensor) -> str:
     """``algorithm_for`` the call that is being made on x."""
     return algorithm_for(x.dtype, backend.name_for(x.device), x.device.type == "cuda")
+
+
+def explanation(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, name: str) -> tuple[str, ...]:
+    """What ``pyops explain`` says about a convolution: the room, the algorithm and its workspace."""
+    if len(shapes) < 2:
+        return ("give the shapes of input and weight to see the choice",)
+    x, w = shapes[0], shapes[1]
+    groups = max(x[1] // w[1], 1)
+    stem = family_for(x[1], w, groups).stem
+    algorithm, workspace = algorithm_for(dtype, name, name in ("cuda",)), ""
+    if name == "cpu" and stem == "conv" and dtype == torch.float32:
+        plan = blocking.convolution(x[0], x[1], w[0], groups, list(x[2:]), list(w[2:]), algorithm)
+        if plan is not None:
+            algorithm, workspace = plan[0], f"; workspace at most {plan[1]} bytes (for stride 1, contiguous)"
+    return (f"room {stem} ({groups} groups)", f"algorithm {algorithm}: {ALGORITHMS[algorithm]}{workspace}")

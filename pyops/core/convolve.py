@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
-from . import autocast, backend, check, convolution, layout
+from . import activations, autocast, backend, bias_act, check, convolution, layout
 
 Sizes = int | Sequence[int]
 
@@ -83,35 +86,63 @@ def _same_padding(op: str, input: torch.Tensor, taps: list[int], stride: list[in
     return input, [t // 2 for t in totals]
 
 
+@dataclass(frozen=True)
+class _Call:
+    """One convolution in canonical form; ``geometry`` holds the constants of its op."""
+
+    family: convolution.Family
+    namespace: str
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    geometry: tuple[Any, ...]
+    dims: int
+    batched: bool
+    last: bool
+    passed: bool  # through channels last
+
+    def run(self, product: Callable[..., torch.Tensor]) -> torch.Tensor:
+        return self.result(product(self.namespace, self.x, self.weight, self.bias, *self.geometry))
+
+    def canonical(self, t: torch.Tensor) -> torch.Tensor:
+        """A tensor that is shaped as the result."""
+        return convolution.canonical(t if self.batched else t.unsqueeze(0), self.dims, self.last)
+
+    def result(self, y: torch.Tensor) -> torch.Tensor:
+        y = convolution.restore(y, self.dims, self.last)
+        y = y.contiguous() if self.passed else y
+        return y if self.batched else y.squeeze(0)
+
+
 def _in_canonical_form(
     op: str,
-    product: str,
     channels: int,
+    batched: bool,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     geometry: tuple[list[int], ...],
     groups: int,
-) -> torch.Tensor:
-    """The product "fwd" or "dgrad" of the room that serves ``channels``, those of the convolution's input."""
+) -> _Call:
+    """The call of the room that serves ``channels``, those of the convolution's input."""
     namespace, last, dims = backend.namespace_for(op, x), _is_channels_last(x, weight), x.dim() - 2
     passed = not last and _pays_for_a_pass(namespace, x, weight, groups)
     last = last or passed
-    y = getattr(convolution.family_for(channels, weight.shape, groups), product)(
+    return _Call(
+        convolution.family_for(channels, weight.shape, groups),
         namespace,
         convolution.canonical(x, dims, last),
         convolution.canonical(weight, dims, last),
         None if bias is None else bias.contiguous(),
-        *geometry,
-        groups,
+        (*geometry, groups, last, convolution.current_algorithm(x)),
+        dims,
+        batched,
         last,
-        convolution.current_algorithm(x),
+        passed,
     )
-    y = convolution.restore(y, dims, last)
-    return y.contiguous() if passed else y
 
 
-def convolve(
+def _prepared(
     op: str,
     dims: int,
     input: torch.Tensor,
@@ -121,8 +152,8 @@ def convolve(
     padding: Sizes | str,
     dilation: Sizes,
     groups: int,
-) -> torch.Tensor:
-    """A convolution of ``dims`` spatial dimensions; ``op`` is the name in messages and in the autocast table."""
+) -> _Call:
+    """The arguments checked; ``op`` is the name in messages and in the autocast table."""
     input, weight, bias = autocast.cast(op, input, weight, bias)
     _check_tensors(op, input, weight, bias, dims, groups, weight.shape[0])
     stride = _sizes(op, "stride", stride, dims, 1)
@@ -147,8 +178,84 @@ def convolve(
                 RuntimeError, op, "weight", f"taps {taps}", f"a filter that fits the padded input {size + 2 * p}"
             )
     geometry = (_three(stride, 1), _three(padding, 0), _three(dilation, 1))
-    y = _in_canonical_form(op, "fwd", x.shape[1], x, weight, bias, geometry, groups)
-    return y if input.dim() == dims + 2 else y.squeeze(0)
+    return _in_canonical_form(op, x.shape[1], input.dim() == dims + 2, x, weight, bias, geometry, groups)
+
+
+def convolve(op: str, dims: int, *arguments: Any) -> torch.Tensor:
+    """A convolution of ``dims`` spatial dimensions; ``arguments`` are those of torch.nn.functional.conv2d."""
+    call = _prepared(op, dims, *arguments)
+    return call.run(call.family.fwd)
+
+
+def _padded(
+    op: str, dims: int, input: torch.Tensor, taps: Sequence[int], padding: Sizes | str, dilation: Sizes, mode: str
+) -> torch.Tensor:
+    """The input with borders that are not zeros."""
+    if mode not in ("reflect", "replicate", "circular"):
+        expected = "'zeros', 'reflect', 'replicate' or 'circular'"
+        check.fail(ValueError, op, "padding_mode", repr(mode), expected)
+    if padding == "same":
+        totals = [d * (k - 1) for k, d in zip(taps, _sizes(op, "dilation", dilation, dims, 1))]
+        borders = [(t // 2, t - t // 2) for t in totals]
+    else:
+        borders = [(p, p) for p in _sizes(op, "padding", 0 if padding == "valid" else padding, dims, 0)]
+    return torch.nn.functional.pad(input, [p for border in reversed(borders) for p in border], mode=mode)
+
+
+def _needs_no_derivative(*tensors: torch.Tensor | None) -> bool:
+    if torch.compiler.is_compiling():
+        return not torch.is_grad_enabled() and forward_ad._current_level < 0
+    return not bias_act.recorded(*tensors)
+
+
+def _residual(op: str, call: _Call, residual: torch.Tensor) -> torch.Tensor:
+    """What is added to the sums, in canonical form."""
+    if not isinstance(residual, torch.Tensor):
+        check.fail(TypeError, op, "residual", type(residual).__name__, "a tensor or None")
+    r: Any = autocast.cast(op, residual)[0]
+    outer = slice(3 - call.dims, None)
+    sizes = convolution.output_size(
+        *(convolution.space(t, call.last)[outer] for t in (call.x, call.weight)),
+        *(values[outer] for values in call.geometry[:3]),
+    )
+    shape = [*([call.x.shape[0]] if call.batched else []), call.weight.shape[0], *sizes]
+    if list(r.shape) != shape or r.dtype != call.x.dtype or r.device != call.x.device:
+        got = f"shape {list(r.shape)}, {r.dtype} on {r.device}"
+        check.fail(RuntimeError, op, "residual", got, f"shape {shape}, {call.x.dtype} on {call.x.device}")
+    return call.canonical(r)
+
+
+def convolve_act(
+    op: str,
+    dims: int,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+    stride: Sizes,
+    padding: Sizes | str,
+    dilation: Sizes,
+    groups: int,
+    padding_mode: str,
+) -> torch.Tensor:
+    """``f(convolution + bias + residual)``: one pass over y, or two where the sum has to be kept for a derivative."""
+    function = activations.fused(op, activation)
+    if padding_mode != "zeros":
+        input, padding = _padded(op, dims, input, weight.shape[2:], padding, dilation, padding_mode), 0
+    call = _prepared(op, dims, input, weight, bias, stride, padding, dilation, groups)
+    r = None if residual is None else _residual(op, call, residual)
+    family, namespace, x, w, b = call.family, call.namespace, call.x, call.weight, call.bias
+    if _needs_no_derivative(x, w, b, r):
+        return call.result(family.act(namespace, x, w, b, r, *call.geometry, *function))
+    if r is None:
+        z = family.fwd(namespace, x, w, None, *call.geometry)
+    else:
+        z = family.plus(namespace, x, w, None, r, *call.geometry)
+    k = w.shape[0]
+    images = (math.prod(z.shape[:4]), k, 1) if call.last else (z.shape[0], k, math.prod(z.shape[2:]))
+    y = bias_act.apply(namespace, z.view(images), z.new_zeros(k) if b is None else b, *function)
+    return call.result(y.view(z.shape))
 
 
 def convolve_transposed(
@@ -185,5 +292,5 @@ def convolve_transposed(
     if any(s < 1 for s in size):
         check.fail(RuntimeError, op, "padding", padding, f"an output of at least one position; its size is {size}")
     geometry = (_three(size, 1), _three(stride, 1), _three(padding, 0), _three(dilation, 1))
-    y = _in_canonical_form(op, "dgrad", out, x, weight, bias, geometry, groups)
-    return y if input.dim() == dims + 2 else y.squeeze(0)
+    call = _in_canonical_form(op, out, input.dim() == dims + 2, x, weight, bias, geometry, groups)
+    return call.run(call.family.dgrad)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..core import blocking, convolution, library
+from ..core import convolution, library
 from ..core.convolve import Sizes, convolve, convolve_transposed
 from ..core.explain import explains
 from ..core.intercept import route
@@ -229,22 +229,8 @@ for _function in (conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, co
     route((_theirs,), _function.__name__, _function)
 
 
-def _explain(shapes, dtype, name):
-    if len(shapes) < 2:
-        return ("give the shapes of input and weight to see the choice",)
-    x, w = shapes[0], shapes[1]
-    groups = max(x[1] // w[1], 1)
-    stem = convolution.family_for(x[1], w, groups).stem
-    algorithm, workspace = convolution.algorithm_for(dtype, name, name in ("cuda",)), ""
-    if name == "cpu" and stem == "conv" and dtype == torch.float32:
-        plan = blocking.convolution(x[0], x[1], w[0], groups, list(x[2:]), list(w[2:]), algorithm)
-        if plan is not None:
-            algorithm, workspace = plan[0], f"; workspace at most {plan[1]} bytes (for stride 1, contiguous)"
-    return (f"room {stem} ({groups} groups)", f"algorithm {algorithm}: {convolution.ALGORITHMS[algorithm]}{workspace}")
-
-
 for _name in ("conv1d", "conv2d", "conv3d"):
-    explains(_name, _explain)
+    explains(_name, convolution.explanation)
 
 
 # Samples

@@ -22,7 +22,8 @@ from collections.abc import Callable
 import torch
 
 from ..core import activations, autocast, backend, check, library, multilinear
-from ..core.autograd import Formula, differentiable
+from ..core.bias_act import apply as _bias_act
+from ..core.bias_act import apply_inplace, recorded
 from ..core.intercept import Unsupported, route
 from ..core.layout import channels, restore
 from ..core.multilinear import Multilinear, first
@@ -31,36 +32,10 @@ from ..core.samples import Maker, Sample, checked
 _kernels = library.triton_kernels("linear")
 _torch = torch.nn.functional
 
-_PARAMETERS = "int kind, float a, float b, float c"
-_fwd = library.declare(
-    f"bias_act_fwd(Tensor x, Tensor bias, {_PARAMETERS}) -> Tensor", lambda x, *_: torch.empty_like(x), _kernels
-)
-_inplace = library.declare(
-    f"bias_act_inplace(Tensor(a!) x, Tensor bias, {_PARAMETERS}) -> ()", lambda *_: None, _kernels
-)
-_bwd = library.declare(
-    f"bias_act_bwd(Tensor dy, Tensor x, Tensor bias, {_PARAMETERS}) -> (Tensor, Tensor)",
-    lambda dy, x, bias, *_: (torch.empty_like(x), torch.empty_like(bias)),
-    _kernels,
-)
 _rows_op = library.declare(
     "bias_rows(Tensor bias, int rows) -> Tensor", lambda bias, rows: bias.new_empty(rows, bias.shape[0]), _kernels
 )
 _sum_op = library.declare("column_sum(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape[1]), _kernels)
-
-
-def _reference(x, bias, kind, a, b, c):
-    wide = check.accumulate_dtype(x.dtype)
-    return (activations.TRUTH[kind](x.to(wide) + bias.to(wide)[:, None], a, b, c).to(x.dtype),)
-
-
-_bias_act = differentiable(
-    Formula(
-        _fwd, _bwd, 2, 2,
-        lambda dy, inputs, statistics, constants, needs: (dy, *inputs, *constants),
-        _reference,
-    )
-)  # fmt: skip
 
 
 # Rows of a bias and sums of columns are each other's gradients.
@@ -205,19 +180,10 @@ def linear_act(
     bias = z.new_zeros(w.shape[0]) if bias is None else bias
     namespace = backend.namespace_for("linear_act", x)
     shape = (*input.shape[:-1], *weight.shape[:-1])
-    if _recorded(x, w, bias):
+    if recorded(x, w, bias):
         return _bias_act(namespace, z.unsqueeze(-1), bias, *numbers).view(shape)
-    _inplace(namespace, z.unsqueeze(-1), bias, *numbers)
+    apply_inplace(namespace, z.unsqueeze(-1), bias, *numbers)
     return z.view(shape)
-
-
-def _recorded(*tensors: torch.Tensor) -> bool:
-    """Whether a derivative or a graph of this call is wanted."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    if torch.autograd.forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def bias_act(input: torch.Tensor, bias: torch.Tensor, activation: str = "relu", dim: int = 1) -> torch.Tensor:
