@@ -1,5 +1,5 @@
 """Compiles every CUDA source for sm_80 and sm_90a and reports what ptxas made of it; a spill in a hot kernel fails,
-and so does a kernel of warpgroup products without them.
+and so does a kernel of warpgroup products without them, or one in which ptxas makes each wait for the one before.
 
 Needs nvcc, no GPU. ``python tests/cuda_compile.py [stem ...]``
 """
@@ -82,6 +82,11 @@ def on_a_slower_path(sass: str) -> list[str]:
     return [template_of(name) for name, has_it in names.items() if "wgmma" in name and not has_it]
 
 
+def serialized(report: str) -> list[str]:
+    """Kernels whose warpgroup products ptxas could not leave asynchronous."""
+    return [template_of(name) for name in re.findall(r"instructions are serialized .*function '(\w+)'", report)]
+
+
 def matrix_instructions(sass: str) -> str:
     """Counts of tensor-core and asynchronous-copy instructions in the SASS."""
     count = Counter(word for word in MATRIX_INSTRUCTIONS for _ in range(len(re.findall(rf"\b{word}\b", sass))))
@@ -111,7 +116,8 @@ def main(stems: list[str]) -> int:
             failing = [row for row in spilling if row[2] > TOLERATED_BYTES and is_hot(row[0])]
             sass = disassembled(cubin)
             slower = on_a_slower_path(sass)
-            bad += len(failing) + len(slower)
+            waiting = serialized(done.stderr)
+            bad += len(failing) + len(slower) + len(waiting)
             most = max((row[1] for row in rows), default=0)
             print(
                 f"{source.name:28} {architecture:7} {len(rows):4} kernels, at most {most:3} registers, "
@@ -122,6 +128,8 @@ def main(stems: list[str]) -> int:
                 print(f"    {row[2]:6} bytes, {row[1]} registers{', TOO MUCH' if row in failing else ''}: {row[0]}")
             for kernel in slower:
                 print(f"    NO HGMMA: {kernel}")
+            for kernel in waiting:
+                print(f"    SERIALIZED: {kernel}")
     print("cuda_compile:", "ok" if bad == 0 else f"{bad} problem(s)")
     return 1 if bad else 0
 

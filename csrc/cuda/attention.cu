@@ -3,11 +3,32 @@
 //   dv[j] = sum_i p do[i],  ds = p * (do[i].v[j] - delta[i]) * scale,  delta[i] = do[i].o[i] - dlse[i]
 //   dq[i] = sum_j ds k[j],  dk[j] = sum_i ds q[i]
 // layout   q: [B, H, L, D] · k: [B, H / G, S, D] · v: [B, H / G, S, E] · o: [B, H, L, E] · lse: [B, H, L], or packed
-// mapping  bf16, fp16: tensor cores (attention_mma.cuh); fp32, fp64: CUDA cores (attention_plain.cuh)
+// mapping  bf16, fp16: tensor cores (attention_mma.cuh, on Hopper attention_hopper.cu); fp32, fp64: CUDA cores
+//          (attention_plain.cuh)
 // memory   q, k, v, o once per block of 64 rows of the other side, from L2; lse and delta beyond inputs and outputs
 // numerics softmax and sums in fp32 (fp64 for fp64); deterministic
 #include "cuda/attention_mma.cuh"
 #include "cuda/attention_plain.cuh"
+
+namespace pyops::attention {
+namespace {
+
+// The one choice between the kernels of bf16 and fp16.
+template <class T>
+void forward_half(const Problem<float>& p, const Tensors<T>& t, cudaStream_t stream) {
+  if constexpr (hopper_built)
+    if (suits_hopper(p, t)) return forward_hopper(p, t, stream);
+  forward_mma(p, t, stream);
+}
+template <class T>
+void backward_half(const Problem<float>& p, const Tensors<T>& t, cudaStream_t stream) {
+  if constexpr (hopper_built)
+    if (suits_hopper(p, t)) return backward_hopper(p, t, stream);
+  backward_mma(p, t, stream);
+}
+
+}  // namespace
+}  // namespace pyops::attention
 
 // binding
 
@@ -39,7 +60,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
     t.lse = attention::out_lse<A>(op, a, lse);
     const auto stream = static_cast<cudaStream_t>(op.stream());
     if constexpr (sizeof(T) == 2)
-      attention::forward_mma(p, t, stream);
+      attention::forward_half(p, t, stream);
     else
       attention::forward_plain(p, t, stream);
     return std::make_tuple(o, lse);
@@ -81,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dy, const Optiona
     launch(attention::attention_delta_kernel<T>,
            {.grid = static_cast<unsigned>(ceil_div(p.B * p.H * p.L, 4)), .block = 128, .stream = stream}, p, t);
     if constexpr (sizeof(T) == 2)
-      attention::backward_mma(p, t, stream);
+      attention::backward_half(p, t, stream);
     else
       attention::backward_plain(p, t, stream);
     return std::make_tuple(dq, dk, dv);

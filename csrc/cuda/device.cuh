@@ -55,7 +55,8 @@
 // wgmma     smem_desc(ptr, leading_bytes, stride_bytes, Swizzle)
 //           wgmma_m64k16<T, N, MajorA, MajorB>(d[N / 2], desc_a, desc_b, accumulate = true)
 //           wgmma_m64k16_reg<T, N, MajorB>(d, a[4], desc_b, accumulate = true)
-//           wgmma_fence wgmma_commit wgmma_wait<N> setmaxnreg_inc<R> setmaxnreg_dec<R>
+//           wgmma_fence wgmma_commit wgmma_wait<N>() setmaxnreg_inc<R> setmaxnreg_dec<R>
+//           wgmma_wait<N>(d) wgmma_wait<N>(d, e)    d, e: the sums that may be read from here on
 //
 // Kernels that need sm_90a stand in <stem>_hopper.cu, which is compiled for sm_90a only. <stem>.cu calls its launchers
 // by

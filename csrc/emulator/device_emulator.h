@@ -310,6 +310,14 @@ template <int Pending>
 PYOPS_ENGINE void wgmma_wait(PYOPS_HERE) {
   emulator::wgmma_wait(Pending, location);
 }
+template <int Pending, int First>
+PYOPS_ENGINE void wgmma_wait(float (&)[First], PYOPS_HERE) {
+  emulator::wgmma_wait(Pending, location);
+}
+template <int Pending, int First, int Second>
+PYOPS_ENGINE void wgmma_wait(float (&)[First], float (&)[Second], PYOPS_HERE) {
+  emulator::wgmma_wait(Pending, location);
+}
 template <class T, int Columns, Major MajorA = Major::k, Major MajorB = Major::k>
 PYOPS_ENGINE void wgmma_m64k16(float (&d)[Columns / 2], uint64_t desc_a, uint64_t desc_b, bool accumulate = true,
                                PYOPS_HERE) {

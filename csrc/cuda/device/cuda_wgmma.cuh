@@ -29,6 +29,19 @@ template <int Pending>
 PYOPS_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
+// The same, and what was summed in d is there: to the compiler d changes here, so that no use of it moves before the wait.
+template <int Pending, int N>
+PYOPS_DEVICE void wgmma_wait(float (&d)[N]) {
+  wgmma_wait<Pending>();
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int Pending, int N, int M>
+PYOPS_DEVICE void wgmma_wait(float (&first)[N], float (&second)[M]) {
+  wgmma_wait<Pending>(first);
+#pragma unroll
+  for (int i = 0; i < M; ++i) asm volatile("" : "+f"(second[i])::"memory");
+}
 
 // Register lists for the inline assembly: names %0.. and the operands bound to them.
 #define PYOPS_NAMES_4 "%0, %1, %2, %3"
