@@ -8,6 +8,7 @@ with pyops.backend("triton"): ...      # force one implementation
 from . import functional, nn, optim, vision
 from .core.backend import backend
 from .core.intercept import use
+from .core.tuning import tuning
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", "functional", "nn", "optim", "use", "vision"]
+__all__ = ["__version__", "backend", "functional", "nn", "optim", "tuning", "use", "vision"]

@@ -33,7 +33,7 @@ void product(const Sizes& sizes, const Space& space, bool transposed, bool chann
       return conv_winograd::product(p, m, channels_last, x, w, epilogue, y);
   if (channels_last)
     conv_gemm::channels_last(p, x, w, epilogue, y);
-  else if (conv_planes::fits<scalar_t>(p))
+  else if (algorithm != "columns" && conv_planes::fits<scalar_t>(p))
     conv_planes::product(p, x, w, epilogue, y);
   else
     conv_gemm::planes(p, x, w, epilogue, y);

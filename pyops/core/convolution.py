@@ -25,8 +25,9 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
-from . import activations, backend, blocking, library, multilinear
+from . import activations, backend, blocking, library, multilinear, tuning
 from .multilinear import Multilinear, Tensors
 
 # Order of the constants of an op: stride, padding, dilation, groups, channels_last, algorithm.
@@ -242,28 +243,88 @@ def family(stem: str, kernels: ModuleType | None, serves: Callable[[Any, Any, in
         return dw.unflatten(0, (batch, dw.shape[0] // batch)), 0
 
     fwd_tangent = _product_rule(lambda *a: fwd(*a))
-    fwd = multilinear.differentiable(Multilinear(ops["fwd"], 3, fwd_gradient, fwd_tangent, fwd_fold))
-    linear_act = multilinear.differentiable(
-        Multilinear(ops["act_fwd"], 4, plus_gradient, plus_tangent, plus_fold, kept=(0, 1))
-    )
+    linear = {
+        "fwd": Multilinear(ops["fwd"], 3, fwd_gradient, fwd_tangent, fwd_fold),
+        "act_fwd": Multilinear(ops["act_fwd"], 4, plus_gradient, plus_tangent, plus_fold, kept=(0, 1)),
+        "dgrad": Multilinear(ops["dgrad"], 3, dgrad_gradient, _product_rule(lambda *a: dgrad(*a)), dgrad_fold),
+    }
+    apply = {name: multilinear.differentiable(formula) for name, formula in linear.items()}
 
-    def plus(ns, *arguments):
-        return linear_act(ns, *arguments, *_IDENTITY)
+    def tuned(name, ns, x, w, constants):
+        return _tuned(ops[name], name, ns, x, w, constants) if stem == "conv" else constants
 
-    def act(ns, *arguments):
+    def fwd(ns, x, w, b, *constants):
+        return apply["fwd"](ns, x, w, b, *tuned("fwd", ns, x, w, constants))
+
+    def dgrad(ns, dy, w, b, *constants):
+        return apply["dgrad"](ns, dy, w, b, *tuned("dgrad", ns, dy, w, constants))
+
+    def plus(ns, x, w, b, residual, *constants):
+        return apply["act_fwd"](ns, x, w, b, residual, *tuned("fwd", ns, x, w, constants), *_IDENTITY)
+
+    def act(ns, x, w, b, residual, *constants):
+        arguments = (x, w, b, residual, *tuned("fwd", ns, x, w, constants[:-4]), *constants[-4:])
         if torch.compiler.is_compiling():
             return ops["act_fwd"].overloads[ns](*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return ops["act_fwd"].overloads[ns](*arguments)
 
-    dgrad = multilinear.differentiable(
-        Multilinear(ops["dgrad"], 3, dgrad_gradient, _product_rule(lambda *a: dgrad(*a)), dgrad_fold)
-    )
     wgrad = multilinear.differentiable(
         Multilinear(ops["wgrad"], 2, wgrad_gradient, _product_rule(lambda *a: wgrad(*a)), wgrad_fold)
     )
     _families[stem] = Family(stem, serves, fwd, plus, act, dgrad, wgrad)
     return _families[stem]
+
+
+# Tuning
+
+
+def _tuning_key(name: str, shape: Sequence[int], weight: Sequence[int], dtype: torch.dtype, geometry: Tensors) -> str:
+    """``shape`` is that of the first tensor; geometry leaves the algorithm out, and begins with dgrad's size."""
+    *numbers, last = geometry
+    sizes = " ".join(str(list(n) if isinstance(n, (list, tuple)) else n) for n in (shape, weight, *numbers))
+    layout = "channels last" if last else "planes"
+    return f"conv_{name} {sizes} {str(dtype).removeprefix('torch.')} {layout}, {torch.get_num_threads()} threads"
+
+
+def _candidates(dtype: torch.dtype, size: Sequence[int], taps: Sequence[int], geometry: Tensors) -> list[str]:
+    """The algorithms that compute a convolution on the CPU in different ways."""
+    stride, padding, dilation, _, last = geometry[-5:]
+    found = ["gemm"] if last else ["gemm", "columns"]
+    flat = size[0] == 1 and padding[0] == 0
+    neighbours = list(taps) == [1, 3, 3] and all(v == 1 for v in (*stride, *dilation))
+    return [*found, "winograd2", "winograd4"] if dtype == torch.float32 and flat and neighbours else found
+
+
+class _Chosen(str):
+    """An algorithm that was measured for one product; the gradient of that product is free to take another."""
+
+
+def _tuned(op: library.Op, name: str, ns: str, a: torch.Tensor, w: torch.Tensor, constants: Tensors) -> Tensors:
+    """The constants with the algorithm that was measured to be the fastest, where tuning may choose."""
+    if not tuning.active() and not isinstance(constants[-1], _Chosen):
+        return constants
+    *geometry, algorithm = constants
+    if isinstance(algorithm, _Chosen):
+        algorithm, constants = "", (*geometry, "")
+    if algorithm != "" or not tuning.active() or torch.compiler.is_compiling():
+        return constants
+    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (a, w))
+    if ns != "pyops" or not plain or a.device.type != "cpu" or a.numel() == 0:
+        return constants
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return constants
+    last = constants[-2]
+    names = _candidates(a.dtype, space(a, last), space(w, last), tuple(geometry))
+    if len(names) == 1:
+        return constants
+
+    def run(algorithm: str) -> Callable[[], torch.Tensor]:
+        return lambda: op.overloads[ns](a, w, None, *geometry, algorithm)
+
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        key = _tuning_key(name, a.shape, w.shape, a.dtype, tuple(geometry))
+        return (*geometry, _Chosen(tuning.best(key, {name: run(name) for name in names})))
 
 
 # Canonical form
@@ -289,6 +350,7 @@ def restore(t: torch.Tensor, dims: int, channels_last: bool) -> torch.Tensor:
 ALGORITHMS = {
     "": "the default table",
     "gemm": "a matrix product whose columns are shifted rows or packed blocks, never whole (CPU); implicit GEMM (GPU)",
+    "columns": "a matrix product whose columns are packed blocks, never whole (CPU; channels last: gemm)",
     "winograd2": "Winograd's F(2x2, 3x3): 2.25 times fewer products (CPU, float32, 3x3 taps, stride 1)",
     "winograd4": "Winograd's F(4x4, 3x3): 4 times fewer products (CPU, float32, 3x3 taps, stride 1)",
     "ieee": "products in float32 on CUDA cores",
@@ -297,7 +359,7 @@ ALGORITHMS = {
     "wgmma": "implicit GEMM by warpgroup products and TMA where the call allows it: bfloat16 or float16, channels last,"
     " one group, channels in eights, compute capability 9.0; else gemm",
 }
-_ON_CPU = ("gemm", "winograd2", "winograd4")
+_ON_CPU = ("gemm", "columns", "winograd2", "winograd4")
 _algorithm = os.environ.get("PYOPS_CONV_ALGORITHM", "")
 
 
@@ -311,9 +373,9 @@ class conv_algorithm:
     """Chooses the algorithm of convolutions, process-wide, as a call or for the length of a ``with`` block.
 
     Args:
-        name: ``"gemm"``, ``"winograd2"``, ``"winograd4"``, ``"ieee"``, ``"tf32"``, ``"3xtf32"``, ``"wgmma"``, or
-            ``""`` for the default table. An algorithm that does not apply to a call leaves it to ``"gemm"``; ``pyops
-            explain conv2d`` says which one runs. With ``torch.use_deterministic_algorithms`` or
+        name: ``"gemm"``, ``"columns"``, ``"winograd2"``, ``"winograd4"``, ``"ieee"``, ``"tf32"``, ``"3xtf32"``,
+            ``"wgmma"``, or ``""`` for the default table. An algorithm that does not apply to a call leaves it to
+            ``"gemm"``; ``pyops explain conv2d`` says which one runs. With ``torch.use_deterministic_algorithms`` or
             ``torch.backends.mkldnn.conv.fp32_precision = "ieee"`` the table leaves out Winograd's.
             The environment variable PYOPS_CONV_ALGORITHM does the same from the start; where it names no algorithm,
             every convolution raises and says so.
@@ -346,10 +408,10 @@ def _only_exact() -> bool:
     return torch.are_deterministic_algorithms_enabled() or precision == "ieee"
 
 
-def _cpu_algorithm(dtype: torch.dtype) -> str:
-    """``""`` leaves the choice to the table in csrc/cpu/conv_choice.h."""
-    if dtype != torch.float32 or _algorithm in _ON_CPU:
-        return _algorithm if _algorithm in _ON_CPU else "gemm"
+def _cpu_algorithm() -> str:
+    """``""`` leaves the choice to tuning, where it is on, else to the table in csrc/cpu/conv_choice.h."""
+    if _algorithm in _ON_CPU:
+        return _algorithm
     return "gemm" if _algorithm or _only_exact() else ""
 
 
@@ -357,7 +419,7 @@ def algorithm_for(dtype: torch.dtype, backend_name: str, on_gpu: bool) -> str:
     """The algorithm of a call: the chosen one, else that of the default table."""
     _known("PYOPS_CONV_ALGORITHM", _algorithm)
     if backend_name == "cpu":
-        return _cpu_algorithm(dtype)
+        return _cpu_algorithm()
     if dtype in (torch.bfloat16, torch.float16) and backend_name != "triton":
         return "gemm" if _algorithm == "gemm" else "wgmma"
     if dtype != torch.float32:
@@ -379,9 +441,20 @@ def explanation(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, name: str
     x, w = shapes[0], shapes[1]
     groups = max(x[1] // w[1], 1)
     stem = family_for(x[1], w, groups).stem
-    algorithm, workspace = algorithm_for(dtype, name, name in ("cuda",)), ""
-    if name == "cpu" and stem == "conv" and dtype == torch.float32:
-        plan = blocking.convolution(x[0], x[1], w[0], groups, list(x[2:]), list(w[2:]), algorithm)
+    algorithm, notes = algorithm_for(dtype, name, name in ("cuda",)), ""
+    if name == "cpu" and stem == "conv":
+        sides = len(w) - 2
+        size, taps = [*[1] * (3 - sides), *x[2:]], [*[1] * (3 - sides), *w[2:]]
+        geometry = ([1] * 3, [t // 2 for t in taps], [1] * 3, groups, False)
+        choice = None
+        if algorithm == "":
+            key = _tuning_key("fwd", (*x[:2], *size), (*w[:2], *taps), dtype, geometry)
+            choice = tuning.known(key)
+            notes = " (tuned)" if choice is not None else " (model)"
+        algorithm = algorithm if choice is None else choice
+        plan = blocking.convolution(x[0], x[1], w[0], groups, size, taps, algorithm) if dtype == torch.float32 else None
         if plan is not None:
-            algorithm, workspace = plan[0], f"; workspace at most {plan[1]} bytes (for stride 1, contiguous)"
-    return (f"room {stem} ({groups} groups)", f"algorithm {algorithm}: {ALGORITHMS[algorithm]}{workspace}")
+            algorithm = plan[0]
+            notes += f"; workspace at most {plan[1]} bytes (for stride 1, contiguous)"
+    algorithm = algorithm or "gemm"
+    return (f"room {stem} ({groups} groups)", f"algorithm {algorithm}: {ALGORITHMS[algorithm]}{notes}")

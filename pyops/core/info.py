@@ -15,7 +15,7 @@ import torch
 
 from . import backend, library
 
-_VARIABLES = ("PYOPS_BACKEND", "PYOPS_CPU_CAPABILITY", "PYOPS_EMULATOR", "TRITON_INTERPRET")
+_VARIABLES = ("PYOPS_BACKEND", "PYOPS_CPU_CAPABILITY", "PYOPS_EMULATOR", "PYOPS_TUNING", "TRITON_INTERPRET")
 
 
 def collect() -> dict[str, Any]:
