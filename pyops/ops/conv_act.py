@@ -107,7 +107,7 @@ checked(
     Sample(
         "two groups, channels last, no bias",
         _sample(
-            (1, 4, 2, 3), (2, 2, 2, 2), (1, 2, 2, 2), "silu", False, channels_last=True, groups=2, stride=2, padding=1
+            (2, 4, 2, 3), (2, 2, 2, 2), (2, 2, 2, 2), "silu", False, channels_last=True, groups=2, stride=2, padding=1
         ),
         derivatives=True,
     ),
