@@ -5,8 +5,9 @@
 //   wgrad  dw[k,c,r] = sum_{n,p} dy[n,k,p] * x[n,c, p*stride - padding + r*dilation]
 // layout   x: [N, C, D, H, W] · w: [K, C/G, taps] · y: [N, K, space]
 //          channels last: x: [N, D, H, W, C] · w: [K, taps, C/G]
-// mapping  implicit GEMM (conv_gemm.cuh), groups on grid.z; filters are first copied to [G, K/G, taps, C/G]; dgrad is
-//          one launch for each residue of the position modulo the stride; wgrad splits the pixels and adds partial sums
+// mapping  implicit GEMM (conv_gemm.cuh; for half types on sm_90a conv_hopper.cu), groups on grid.z; filters are read as
+//          [G, K/G, taps, C/G], from a copy where they stand otherwise; dgrad is one launch for each residue of the
+//          position modulo the stride; wgrad splits the pixels and adds partial sums
 // memory   x once from DRAM where a tile's taps stay in cache, filters once for each tile of pixels from L2
 // numerics sums in fp32 (fp64 for fp64); algorithm: "tf32", "3xtf32", else fp32 products on CUDA cores
 #include "cuda/conv_gemm.cuh"
@@ -52,9 +53,10 @@ constexpr bool is_half = std::is_same_v<T, bf16> || std::is_same_v<T, fp16>;
 // Whether the kernels of conv_hopper.cu take a product of C channels with filters of K.
 template <class T>
 bool on_hopper(const Sizes& s, const Space& space, int64_t C, int64_t K, bool last, const std::string& algorithm,
-               const T* x, const T* other) {
+               const T* x, const T* other, const T* residual = nullptr) {
   const auto aligned = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  return algorithm == "wgmma" && aligned(x) && aligned(other) && hopper::serves<T>(space, C, K, s.G, last, s.taps());
+  return algorithm == "wgmma" && aligned(x) && aligned(other) && aligned(residual) &&
+         hopper::serves<T>(space, C, K, s.G, last, s.taps());
 }
 
 // Filters as [G, m, taps, c]: m is the output channel of the product, c the one that is summed over.
@@ -73,10 +75,25 @@ Tensor arranged_weights(const OpScope& op, const T* w, const Sizes& s, bool tran
   return arranged;
 }
 
+// The filters of a call; a copy as conv_kernel reads them is made when it is first asked for.
+template <class T>
+struct Filters {
+  const T* given;
+  bool transposed, last;
+  std::optional<Tensor> copy = {};
+
+  const T* arranged(const OpScope& op, const Sizes& s) {
+    if (last && !transposed) return given;
+    if (!copy) copy = arranged_weights(op, given, s, transposed, last);
+    return op.in<T>(*copy, "arranged", {transposed ? s.C : s.K, s.taps(), (transposed ? s.K : s.C) / s.G});
+  }
+};
+
 // y at the positions of `space`, of M channels a group, from x with C channels a group.
 template <class T>
-void product(const OpScope& op, const Sizes& s, const Space& space, const T* x, const T* w, const Epilogue<T>& end,
-             T* y, int64_t C, int64_t M, bool last, const std::string& algorithm) {
+void product(const OpScope& op, const Sizes& s, const Space& space, const T* x, Filters<T>& filters,
+             const Epilogue<T>& end, T* y, int64_t C, int64_t M, const std::string& algorithm) {
+  const bool last = filters.last;
   const Strides in = strides_of(s.G * C, space.in_plane(), last), out = strides_of(s.G * M, space.out_plane(), last);
   // pixels of a launch are counted in 31 bits
   const int64_t portion = std::max<int64_t>((int64_t(1) << 30) / space.positions(), 1);
@@ -86,20 +103,22 @@ void product(const OpScope& op, const Sizes& s, const Space& space, const T* x, 
     Epilogue<T> portion_end = end;
     if (end.residual != nullptr) portion_end.residual += n * out.example;
     if constexpr (hopper_built && is_half<T>)
-      if (on_hopper<T>(s, space, C, M, last, algorithm, x, w)) {
+      if (on_hopper<T>(s, space, C, M, last, algorithm, x, filters.given, end.residual)) {
         hopper::product(
             hopper::Product<T>{x + n * in.example,
-                               w,
+                               filters.given,
                                portion_end,
                                y + n * out.example,
                                space,
                                count,
                                static_cast<int>(C),
                                static_cast<int>(M),
-                               {static_cast<int>(s.r[0]), static_cast<int>(s.r[1]), static_cast<int>(s.r[2])}},
+                               {static_cast<int>(s.r[0]), static_cast<int>(s.r[1]), static_cast<int>(s.r[2])},
+                               filters.transposed},
             static_cast<cudaStream_t>(op.stream()));
         continue;
       }
+    const T* w = filters.arranged(op, s);
     ConvArguments<T> p{x + n * in.example,
                        w,
                        portion_end,
@@ -142,9 +161,8 @@ Tensor forward(const OpScope& op, const Tensor& x, const Tensor& w, const Option
                           static_cast<int>(kind), parameters};
     auto* py = image_out<T>(op, y, "y", s.N, s.K, s.y, channels_last);
     if (s.N == 0) return y;
-    Tensor arranged = arranged_weights(op, pw, s, false, channels_last);
-    auto* pa = op.in<T>(arranged, "arranged", {s.K, s.taps(), s.C / s.G});
-    product(op, s, forward_space(s), px, pa, end, py, s.C / s.G, s.K / s.G, channels_last, algorithm);
+    Filters<T> filters{pw, false, channels_last};
+    product(op, s, forward_space(s), px, filters, end, py, s.C / s.G, s.K / s.G, algorithm);
     return y;
   });
 }
@@ -175,11 +193,9 @@ Tensor conv_dgrad(const Tensor& dy, const Tensor& w, const OptionalTensor& b, In
     const Epilogue<T> end{op.in_optional<T>(b, "b", {s.C})};
     auto* pdx = image_out<T>(op, dx, "dx", s.N, s.C, s.x, channels_last);
     if (s.N == 0) return dx;
-    Tensor arranged = arranged_weights(op, pw, s, true, channels_last);
-    auto* pa = op.in<T>(arranged, "arranged", {s.C, s.taps(), s.K / s.G});
-    each_phase(s, [&](const Space& space) {
-      product(op, s, space, pdy, pa, end, pdx, s.K / s.G, s.C / s.G, channels_last, algorithm);
-    });
+    Filters<T> filters{pw, true, channels_last};
+    each_phase(
+        s, [&](const Space& space) { product(op, s, space, pdy, filters, end, pdx, s.K / s.G, s.C / s.G, algorithm); });
     return dx;
   });
 }

@@ -79,6 +79,8 @@ struct ProductArguments {
   bool dense;  // the positions are all of y, in order
 };
 
+// Filters are read as they are stored. With Major::k, [K, taps, C], a line of w holds the channels of one filter; with
+// Major::mn, [C, taps, K], line i of each 64 holds 64 filters of channel i.
 template <class T, int Filters, int Pixels>
 struct ProductTile {
   alignas(1024) T w[Filters][depth];
@@ -91,7 +93,7 @@ struct ProductShared {
   alignas(16) T y[consumers][2][64][64];  // 64 pixels of 64 filters, in 16-byte chunks that are permuted by the pixel
 };
 
-template <class T, int Filters, int Pixels>
+template <class T, Major W, int Filters, int Pixels>
 PYOPS_DEVICE void produce(ProductShared<T, Filters, Pixels>& s, const TensorMap& map_x, const TensorMap& map_w,
                           const ProductArguments& p) {
   constexpr int stages = ProductShared<T, Filters, Pixels>::stages;
@@ -111,14 +113,19 @@ PYOPS_DEVICE void produce(ProductShared<T, Filters, Pixels>& s, const TensorMap&
         mbarrier_wait(&s.ring.empty[turn.stage], turn.parity ^ 1);
         mbarrier_arrive_expect_tx(full, sizeof to.w + sizeof to.x);
         load_image(to.x[0], map_x, full, p.geometry, first, t, c);
-        tma_load_im2col(to.w[0], map_w, full, {c, 0, k0}, {static_cast<uint16_t>(filter_tap)});
+        if constexpr (W == Major::k) {
+          tma_load_im2col(to.w[0], map_w, full, {c, 0, k0}, {static_cast<uint16_t>(filter_tap)});
+        } else {
+          for (int i = 0; i < Filters; i += 64)
+            tma_load_im2col(to.w[i], map_w, full, {k0 + i, 0, c}, {static_cast<uint16_t>(filter_tap)});
+        }
         turn.next<stages>();
       }
     }
   }
 }
 
-template <class T, int Filters, int Pixels>
+template <class T, Major W, int Filters, int Pixels>
 PYOPS_DEVICE void consume(ProductShared<T, Filters, Pixels>& s, const Epilogue<T>& end, T* __restrict__ y,
                           const ProductArguments& p) {
   // Warpgroups share the filters of a tile where it has 128, else its pixels.
@@ -135,9 +142,11 @@ PYOPS_DEVICE void consume(ProductShared<T, Filters, Pixels>& s, const Epilogue<T
       mbarrier_wait(&s.ring.full[turn.stage], turn.parity);
       wgmma_fence();
 #pragma unroll
-      for (int c = 0; c < depth; c += 16)
-        wgmma_m64k16<T, Columns>(sum, smem_desc(&from.w[filter0][c], 16, 1024, Swizzle::b128),
-                                 smem_desc(&from.x[pixel0][c], 16, 1024, Swizzle::b128), step > 0 || c > 0);
+      for (int c = 0; c < depth; c += 16) {
+        const T* w = W == Major::k ? &from.w[filter0][c] : from.w[filter0 + c];
+        wgmma_m64k16<T, Columns, W>(sum, smem_desc(w, W == Major::k ? 16 : 8192, 1024, Swizzle::b128),
+                                    smem_desc(&from.x[pixel0][c], 16, 1024, Swizzle::b128), step > 0 || c > 0);
+      }
       wgmma_commit();
       wgmma_wait<1>();
       if (step > 0 && lane == 0) mbarrier_arrive(&s.ring.empty[previous]);  // its product is done
@@ -170,25 +179,28 @@ PYOPS_DEVICE void consume(ProductShared<T, Filters, Pixels>& s, const Epilogue<T
         stmatrix_x4_trans(&staged[pixel][(chunk ^ pixel % 8) * 8], r);
       }
       named_barrier_sync(1 + group, 128);  // once for each of two buffers: nobody still reads the other one
+      const int chunk = t % 8, k = k0 + chunk * 8;
       const auto place = [&](unsigned pixel) {
         if (p.dense) return pixel * p.position;
         const Position o = position(p.geometry.space, pixel);
         return o.n * p.example + p.geometry.space.output(o) * p.position;
       };
       if (end.kind >= 0) {
-        with_epilogue(Epilogue<T>{nullptr, end.residual, end.kind, end.parameters}, [&](auto finish) {
+        with_epilogue(Epilogue<T>{nullptr, nullptr, end.kind, end.parameters}, [&](auto finish) {
 #pragma unroll 1
-          for (int i = t; i < 64 * 64; i += 128) {
-            const int row = i / 64, column = i % 64, k = k0 + column;
+          for (int row = t / 8; row < 64; row += 16) {
             const unsigned pixel = first + q * 64 + row;
             if (pixel >= p.pixels || k >= p.K) continue;
             const int64_t at = place(pixel) + k;
-            y[at] = from_acc<T>(finish(to_acc(staged[row][(column / 8 ^ row % 8) * 8 + column % 8]), k, at));
+            Vec<T, 8> v = load_vec<8>(&staged[row][(chunk ^ row % 8) * 8]), r{};
+            if (end.residual != nullptr) r = load_vec_readonly<8>(end.residual + at);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) v[e] = from_acc<T>(finish(to_acc(v[e]) + to_acc(r[e]), k, at));
+            store_vec(y + at, v);
           }
         });
         continue;
       }
-      const int chunk = t % 8, k = k0 + chunk * 8;
       const auto store = [&](int row, const auto& where) {
         const unsigned pixel = first + q * 64 + row;
         if (pixel < p.pixels && k < p.K)
@@ -205,7 +217,7 @@ PYOPS_DEVICE void consume(ProductShared<T, Filters, Pixels>& s, const Epilogue<T
   }
 }
 
-template <class T, int Filters, int Pixels>
+template <class T, Major W, int Filters, int Pixels>
 __global__ void __launch_bounds__(threads, 1)
     conv_wgmma_kernel(const __grid_constant__ TensorMap map_x, const __grid_constant__ TensorMap map_w,
                       const __grid_constant__ Epilogue<T> end, T* __restrict__ y,
@@ -214,10 +226,10 @@ __global__ void __launch_bounds__(threads, 1)
   open_ring(s.ring);
   if (threadIdx.x < 128) {
     setmaxnreg_dec<40>();
-    if (threadIdx.x == 0) produce(s, map_x, map_w, p);
+    if (threadIdx.x == 0) produce<T, W>(s, map_x, map_w, p);
   } else {
     setmaxnreg_inc<232>();
-    consume(s, end, y, p);
+    consume<T, W>(s, end, y, p);
   }
 }
 
@@ -363,7 +375,7 @@ TensorMap filter_map(const T* w, int64_t rows, int width, int C, unsigned count)
                                 Im2col{{0}, {1 - width}, depth, count, {1}}, Swizzle::b128);
 }
 
-template <class T, int Filters, int Pixels>
+template <class T, Major W, int Filters, int Pixels>
 void launch_product(const Product<T>& p, cudaStream_t stream) {
   const Space& s = p.space;
   const int64_t pixels = p.examples * s.positions(), filter_tiles = ceil_div(p.K, Filters),
@@ -380,12 +392,15 @@ void launch_product(const Product<T>& p, cudaStream_t stream) {
                                    p.filter_taps[2],
                                    s.positions() == s.out_plane()};
   const int width = p.filter_taps[0] * p.filter_taps[1] * p.filter_taps[2];
-  launch(conv_wgmma_kernel<T, Filters, Pixels>,
+  constexpr bool by_filter = W == Major::k;
+  launch(conv_wgmma_kernel<T, W, Filters, Pixels>,
          {.grid = dim3(static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessor_count()))),
           .block = dim3(threads),
           .smem = sizeof(ProductShared<T, Filters, Pixels>),
           .stream = stream},
-         image_map(p.x, s, p.examples, p.C, Pixels), filter_map(p.w, p.K, width, p.C, Filters), p.end, p.y, arguments);
+         image_map(p.x, s, p.examples, p.C, Pixels),
+         filter_map(p.w, by_filter ? p.K : p.C, width, by_filter ? p.C : p.K, by_filter ? Filters : depth), p.end, p.y,
+         arguments);
 }
 
 template <class T, int Filters, int Blocks>
@@ -434,9 +449,13 @@ void product(const Product<T>& p, cudaStream_t stream) {
     return ceil_div(tiles, multiprocessor_count()) * (filters * pixels + 48 * (filters + pixels));
   };
   const int64_t large = cost(128, 256), square = cost(128, 128), flat = cost(64, 256);
-  if (large <= std::min(square, flat)) return launch_product<T, 128, 256>(p, stream);
-  if (square <= flat) return launch_product<T, 128, 128>(p, stream);
-  launch_product<T, 64, 256>(p, stream);
+  const auto with_filters = [&]<Major W>() {
+    if (large <= std::min(square, flat)) return launch_product<T, W, 128, 256>(p, stream);
+    if (square <= flat) return launch_product<T, W, 128, 128>(p, stream);
+    launch_product<T, W, 64, 256>(p, stream);
+  };
+  if (p.transposed) return with_filters.template operator()<Major::mn>();
+  with_filters.template operator()<Major::k>();
 }
 template void product(const Product<bf16>&, cudaStream_t);
 template void product(const Product<fp16>&, cudaStream_t);

@@ -59,13 +59,14 @@ bool serves(const Space& s, int64_t C, int64_t K, int64_t G, bool channels_last,
 // y[n, k, o] = f(r[n, k, o] + bias[k] + sum over taps and c of w[k, tap, c] * x[n, c, o at the tap])
 template <class T>
 struct Product {
-  const T *x, *w;  // w: [K, taps of the whole filter, C]
+  const T *x, *w;  // w: [K, taps of the whole filter, C], transposed [C, taps, K]
   Epilogue<T> end;
   T* y;
   Space space;
   int64_t examples;
   int C, K;
   int filter_taps[3];
+  bool transposed;
 };
 template <class T>
 void product(const Product<T>& p, cudaStream_t stream);
