@@ -20,7 +20,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -421,7 +421,8 @@ def check_op(
         only: names of checks to run (see ``checks()``); all by default.
         slow: for backends whose calls cost milliseconds: numerical derivatives along random directions only, second
             ones on the first sample only, without undefined and batched gradients, which do not reach the kernels;
-            determinism and opcheck on the small samples only.
+            determinism and opcheck on the small samples only; accuracy in float32 and one other dtype of each sample,
+            in turn.
         label: shown as the backend.
 
     Returns:
@@ -439,12 +440,20 @@ def check_op(
     return [_verdict(case, check, label or device) for check in chosen]
 
 
+def _in_turn(case: _Case, i: int) -> _Case:
+    """The case in float32 and one other dtype, sample by sample, if there are samples enough for every dtype."""
+    others = [dtype for dtype in case.dtypes if dtype != torch.float32]
+    if not others or len(others) > len(case.op.samples):
+        return case
+    return replace(case, dtypes=tuple(d for d in case.dtypes if d in (torch.float32, others[i % len(others)])))
+
+
 def _verdict(case: _Case, check: str, label: str) -> CheckResult:
     function, small_only = _CHECKS[check]
     if case.slow and function in (_determinism, _opcheck):
         small_only = any(sample.derivatives for sample in case.op.samples)
     second = False
-    for sample in case.op.samples:
+    for i, sample in enumerate(case.op.samples):
         if small_only and not sample.derivatives:
             continue
         if second and case.slow:
@@ -452,7 +461,7 @@ def _verdict(case: _Case, check: str, label: str) -> CheckResult:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                problem = function(case, sample)
+                problem = function(_in_turn(case, i) if case.slow and function is _accuracy else case, sample)
         except Exception as error:
             problem = f"{type(error).__name__}: {str(error).strip()[:600]}"
         if problem:

@@ -128,6 +128,14 @@ def test_two_outputs_pass_every_check(function, check):
     assert result.ok, result.detail
 
 
+@pytest.mark.parametrize("wrong", testing.DTYPES)
+def test_on_a_slow_backend_every_dtype_has_its_turn(wrong):
+    samples = [testing.Sample(f"sample {i}", lambda t: ((t.input((3,)),), {})) for i in range(len(testing.DTYPES) - 1)]
+    doubled = lambda x: x * 2 if x.dtype == wrong else x * 1
+    (result,) = check_op(doubled, lambda x: x * 1, samples, only=["accuracy"], slow=True)
+    assert not result.ok and str(wrong) in result.detail
+
+
 @pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
 @pytest.mark.parametrize("function", [waves, waves_second])
 def test_derivatives_with_outputs_unused(function, used):
