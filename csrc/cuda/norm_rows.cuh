@@ -80,7 +80,7 @@ template <int V, int Items>
 inline constexpr int fwd_threads = V == 1 && Items <= 8 ? 1024 : 512;
 
 template <bool Centered, bool Clustered, class T, class W, int V, int Items>
-__global__ void __launch_bounds__(fwd_threads<V, Items>)
+__global__ void __launch_bounds__(fwd_threads<V, Items>, 1)
     norm_rows_fwd_kernel(const T* __restrict__ x, const W* __restrict__ w, const W* __restrict__ b, T* __restrict__ y,
                          accumulate_t<T>* __restrict__ mean_out, accumulate_t<T>* __restrict__ rstd_out, int64_t M,
                          int N, accumulate_t<T> eps, int threads) {
@@ -105,18 +105,22 @@ __global__ void __launch_bounds__(fwd_threads<V, Items>)
       const int n = (i * width + lane) * V;
       if (n < limit) v[i] = load_vec_streaming<V>(row + n);
     }
-    A mean = 0;
+    // The mean is origin + offset, counted from a value of the row: where |mean| >> std, their sum has lost the digits
+    // that the deviation needs.
+    A origin = 0, offset = 0;
+    const auto deviation = [&](A a) { return Centered ? (a - origin) - offset : a; };
     if constexpr (Centered) {
+      if (limit > 0) origin = as_shift(to_acc(row[0]));
       A sum = 0;
 #pragma unroll
       for (int i = 0; i < Items; ++i) {
         if ((i * width + lane) * V < limit) {
           const Vec<A, V> a = widen(v[i]);
 #pragma unroll
-          for (int j = 0; j < V; ++j) sum += a[j];
+          for (int j = 0; j < V; ++j) sum += a[j] - origin;
         }
       }
-      mean = sum_of_row(sum) * inverse;
+      offset = sum_of_row(sum) * inverse;
     }
     A square = 0;
 #pragma unroll
@@ -125,14 +129,14 @@ __global__ void __launch_bounds__(fwd_threads<V, Items>)
         const Vec<A, V> a = widen(v[i]);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          const A d = a[j] - mean;
+          const A d = deviation(a[j]);
           square += d * d;
         }
       }
     }
     const A rstd = inverse_root(sum_of_row(square) * inverse + eps);
     if (lane == 0 && m < M) {
-      if constexpr (Centered) mean_out[m] = mean;
+      if constexpr (Centered) mean_out[m] = origin + offset;
       rstd_out[m] = rstd;
     }
 #pragma unroll
@@ -143,7 +147,7 @@ __global__ void __launch_bounds__(fwd_threads<V, Items>)
         const Vec<A, V> a = widen(v[i]);
         Vec<T, V> out;
 #pragma unroll
-        for (int j = 0; j < V; ++j) out[j] = from_acc<T>((a[j] - mean) * rstd * scale[j] + shift[j]);
+        for (int j = 0; j < V; ++j) out[j] = from_acc<T>(deviation(a[j]) * rstd * scale[j] + shift[j]);
         store_vec_streaming(y + m * N + n, out);
       }
     }
