@@ -13,10 +13,12 @@ namespace pyops::attention {
 namespace {
 
 inline constexpr int group_threads = 128, group_rows = 64, line = 64;
-// Of the 64 K registers of a multiprocessor, divided by 128: the warpgroup that fetches needs few.
-inline constexpr int fetching_registers = 48;
+// A block of n warpgroups starts with 64 K / 128 n registers per thread, rounded down to eights. The warpgroup that fetches
+// gives most of its own away, and the others can get what all began with: one more would wait for ever.
+inline constexpr int fetching_registers = 40;
 template <int Groups>
-inline constexpr int multiplying_registers = Groups == 2 ? 232 : 152;
+inline constexpr int multiplying_registers =
+    (65536 / group_threads / (Groups + 1) / 8 * 8 * (Groups + 1) - fetching_registers) / Groups / 8 * 8;
 
 // `Rows` rows of up to W columns.
 template <class T, int Rows, int W>
@@ -110,17 +112,14 @@ PYOPS_DEVICE void fetch(Panel<T, Rows, W>& panel, const TensorMap& map, int row,
 // meets a weight of 0.
 template <class T, int Rows, int W>
 PYOPS_DEVICE void fetch_rows(Panel<T, Rows, W>& panel, const T* from, int64_t stride, int rows, int width) {
-#pragma unroll 2
+#pragma unroll 1
   for (int i = threadIdx.x % 32; i < Panel<T, Rows, W>::lines * Rows * 8; i += 32) {
     const int r = i / 8 % Rows, c = i % 8, first = i / 8 / Rows * line + c * 8;
-    Vec<T, 8> value;
-    if (r < rows && first < width) {
-      value = load_vec<8>(from + r * stride + first);
-    } else {
-      for (int n = 0; n < 8; ++n) value.v[n] = from_float<T>(0.0f);
-    }
-    store_vec(&panel.at[first / line][r][(c ^ r % 8) * 8], value);
+    const bool there = r < rows && first < width;
+    cp_async<16>(&panel.at[first / line][r][(c ^ r % 8) * 8], there ? from + r * stride + first : from, there);
   }
+  cp_async_commit();
+  cp_async_wait<0>();
   fence_proxy_async();
   __syncwarp();
 }
