@@ -5,12 +5,13 @@
 //   wgrad  dw[k,c,r] = sum_{n,p} dy[n,k,p] * x[n,c, p*stride - padding + r*dilation]
 // layout   x: [N, C, D, H, W] · w: [K, C/G, taps] · y: [N, K, space]
 //          channels last: x: [N, D, H, W, C] · w: [K, taps, C/G]
-// mapping  implicit GEMM (conv_gemm.cuh; for half types on sm_90a conv_hopper.cu), groups on grid.z; filters are read as
-//          [G, K/G, taps, C/G], from a copy where they stand otherwise; dgrad is one launch for each residue of the
-//          position modulo the stride; wgrad splits the pixels and adds partial sums
+// mapping  implicit GEMM (conv_gemm.cuh; for half types on sm_90a conv_hopper.cu), small groups several to a tile
+//          (conv_grouped.cuh), others on grid.z; filters are read as [G, K/G, taps, C/G], from a copy where they stand
+//          otherwise; dgrad is one launch for each residue of the position modulo the stride; wgrad splits the pixels and
+//          adds partial sums
 // memory   x once from DRAM where a tile's taps stay in cache, filters once for each tile of pixels from L2
 // numerics sums in fp32 (fp64 for fp64); algorithm: "tf32", "3xtf32", else fp32 products on CUDA cores
-#include "cuda/conv_gemm.cuh"
+#include "cuda/conv_grouped.cuh"
 #include "cuda/conv_hopper.cuh"
 
 // binding
@@ -75,6 +76,9 @@ Tensor arranged_weights(const OpScope& op, const T* w, const Sizes& s, bool tran
   return arranged;
 }
 
+// Do groups share tiles? A tile has room for 64 output channels.
+bool are_packed(int64_t G, int64_t M) { return G > 1 && M <= unit_columns; }
+
 // The filters of a call; a copy as conv_kernel reads them is made when it is first asked for.
 template <class T>
 struct Filters {
@@ -86,6 +90,21 @@ struct Filters {
     if (last && !transposed) return given;
     if (!copy) copy = arranged_weights(op, given, s, transposed, last);
     return op.in<T>(*copy, "arranged", {transposed ? s.C : s.K, s.taps(), (transposed ? s.K : s.C) / s.G});
+  }
+  // The copy of grouped_kernel.
+  const T* packed(const OpScope& op, const Sizes& s, const Packing& pack) {
+    const int64_t per_unit = s.taps() * pack.chunks * pack.columns * unit_depth<T>;
+    if (!copy) {
+      const int64_t Kg = s.K / s.G, Cg = s.C / s.G, at_k = Cg * s.taps(), at_c = last ? 1 : s.taps();
+      copy = op.empty<T>({pack.count, per_unit});
+      launch(pack_weights_kernel<T>,
+             {.grid = dim3(static_cast<unsigned>(pack.count), static_cast<unsigned>(ceil_div(per_unit, 256))),
+              .block = dim3(256),
+              .stream = static_cast<cudaStream_t>(op.stream())},
+             given, op.out<T>(*copy, "workspace", {pack.count, per_unit}), pack, static_cast<int>(s.taps()), Kg * at_k,
+             transposed ? at_c : at_k, last ? Cg : 1, transposed ? at_k : at_c);
+    }
+    return op.in<T>(*copy, "packed", {pack.count, per_unit});
   }
 };
 
@@ -118,6 +137,32 @@ void product(const OpScope& op, const Sizes& s, const Space& space, const T* x, 
             static_cast<cudaStream_t>(op.stream()));
         continue;
       }
+    if (are_packed(s.G, M)) {
+      const Packing pack = packing_of<T>(s.G, C, M);
+      const GroupedArguments<T> p{x + n * in.example,
+                                  filters.packed(op, s, pack),
+                                  portion_end,
+                                  y + n * out.example,
+                                  space,
+                                  in,
+                                  out,
+                                  static_cast<unsigned>(pixels),
+                                  pack,
+                                  static_cast<int>(s.taps()),
+                                  static_cast<int>(s.r[1]),
+                                  static_cast<int>(s.r[2]),
+                                  is_vector(last, x, pack.groups * C, s.G * C)};
+      dispatch_product<T>(algorithm, [&]<Product P>() {
+        launch(grouped_kernel<T, P>,
+               {.grid = dim3(static_cast<unsigned>(ceil_div(pixels, tile)),
+                             static_cast<unsigned>(ceil_div(pack.count, units))),
+                .block = dim3(threads),
+                .smem = sizeof(GroupedShared<T>),
+                .stream = static_cast<cudaStream_t>(op.stream())},
+               p);
+      });
+      continue;
+    }
     const T* w = filters.arranged(op, s);
     ConvArguments<T> p{x + n * in.example,
                        w,
@@ -230,21 +275,51 @@ Tensor conv_wgrad(const Tensor& dy, const Tensor& x, Ints taps, Ints stride, Int
         return dw;
       }
     // Enough blocks for the machine, each with at least eight steps of the reduction; capped by 64 MiB of partials.
-    const int64_t tiles = ceil_div(K, tile) * ceil_div(columns, tile) * s.G;
+    const bool packed = are_packed(s.G, K);
+    const Packing pack = packed ? packing_of<T>(s.G, C, K) : Packing{};
+    const int64_t tiles = packed ? ceil_div(pack.count, units) * s.taps() * pack.chunks
+                                 : ceil_div(K, tile) * ceil_div(columns, tile) * s.G;
     const int64_t most = std::min<int64_t>(
         {ceil_div(pixels, 8 * depth<T>), (int64_t(64) << 20) / int64_t(sizeof(A)) / std::max<int64_t>(s.K * columns, 1),
-         65535 / s.G});
+         65535 / (packed ? 1 : s.G)});
     const int64_t splits =
         std::clamp<int64_t>(ceil_div(4 * multiprocessor_count(), tiles), 1, std::max<int64_t>(most, 1));
     const int64_t range = ceil_div(ceil_div(std::max<int64_t>(pixels, 1), splits), depth<T>) * depth<T>;
-    op.check(splits * s.G <= 65535, "too many groups");
     Tensor part = op.empty<A>({splits, s.K, columns});
+    auto* to = op.out<A>(part, "workspace", {splits, s.K, columns});
+    const Strides in = strides_of(s.C, s.x_plane(), channels_last), out = strides_of(s.K, s.y_plane(), channels_last);
+    if (packed) {
+      op.check(s.taps() * pack.chunks <= 65535, "too many taps");
+      const GroupedWgradArguments<T> p{pdy,
+                                       px,
+                                       to,
+                                       space,
+                                       in,
+                                       out,
+                                       static_cast<unsigned>(pixels),
+                                       static_cast<unsigned>(range),
+                                       pack,
+                                       is_vector(channels_last, pdy, pack.groups * K, s.K),
+                                       is_vector(channels_last, px, pack.groups * C, s.C)};
+      dispatch_product<T>(algorithm, [&]<Product P>() {
+        launch(grouped_wgrad_kernel<T, P>,
+               {.grid = dim3(static_cast<unsigned>(ceil_div(pack.count, units)),
+                             static_cast<unsigned>(s.taps() * pack.chunks), static_cast<unsigned>(splits)),
+                .block = dim3(threads),
+                .smem = sizeof(GroupedWgradShared<T>),
+                .stream = stream},
+               p);
+      });
+      sum(to, splits);
+      return dw;
+    }
+    op.check(splits * s.G <= 65535, "too many groups");
     const WgradArguments<T> p{pdy,
                               px,
-                              op.out<A>(part, "workspace", {splits, s.K, columns}),
+                              to,
                               space,
-                              strides_of(s.C, s.x_plane(), channels_last),
-                              strides_of(s.K, s.y_plane(), channels_last),
+                              in,
+                              out,
                               static_cast<unsigned>(pixels),
                               static_cast<unsigned>(range),
                               static_cast<int>(C),

@@ -57,6 +57,35 @@ struct WgradArguments {
   bool vector_dy, vector_x;
 };
 
+// Number of a tap of this phase in the filter.
+PYOPS_DEVICE int filter_tap(const Space& s, const Tap& t, int taps_h, int taps_w) {
+  return ((s.d.w_base + t.d * s.d.w_step) * taps_h + s.h.w_base + t.h * s.h.w_step) * taps_w + s.w.w_base +
+         t.w * s.w.w_step;
+}
+
+// The pixels of a tile.
+struct PixelRows {
+  int64_t from[tile], to[tile];  // of the example in x; of the pixel in y, -1 where there is none
+  int d[tile], h[tile], w[tile];
+
+  PYOPS_DEVICE void find(const Space& space, const Strides& in, const Strides& out, unsigned first, unsigned pixels) {
+    for (int i = threadIdx.x; i < tile; i += threads) {
+      const bool valid = first + i < pixels;
+      const Position o = position(space, valid ? first + i : 0);
+      from[i] = o.n * in.example;
+      d[i] = valid ? space.d.input(o.d, 0) : -(1 << 30);
+      h[i] = space.h.input(o.h, 0);
+      w[i] = space.w.input(o.w, 0);
+      to[i] = valid ? o.n * out.example + space.output(o) * out.position : -1;
+    }
+  }
+  // Position in its plane of what a row reads through a tap, -1 outside.
+  PYOPS_DEVICE int64_t input(const Space& space, int row, const Tap& t) const {
+    return space.input(d[row] + t.d * space.d.tap_step, h[row] + t.h * space.h.tap_step,
+                       w[row] + t.w * space.w.tap_step);
+  }
+};
+
 // Sums of one block: 4 warps of 32 x 32 for mma, or 8 x 4 values of every thread.
 template <class T, Product P>
 struct Sums {
@@ -176,41 +205,28 @@ struct ConvShared {
     } stage;
     accumulate_t<T> y[tile][tile + 1];
   };
-  int64_t from[tile], to[tile];  // of the example in x; of the pixel in y, -1 where there is none
-  int d[tile], h[tile], w[tile];
+  PixelRows rows;
 };
 
 template <class T, Product P>
-__global__ void __launch_bounds__(threads) conv_kernel(ConvArguments<T> p) {
+__global__ void __launch_bounds__(threads, 4) conv_kernel(ConvArguments<T> p) {
   auto& s = shared_storage<ConvShared<T>>();
   constexpr int K = depth<T>, V = vector<T>;
   const Space& space = p.space;
   const int tid = threadIdx.x, g = blockIdx.z, k0 = blockIdx.y * tile;
   const T* x = p.x + g * p.C * p.in.channel;
   const T* w = p.w + static_cast<int64_t>(g) * p.K * p.all_taps * p.C;
-  for (int i = tid; i < tile; i += threads) {
-    const unsigned pixel = blockIdx.x * tile + i;
-    const bool valid = pixel < p.pixels;
-    const Position o = position(space, valid ? pixel : 0);
-    s.from[i] = o.n * p.in.example;
-    s.d[i] = valid ? space.d.input(o.d, 0) : -(1 << 30);
-    s.h[i] = space.h.input(o.h, 0);
-    s.w[i] = space.w.input(o.w, 0);
-    s.to[i] = valid ? o.n * p.out.example + space.output(o) * p.out.position : -1;
-  }
+  s.rows.find(space, p.in, p.out, blockIdx.x * tile, p.pixels);
   __syncthreads();
 
   const int total = space.taps() * p.C, steps = static_cast<int>(ceil_div(total, K));
   const auto load_x = [&](int row, int k, const Tap& t, int c) -> const T* {
-    const int64_t at = space.input(s.d[row] + t.d * space.d.tap_step, s.h[row] + t.h * space.h.tap_step,
-                                   s.w[row] + t.w * space.w.tap_step);
-    return k < total && at >= 0 ? x + s.from[row] + at * p.in.position + c * p.in.channel : nullptr;
+    const int64_t at = s.rows.input(space, row, t);
+    return k < total && at >= 0 ? x + s.rows.from[row] + at * p.in.position + c * p.in.channel : nullptr;
   };
   const auto weight = [&](int row, int k, const Tap& t, int c) -> const T* {
     if (k >= total || k0 + row >= p.K) return nullptr;
-    const int tap =
-        ((space.d.w_base + t.d * space.d.w_step) * p.taps_h + space.h.w_base + t.h * space.h.w_step) * p.taps_w +
-        space.w.w_base + t.w * space.w.w_step;
+    const int tap = filter_tap(space, t, p.taps_h, p.taps_w);
     return w + (static_cast<int64_t>(k0 + row) * p.all_taps + tap) * p.C + c;
   };
   const auto load = [&](int step) {
@@ -274,8 +290,8 @@ __global__ void __launch_bounds__(threads) conv_kernel(ConvArguments<T> p) {
     for (int i = tid; i < tile * tile; i += threads) {
       const int fast = i % tile, slow = i / tile;
       const int row = p.out.channel == 1 ? slow : fast, column = p.out.channel == 1 ? fast : slow;
-      if (s.to[row] < 0 || k0 + column >= p.K) continue;
-      const int64_t k = static_cast<int64_t>(g) * p.K + k0 + column, at = s.to[row] + k * p.out.channel;
+      if (s.rows.to[row] < 0 || k0 + column >= p.K) continue;
+      const int64_t k = static_cast<int64_t>(g) * p.K + k0 + column, at = s.rows.to[row] + k * p.out.channel;
       p.y[at] = from_acc<T>(finish(s.y[row][column], k, at));
     }
   });
