@@ -124,6 +124,11 @@ PYOPS_DEVICE void fetch_rows(Panel<T, Rows, W>& panel, const T* from, int64_t st
   __syncwarp();
 }
 
+// Stages of a ring that fit the 227 KB of a block beside its own rows and the barriers; four are enough.
+constexpr int stages_beside(size_t own, size_t stage) {
+  const size_t fit = (225 * 1024 - own) / stage;
+  return fit < 4 ? static_cast<int>(fit) : 4;
+}
 // A ring of Stages tiles between the fetching warp and the warpgroups that multiply.
 template <int Stages>
 struct Ring {
@@ -171,7 +176,8 @@ struct Maps {
 
 template <class T, int W, int BN, int Groups>
 struct Forward {
-  static constexpr int stages = 2, rows = Groups * group_rows, threads = (Groups + 1) * group_threads;
+  static constexpr int rows = Groups * group_rows, threads = (Groups + 1) * group_threads;
+  static constexpr int stages = stages_beside(sizeof(Panel<T, rows, W>), 2 * sizeof(Panel<T, BN, W>));
   Panel<T, group_rows, W> q[Groups];
   Panel<T, BN, W> k[stages], v[stages];
   uint64_t q_full;
@@ -332,7 +338,8 @@ __global__ void __launch_bounds__((Groups + 1) * group_threads, 1)
 
 template <class T, int W, int BN, int Groups>
 struct Backward {
-  static constexpr int stages = 2, rows = Groups * group_rows, threads = (Groups + 1) * group_threads;
+  static constexpr int rows = Groups * group_rows, threads = (Groups + 1) * group_threads;
+  static constexpr int stages = stages_beside(2 * sizeof(Panel<T, rows, W>), 2 * sizeof(Panel<T, BN, W>) + 8 * BN);
   Panel<T, group_rows, W> own_first[Groups], own_second[Groups];
   Panel<T, BN, W> first[stages], second[stages];
   alignas(16) float lse[stages][BN], delta[stages][BN];
