@@ -2,7 +2,7 @@
 
 import os
 import sys
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 # Before Triton is imported anywhere: without a GPU its kernels run in the interpreter.
@@ -60,6 +60,10 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=repeated)
 
 
+_TESTS = str(Path(__file__).parent)
+_PYOPS = str(Path(__file__).parent.parent / "pyops")
+
+
 class _OnGpu(TorchFunctionMode):
     """What a test, or a module it builds, makes without naming a device stands on the GPU, drawn as on the CPU."""
 
@@ -73,19 +77,38 @@ class _OnGpu(TorchFunctionMode):
     @staticmethod
     def _made_by_a_test() -> bool:
         frame = sys._getframe(2)
-        while frame is not None and "/torch/" in frame.f_code.co_filename:
+        while frame is not None:
+            code = frame.f_code
+            if code.co_filename.endswith("/nn/utils/rnn.py"):
+                return False  # lengths stay on the CPU
+            builds_a_module = code.co_name in ("__init__", "reset_parameters")
+            if "/torch/" not in code.co_filename and not (code.co_filename.startswith(_PYOPS) and builds_a_module):
+                return code.co_filename.startswith(_TESTS)
             frame = frame.f_back
-        return frame is not None and frame.f_code.co_filename.startswith(_TESTS)
+        return False
 
 
-_TESTS = str(Path(__file__).parent)
+def _on_gpu(value):
+    """A constant of a test module, tensors in tuples, lists and dicts included, on the GPU."""
+    if isinstance(value, torch.Tensor):
+        return value.cuda()
+    if type(value) in (tuple, list):
+        return type(value)(_on_gpu(v) for v in value)
+    return {k: _on_gpu(v) for k, v in value.items()} if type(value) is dict else value
 
 
 @pytest.fixture(autouse=True)
-def _on_the_device_of_the_backend(request):
+def _on_the_device_of_the_backend(request, monkeypatch):
     name = request.getfixturevalue("backend") if "backend" in request.fixturenames else None
-    on_gpu = name == "cuda" or (name == "triton" and torch.cuda.is_available())
-    with _OnGpu() if on_gpu else nullcontext():
+    if name != "cuda" and not (name == "triton" and torch.cuda.is_available()):
+        yield
+        return
+    for key, value in vars(request.module).items():
+        if isinstance(value, (torch.Tensor, tuple, list, dict)) and not key.startswith("__"):
+            monkeypatch.setitem(vars(request.module), key, _on_gpu(value))
+    # what is expected may come from the CPU
+    monkeypatch.setattr(torch.testing, "assert_close", partial(torch.testing.assert_close, check_device=False))
+    with _OnGpu():
         yield
 
 

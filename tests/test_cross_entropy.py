@@ -155,6 +155,14 @@ def test_linear_cross_entropy(backend):
             torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
+def test_a_label_out_of_range_spoils_no_later_gradient():
+    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    with pytest.raises(IndexError) as kept:
+        F.linear_cross_entropy(x, w, torch.tensor([0, 7, 1]))
+    (dx,) = torch.autograd.grad((x * x).sum(), x)
+    assert torch.equal(dx, 2 * x) and kept.value is not None
+
+
 def test_linear_cross_entropy_never_holds_all_logits():
     x, w = torch.randn(64, 8, requires_grad=True), torch.randn(512, 8, requires_grad=True)
     seen = []

@@ -29,7 +29,7 @@ def test_race(backend):
 
 
 def of_skimage(image: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    return torch.from_numpy(skimage("feature._hog").hog(image.numpy(), *args, **kwargs))
+    return torch.from_numpy(skimage("feature._hog").hog(image.cpu().numpy(), *args, **kwargs))
 
 
 # scikit-image adds the votes of a cell in float32, whatever the image is

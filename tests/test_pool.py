@@ -44,7 +44,8 @@ def with_gradient(function, x, *args, **kwargs):
 def same(op, x, *args, backend, **kwargs):
     with forced(backend):
         ours = with_gradient(getattr(F, op), x, *args, **kwargs)
-    for a, b in zip(ours, with_gradient(getattr(torch_F, op), x, *args, **kwargs)):
+    # torch's own on the GPU chooses other maxima, and its gradient of avg_pool2d is wrong in channels last (2.11)
+    for a, b in zip(ours, with_gradient(getattr(torch_F, op), x.cpu(), *args, **kwargs)):
         torch.testing.assert_close(a, b, equal_nan=True)
 
 

@@ -348,11 +348,26 @@ def linear_cross_entropy(
         logits: Any = autocast.cast(op, _torch.linear(x, w, b))[0]
         return _labelled(op, logits, t, class_weight, ignore_index, "none", smoothing, z, True)
 
+    failures: list[Exception] = []
+
+    def losses_or_failure(*part: Any) -> torch.Tensor:
+        try:
+            return losses(*part)
+        except Exception as error:
+            failures.append(error)
+            return part[0]
+
     recomputes = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
     parts = []
     for first in range(0, max(rows.shape[0], 1), step):
         part = rows[first : first + step], labels[first : first + step], weight, bias
-        parts.append(checkpoint(losses, *part, use_reentrant=False) if recomputes else losses(*part))
+        if recomputes:
+            # torch before 2.13: an error from within leaves the hooks of checkpoint on every graph built afterwards
+            parts.append(checkpoint(losses_or_failure, *part, use_reentrant=False))
+            if failures:
+                raise failures[0]
+        else:
+            parts.append(losses(*part))
     loss = torch.cat(parts)
     if reduction == "none":
         return loss.reshape(target.shape)

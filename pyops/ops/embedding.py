@@ -405,11 +405,11 @@ def _embedding_truth(index, table, **how):
 
 
 def _bag_truth(index, table, offsets, per_sample_weights=None, **how):
-    """torch has no gradient of the weights in half types on a GPU."""
-    if per_sample_weights is None or not table.is_cuda or table.dtype in (torch.float32, torch.float64):
+    """torch has no gradients of weights and of maxima in half types on a GPU."""
+    if not table.is_cuda or table.dtype in (torch.float32, torch.float64):
         return _torch.embedding_bag(index, table, offsets, per_sample_weights=per_sample_weights, **how)
-    wide = _torch.embedding_bag(index, table.float(), offsets, per_sample_weights=per_sample_weights.float(), **how)
-    return wide.to(table.dtype)
+    weights = None if per_sample_weights is None else per_sample_weights.float()
+    return _torch.embedding_bag(index, table.float(), offsets, per_sample_weights=weights, **how).to(table.dtype)
 
 
 checked(

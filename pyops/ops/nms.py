@@ -53,7 +53,7 @@ def _reference(boxes, segments, threshold):
     wide = geometry.wide(boxes)
     sides = wide[:, 2:] - wide[:, :2]
     area = sides[:, 0] * sides[:, 1]
-    keep = torch.ones(len(boxes), dtype=torch.bool)
+    keep = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
     for i in range(len(boxes)):
         if not keep[i]:
             continue
