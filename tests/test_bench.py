@@ -232,6 +232,7 @@ def test_gpu_engine_installs_carried_wheels_and_keeps_results(monkeypatch: pytes
     ran: list[str] = []
     monkeypatch.setattr(gpu, "ROOT", root)
     monkeypatch.setattr(gpu, "WHEELS", root / "wheels")
+    monkeypatch.setattr(gpu, "PREBUILT", root / "prebuilt")
     monkeypatch.setattr(gpu, "why_no_gpu", lambda: "")
     monkeypatch.setattr(gpu, "architecture", lambda: "9.0a")
     done = lambda step: ran.append(step.name) or gpu.Outcome(step, gpu.OK, 0.0)
@@ -243,6 +244,19 @@ def test_gpu_engine_installs_carried_wheels_and_keeps_results(monkeypatch: pytes
     (root / "wheels" / "cmake.whl").write_text("")
     gpu.main(["--part", "build", "--out", str(tmp_path / "out")])
     assert ran[3:] == ["wheels", "wheels of peers", "build for sm_90a", "import"]
+
+
+def test_gpu_engine_takes_prebuilt_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for folder in ("prebuilt", "pyops"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "prebuilt" / "libpyops.so").write_text("a library")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "WHEELS", tmp_path / "wheels")
+    monkeypatch.setattr(gpu, "PREBUILT", tmp_path / "prebuilt")
+    steps = gpu.plan(["build"], [], "9.0a", tmp_path)
+    assert [step.name for step in steps] == ["take prebuilt libraries", "import"]
+    (taken,) = gpu.run_plan(steps[:1], tmp_path / "out")
+    assert taken.status == gpu.OK and (tmp_path / "pyops" / "libpyops.so").read_text() == "a library"
 
 
 @pytest.mark.parametrize("stem", sorted(runner.rooms()))
