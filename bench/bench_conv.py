@@ -93,11 +93,10 @@ def flops(case: Case) -> int:
 
 
 def traffic(case: Case) -> tuple[int, int]:
-    """Bytes and launches of the kernels for Hopper: filters are arranged first, wgrad's tiles written and added."""
-    k, taps, stride = layer(case)
-    arranged = 2 * k * case.shape[1] * taps * taps * case.dtype.itemsize
+    """Bytes and launches of the kernels for Hopper: wgrad's tiles are written and added, dgrad is stride^2 kernels."""
+    _, _, stride = layer(case)
     parts = 2 * 132 * 128 * 256 * 4 if case.backward else 0
-    return bytes(case) + arranged * (1 + case.backward) + parts, 2 + (3 + stride**2) * case.backward
+    return bytes(case) + parts, 1 + (2 + stride**2) * case.backward
 
 
 def bind(functional: Any, case: Case) -> Function:

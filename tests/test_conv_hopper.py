@@ -8,7 +8,7 @@ import torch
 
 from pyops import functional as F
 from pyops.core import backend as backends
-from pyops.core import library
+from pyops.core import explain, library
 
 from .harness import agrees, emulated_device
 
@@ -137,6 +137,14 @@ def test_what_the_tensor_map_cannot_say_runs_elsewhere(shape, filters, arguments
         y = conv(F, x, w, **arguments)
     exact = conv(torch.nn.functional, x.double(), w.double(), **arguments)
     torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-2 * exact.abs().max().item())
+
+
+def test_explain_tells_who_is_served():
+    notes = lambda x, w, **more: str(explain.explain("conv2d", [x, w], torch.bfloat16, wanted="emulator", **more))
+    assert "algorithm wgmma" in notes((2, 64, 9, 9), (64, 64, 3, 3))
+    assert "algorithm gemm" in notes((2, 12, 9, 9), (64, 12, 3, 3))
+    assert "algorithm gemm" in notes((2, 64, 9, 9), (64, 32, 3, 3))
+    assert "algorithm gemm" in notes((2, 64, 9, 9), (64, 1, 3, 3))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

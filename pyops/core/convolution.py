@@ -456,5 +456,7 @@ def explanation(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, name: str
         if plan is not None:
             algorithm = plan[0]
             notes += f"; workspace at most {plan[1]} bytes (for stride 1, contiguous)"
+    if algorithm == "wgmma" and (stem != "conv" or groups > 1 or x[1] % 8 or w[0] % 8):
+        algorithm = "gemm"
     algorithm = algorithm or "gemm"
     return (f"room {stem} ({groups} groups)", f"algorithm {algorithm}: {ALGORITHMS[algorithm]}{notes}")
