@@ -6,11 +6,13 @@
 // layout   x: [N, C, D, H, W] · w: [K, C/G, taps] · y: [N, K, space]
 //          channels last: x: [N, D, H, W, C] · w: [K, taps, C/G]
 // mapping  implicit GEMM (conv_gemm.cuh; for half types on sm_90a conv_hopper.cu), small groups several to a tile
-//          (conv_grouped.cuh), others on grid.z; filters are read as [G, K/G, taps, C/G], from a copy where they stand
-//          otherwise; dgrad is one launch for each residue of the position modulo the stride; wgrad splits the pixels and
-//          adds partial sums
+//          (conv_grouped.cuh), others on grid.z; forwards of at most four channels from a part of the image in shared
+//          memory (conv_few.cuh); filters are read as [G, K/G, taps, C/G], from a copy where they stand otherwise; dgrad
+//          is one launch for each residue of the position modulo the stride; wgrad splits the pixels and adds partial
+//          sums
 // memory   x once from DRAM where a tile's taps stay in cache, filters once for each tile of pixels from L2
 // numerics sums in fp32 (fp64 for fp64); algorithm: "tf32", "3xtf32", else fp32 products on CUDA cores
+#include "cuda/conv_few.cuh"
 #include "cuda/conv_grouped.cuh"
 #include "cuda/conv_hopper.cuh"
 
@@ -164,6 +166,35 @@ void product(const OpScope& op, const Sizes& s, const Space& space, const T* x, 
       continue;
     }
     const T* w = filters.arranged(op, s);
+    if constexpr (sizeof(T) <= 4)
+      if (few_serves<T>(space, C, s.G)) {
+        const FewTiles shape = few_tiles(space, static_cast<int>(C));
+        const int64_t tiles = count * space.d.count * shape.down * shape.across;
+        const FewArguments<T> p{x + n * in.example,
+                                w,
+                                portion_end,
+                                y + n * out.example,
+                                space,
+                                in,
+                                out,
+                                static_cast<unsigned>(tiles),
+                                static_cast<int>(C),
+                                static_cast<int>(M),
+                                shape};
+        dispatch_product<T>(algorithm, [&]<Product P>() {
+          const auto run = [&]<bool Wide>() {
+            launch(few_channels_kernel<T, P, Wide>,
+                   {.grid = dim3(static_cast<unsigned>(std::min<int64_t>(tiles, 8 * multiprocessor_count())),
+                                 static_cast<unsigned>(ceil_div(M, tile))),
+                    .block = dim3(threads),
+                    .smem = sizeof(FewShared<T, Wide>),
+                    .stream = static_cast<cudaStream_t>(op.stream())},
+                   p);
+          };
+          s.taps() * C > few_columns<false> ? run.template operator()<true>() : run.template operator()<false>();
+        });
+        continue;
+      }
     ConvArguments<T> p{x + n * in.example,
                        w,
                        portion_end,
