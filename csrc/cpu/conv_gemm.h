@@ -61,6 +61,14 @@ inline Pixel pixel_at(const Space& s, int64_t i) {
   const int64_t in = s.positions(), at = i % in;
   return {i / in, int32_t(at / s.w.count / s.h.count), int32_t(at / s.w.count % s.h.count), int32_t(at % s.w.count)};
 }
+inline void next(const Space& s, Pixel& p) {
+  if (++p.w < s.w.count) return;
+  p.w = 0;
+  if (++p.h < s.h.count) return;
+  p.h = 0;
+  if (++p.d < s.d.count) return;
+  p.d = 0, ++p.n;
+}
 inline int64_t out_offset(const Space& s, const Pixel& p) {
   return ((int64_t(s.d.out_base) + int64_t(p.d) * s.d.out_step) * s.h.out_size + s.h.out_base +
           int64_t(p.h) * s.h.out_step) *
@@ -249,10 +257,15 @@ void weight_panels(const Problem& p, const scalar_t* w, acc_t* to, int64_t first
 // Row i of a panel of A: what pixel `pixel` reads through all taps, for the group at `image`. at: [T] offsets, -1
 // outside. Where the taps of a row and their channels stand together in memory they are one run.
 template <class scalar_t, class acc_t>
-PYOPS_INLINE void pack_pixel(const Problem& p, acc_t* panel, int64_t rows, int64_t i, const int64_t* at,
+PYOPS_INLINE void pack_pixel(const Problem& p, acc_t* panel, int64_t rows, int64_t i, const int64_t* at, bool inside,
                              const scalar_t* image) {
   const int64_t S = p.space.w.taps, T = p.space.taps(), pitch = p.G * p.C;
   const bool together = p.G == 1 && p.space.w.tap_step == 1;
+  if (inside) {
+    const int64_t count = together ? S : 1;
+    for (int64_t j = 0; j < T; j += count) pack_a_run(panel, rows, i, j * p.C, image + at[j] * pitch, count * p.C);
+    return;
+  }
   for (int64_t j = 0; j < T;) {
     int64_t count = 1;
     if (together || at[j] < 0)
@@ -263,6 +276,12 @@ PYOPS_INLINE void pack_pixel(const Problem& p, acc_t* panel, int64_t rows, int64
       pack_a_run(panel, rows, i, j * p.C, image + at[j] * pitch, count * p.C);
     j += count;
   }
+}
+
+// Do all taps of a position lie inside?
+inline bool is_inside(const Axis& a, int32_t o) {
+  const int64_t first = a.input(o, 0), last = a.input(o, a.taps - 1);
+  return std::min(first, last) >= 0 && std::max(first, last) < a.size;
 }
 
 template <class scalar_t>
@@ -277,6 +296,11 @@ void channels_last(const Problem& p, const scalar_t* x, const scalar_t* w, const
   const int64_t portion = std::min(ceil_div(p.M, L), std::max<int64_t>(fits, 1)) * L;
   const int64_t groups = std::clamp<int64_t>(fits * L / portion, 1, p.G);
   Buffer<acc_t> panels(groups * portion * K);
+  std::vector<int64_t> shift(static_cast<size_t>(T));  // of a tap from the first one, where both are inside
+  for (int64_t j = 0; j < T; ++j) {
+    const int64_t jw = j % s.w.taps, jh = j / s.w.taps % s.h.taps, jd = j / s.w.taps / s.h.taps;
+    shift[size_t(j)] = (jd * s.d.tap_step * s.h.size + jh * s.h.tap_step) * s.w.size + jw * s.w.tap_step;
+  }
   for (int64_t g0 = 0; g0 < p.G; g0 += groups)
     for (int64_t m0 = 0; m0 < p.M; m0 += portion) {
       const int64_t M = std::min(portion, p.M - m0), G = std::min(groups, p.G - g0);
@@ -290,11 +314,18 @@ void channels_last(const Problem& p, const scalar_t* x, const scalar_t* w, const
           const int64_t count = std::min(R, pixels - block * R), padded = Tile<acc_t>::round(count);
           int64_t to[R];
           const scalar_t* image[R];
-          for (int64_t i = 0; i < count; ++i) {
-            const Pixel pixel = pixel_at(s, block * R + i);
+          bool inside[R];
+          Pixel pixel = pixel_at(s, block * R);
+          for (int64_t i = 0; i < count; ++i, next(s, pixel)) {
             to[i] = (pixel.n * s.out_plane() + out_offset(s, pixel)) * p.G * p.M;
             image[i] = x + pixel.n * in_plane * p.G * p.C;
+            inside[i] = T > 0 && is_inside(s.d, pixel.d) && is_inside(s.h, pixel.h) && is_inside(s.w, pixel.w);
             int64_t* offset = at.get() + i * T;
+            if (inside[i]) {
+              const int64_t first = s.input(s.d.input(pixel.d, 0), s.h.input(pixel.h, 0), s.w.input(pixel.w, 0));
+              for (int64_t j = 0; j < T; ++j) offset[j] = first + shift[size_t(j)];
+              continue;
+            }
             for (int32_t jd = 0; jd < s.d.taps; ++jd)
               for (int32_t jh = 0; jh < s.h.taps; ++jh) {
                 const int64_t d = s.d.input(pixel.d, jd), h = s.h.input(pixel.h, jh);
@@ -307,7 +338,7 @@ void channels_last(const Problem& p, const scalar_t* x, const scalar_t* w, const
           }
           for (int64_t g = 0; g < G; ++g) {
             for (int64_t i = 0; i < count; ++i)
-              pack_pixel(p, a.get(), padded, i, at.get() + i * T, image[i] + (g0 + g) * p.C);
+              pack_pixel(p, a.get(), padded, i, at.get() + i * T, inside[i], image[i] + (g0 + g) * p.C);
             for (int64_t m = 0; m < M; m += L) {
               const int64_t used = std::min(L, M - m), k = (g0 + g) * p.M + m0 + m;
               tile_product(padded, used, K, a.get(), panels.get() + (g * portion + m) * K, tile);
