@@ -282,6 +282,7 @@ def test_workspace_stays_small(algorithm):
         ((1, 40, 9001), (9, 40, 5), {"padding": 3, "stride": 3, "dilation": 2}),  # one row in several blocks
         ((1, 6, 9, 20, 33), (8, 6, 2, 3, 3), {"padding": (1, 1, 0), "stride": (2, 1, 1)}),
         ((2, 70, 45, 47), (16, 70, 1, 1), {}),  # the image is its own copy, with a rest of a panel
+        ((2, 70, 45, 47), (90, 70, 1, 1), {}),  # so many filters that a packed copy pays
         ((2, 12, 30, 31), (18, 4, 3, 3), {"groups": 3, "padding": 2, "dilation": 2}),
     ],
 )

@@ -7,7 +7,7 @@
 //
 // An element is copied once where im2col copies it once per tap. The price is the pixels q between the rows, computed
 // and dropped. With stride s a copy holds the s residues ("phases") of the position one after the other. A 1 x 1
-// filter reads the image where it stands.
+// filter with few output channels reads the image where it stands; with many, columns are packed (conv_gemm.h).
 #pragma once
 
 #include <cstdlib>
@@ -116,6 +116,9 @@ bool fits(const Problem& p) {
   constexpr int64_t L = Tile<acc_t>::columns;
   if (p.space.taps() == 0 || p.C == 0) return false;
   const Plan plan(p, conv_gemm::block_bytes / int64_t(sizeof(acc_t)), L, std::is_same_v<scalar_t, acc_t>);
+  // Rows of the image lie pages apart: read for the fifth time, a packed copy of them has paid. With AVX2, 64 channels
+  // of 112 x 112 to 64: 5.3 in place of 8.6 ms; 256 of 56 x 56 to 16: the same either way.
+  if (plan.in_place && p.M >= 5 * Tile<acc_t>::rows) return false;
   const bool addressed = (plan.in_place ? p.C * p.space.in_plane() : plan.cells) < (int64_t(1) << 30);
   const bool weights =
       conv_gemm::stands_in_rows<scalar_t>(p) || p.G * p.M * p.K() * int64_t(sizeof(acc_t)) <= conv_gemm::weight_bytes;
