@@ -25,6 +25,12 @@ CASES = {
     "a tile of 128 filters and 256 outputs": ((1, 16, 18, 15), (128, 16, 3, 3), {"padding": 1}),
     "256 filters": ((1, 64, 20, 20), (256, 64, 3, 3), {"stride": 2, "padding": 1}),
     "one dimension": ((2, 32, 40), (40, 32, 5), {"stride": 3, "padding": 2}),
+    "wide dilation in a line, as in a causal convolution": (
+        (1, 32, 300),
+        (32, 32, 3),
+        {"padding": 512, "dilation": 256},
+    ),
+    "132 taps": ((1, 8, 13, 12), (8, 8, 12, 11), {}),
     "volume": ((2, 24, 5, 4, 6), (72, 24, 3, 2, 3), {"stride": (1, 2, 1), "padding": (1, 0, 1)}),
 }
 RACE = ("one small tile, 1x1", "batch of 3, stride 2", "one dimension", "volume", "1x1 with stride")
@@ -128,7 +134,6 @@ def test_switched_off():
         ((1, 8, 4, 3), (8, 8, 2, 2), {"padding": 130, "dilation": 131}),  # the corners of an image have 8 bits
         ((1, 8, 2, 2, 2), (8, 8, 2, 1, 1), {"padding": (17, 0, 0), "dilation": (33, 1, 1)}),  # those of a volume 5
         ((1, 8, 19, 1), (8, 8, 1, 1), {"stride": (9, 1)}),  # steps are at most 8
-        ((1, 8, 12, 12), (8, 8, 12, 11), {}),  # 132 taps
     ],
 )
 def test_what_the_tensor_map_cannot_say_runs_elsewhere(shape, filters, arguments):

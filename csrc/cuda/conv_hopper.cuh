@@ -36,8 +36,7 @@ inline int map_rank(const Space& s) {
 
 inline bool fits_tensor_map(const Space& s) {
   const int rank = map_rank(s), bits = 16 / (rank - 2);
-  // the emulator keeps corners in 8 bits
-  const int limit = 1 << (std::min(bits, 8) - 1);
+  const int limit = 1 << (bits - 1);
   const Axis* axes[] = {&s.w, &s.h, &s.d};
   for (int i = 0; i < rank - 2; ++i) {
     const Walk walk(*axes[i]);
@@ -52,7 +51,7 @@ template <class T>
 bool serves(const Space& s, int64_t C, int64_t K, int64_t G, bool channels_last, int64_t filter_taps) {
   if constexpr (hopper_built && (std::is_same_v<T, bf16> || std::is_same_v<T, fp16>))
     return compute_capability() == 90 && channels_last && G == 1 && C % 8 == 0 && K % 8 == 0 && s.taps() > 0 &&
-           filter_taps <= 128 && fits_tensor_map(s);
+           filter_taps <= 1 << 15 && fits_tensor_map(s);
   return false;
 }
 

@@ -118,8 +118,9 @@ void check_tensor_map(TensorMapData& m) {
     if (m.box[0] > 256 || m.box[1] == 0 || m.box[1] > 1024) reject("at most 256 channels and 1024 pixels");
     for (int i = 0; i < m.rank - 2; ++i) {
       if (m.traversal[i] < 1 || m.traversal[i] > 8) reject("traversal strides are 1 to 8");
-      if (m.rank == 5 && (std::min(m.lower[i], m.upper[i]) < -16 || std::max(m.lower[i], m.upper[i]) > 15))
-        reject("corners of a volume are -16 to 15");
+      const int limit = 1 << (16 / (m.rank - 2) - 1);
+      if (std::min(m.lower[i], m.upper[i]) < -limit || std::max(m.lower[i], m.upper[i]) >= limit)
+        reject("a corner of the bounding box is out of range");
     }
   } else {
     for (int i = 0; i < m.rank; ++i) {

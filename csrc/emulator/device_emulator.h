@@ -243,8 +243,8 @@ TensorMap make_tensor_map_im2col(const T* base, const uint64_t (&shape)[Rank], c
   data.box[0] = static_cast<uint16_t>(window.channels);
   data.box[1] = static_cast<uint16_t>(window.pixels);
   for (int i = 0; i < Rank - 2; ++i) {
-    data.lower[i] = static_cast<int8_t>(window.lower_corner[i]);
-    data.upper[i] = static_cast<int8_t>(window.upper_corner[i]);
+    data.lower[i] = static_cast<int16_t>(window.lower_corner[i]);
+    data.upper[i] = static_cast<int16_t>(window.upper_corner[i]);
     data.traversal[i] = static_cast<uint8_t>(window.traversal[i]);
   }
   return detail::finish_tensor_map(data);

@@ -97,7 +97,7 @@ struct TensorMapData {
   uint64_t shape[5];
   uint64_t stride[5];  // bytes
   uint16_t box[5];     // tiled: elements per dimension; im2col: box[0] channels, box[1] pixels
-  int8_t lower[3], upper[3];
+  int16_t lower[3], upper[3];
   uint8_t traversal[3];
   uint8_t rank, element_bytes, swizzle_bytes, element_kind, im2col;
   uint16_t magic;
