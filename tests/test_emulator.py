@@ -131,6 +131,7 @@ BUGS = {
     "missing_wgmma_wait": (r"data race \(write after read\) .* asynchronous operation", "race"),
     "missing_wgmma_fence": (r"wgmma without wgmma_fence", None),
     "wgmma_never_waited": (r"wgmma still outstanding", "async_wait"),
+    "too_many_registers": (r"setmaxnreg waits for ever: 512 registers of 504", None),
     "misaligned_tma_tile": (r"TMA load .* misaligned shared address", None),
     "unaligned_tma_coordinate": (r"TMA load .* innermost coordinate must be a multiple of 16 bytes", None),
 }

@@ -297,12 +297,14 @@ PYOPS_ENGINE uint64_t smem_desc(const void* p, uint32_t leading_bytes, uint32_t 
   return field(smem_address(p)) | field(leading_bytes) << 16 | field(stride_bytes) << 32 | layout << 62;
 }
 template <int Registers>
-PYOPS_ENGINE void setmaxnreg_inc() {
+PYOPS_ENGINE void setmaxnreg_inc(PYOPS_HERE) {
   static_assert(Registers >= 24 && Registers <= 256 && Registers % 8 == 0);
+  emulator::set_registers(Registers, location);
 }
 template <int Registers>
-PYOPS_ENGINE void setmaxnreg_dec() {
+PYOPS_ENGINE void setmaxnreg_dec(PYOPS_HERE) {
   static_assert(Registers >= 24 && Registers <= 256 && Registers % 8 == 0);
+  emulator::set_registers(Registers, location);
 }
 PYOPS_ENGINE void wgmma_fence(PYOPS_HERE) { emulator::wgmma_fence(location); }
 PYOPS_ENGINE void wgmma_commit() { emulator::wgmma_commit(); }

@@ -165,6 +165,7 @@ struct Block {
   std::vector<Warp> warps;
   Barrier barriers[named_barriers];
   int product_waiters[8] = {};
+  int registers[8] = {};                              // what each warpgroup has set by setmaxnreg; 0: nothing yet
   std::unordered_map<int, uint32_t> remote_accesses;  // race mode: thread of another block, time of its last access
 };
 

@@ -122,6 +122,7 @@ struct WgmmaIssue {
   const uint32_t* registers_a;  // null: A is in shared memory
   bool accumulate, a_mn_major, b_mn_major, is_bf16;
 };
+void set_registers(int per_thread, const Location& location);
 void wgmma_fence(const Location& location);
 void wgmma_issue(const WgmmaIssue& issue, const Location& location);
 void wgmma_commit();

@@ -362,6 +362,7 @@ void Engine::run_gang(Extent origin) {
     block.index = {origin.x + i % box.x, origin.y + i / box.x % box.y, origin.z + i / (box.x * box.y)};
     for (Barrier& barrier : block.barriers) barrier.reset();
     for (int& waiters : block.product_waiters) waiters = 0;
+    for (int& registers : block.registers) registers = 0;
     block.remote_accesses.clear();
     for (size_t w = 0; w < block.warps.size(); ++w) {
       block.warps[w] = Warp();

@@ -350,6 +350,26 @@ void finish_groups(Engine* e, Fiber* any, int pending) {
 
 }  // namespace
 
+// A block begins with as many registers per thread as the multiprocessor has for it, rounded down to eights, and
+// warpgroups exchange these: one that asks for more than the others leave waits for ever.
+void set_registers(int per_thread, const Location& location) {
+  const EngineScope scope;
+  Engine* e = engine();
+  Fiber* fiber = e->current;
+  if (compute_capability() != 90) fail("setmaxnreg needs sm_90a", location);
+  if (e->threads_per_block % 128 != 0) fail("setmaxnreg: the block is not made of whole warpgroups", location);
+  constexpr int fewest = 24, most = 256, of_multiprocessor = 65536;
+  const int groups = e->threads_per_block / 128;
+  const int pool = std::min(of_multiprocessor / e->threads_per_block / 8 * 8, most) * groups;
+  fiber->block->registers[fiber->thread / 128] = per_thread;
+  int asked = 0;
+  for (int g = 0; g < groups; ++g) asked += std::max(fiber->block->registers[g], fewest);
+  if (asked > pool) {
+    const std::string what = std::to_string(asked) + " registers of " + std::to_string(pool);
+    fail(("setmaxnreg waits for ever: " + what).c_str(), location);
+  }
+}
+
 void wgmma_fence(const Location&) { engine()->current->product_fenced = true; }
 
 void wgmma_issue(const WgmmaIssue& issue, const Location& location) {

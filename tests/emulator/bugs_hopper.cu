@@ -211,6 +211,17 @@ __global__ void product_never_waited(const __grid_constant__ TensorMap, const __
 }
 PYOPS_TEST(bug_wgmma_never_waited) { return run(product_never_waited, variant, 128); }
 
+__global__ void too_many_registers(const __grid_constant__ TensorMap, const __grid_constant__ TensorMap, float* out,
+                                   int bug) {
+  if (threadIdx.x < 128) {
+    bug ? setmaxnreg_dec<48>() : setmaxnreg_dec<40>();
+  } else {
+    setmaxnreg_inc<232>();
+  }
+  out[threadIdx.x] = 0.0f;
+}
+PYOPS_TEST(bug_too_many_registers) { return run(too_many_registers, variant, 384); }
+
 __global__ void misaligned_tile(const __grid_constant__ TensorMap in, const __grid_constant__ TensorMap, float* out,
                                 int bug) {
   struct alignas(1024) Shifted {
