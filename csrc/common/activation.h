@@ -55,13 +55,12 @@ struct Elu {
 struct Gelu {
   template <class V>
   static PYOPS_HOST_DEVICE V value(V x, Parameters) {
-    return x * V(0.5) * (V(1) + erf(x * V(0.70710678118654752440)));
+    return x * normal(x).cdf;
   }
   template <class V>
   static PYOPS_HOST_DEVICE V gradient(V dy, V x, Parameters) {
-    const V phi = V(0.5) * (V(1) + erf(x * V(0.70710678118654752440)));
-    const V density = V(0.39894228040143267794) * exp(x * x * V(-0.5));
-    return dy * (phi + x * density);
+    const auto [cdf, density] = normal(x);
+    return dy * (cdf + x * density);
   }
 };
 

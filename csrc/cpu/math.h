@@ -1,4 +1,4 @@
-// Elementary functions on Vec: exp, expm1, log, log1p on [0, 1], tanh, sigmoid, erf; and comparison, selection,
+// Elementary functions on Vec: exp, expm1, log, log1p on [0, 1], tanh, sigmoid, normal; and comparison, selection,
 // extrema.
 //
 // NaN in, NaN out; infinities and zeros as in the C library; subnormal arguments and results are kept. Largest errors
@@ -11,7 +11,7 @@
 //   log1p      1.5        1.5
 //   tanh       2.5        2.5
 //   sigmoid    2.5        2.5
-//   erf        2.5        2
+//   normal     5          3       (of cdf, |x| <= 5; beyond, up to x² / 5: the exponent x² / 2 is rounded)
 //
 // Polynomials are Chebyshev fits of the functions named beside them, computed in 60 digits.
 #pragma once
@@ -117,18 +117,16 @@ struct Float<float> {
   static constexpr float to_integer = 0x1.8p23f;
   static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
   static constexpr float smallest = -104.0f, largest = 89.0f;  // arguments of exp beyond give 0 and infinity
-  static constexpr float erf_is_one = 4.0f;
   // (expm1(r) - r) / r² for |r| <= ln(2) / 2
   static constexpr float exp[] = {0.0001989099082f, 0.001393365f, 0.008333310925f, 0.04166646493f, 0.1666666668f, 0.5f};
   // (2 atanh(s) / s - 2) / s² in s², for |s| <= 0.172 and for 0 <= s <= 1/3
   static constexpr float log[] = {0.2333681101f, 0.2855058704f, 0.4000012391f, 0.6666666655f};
   static constexpr float log1p[] = {0.2078761686f, 0.1746470247f, 0.2226471121f,
                                     0.2857030572f, 0.4000001077f, 0.6666666665f};
-  // erf(x) / x in x² for |x| <= 1; exp(x²) erfc(x) in (x - 2) / (x + 2) above
-  static constexpr float erf[] = {7.875875063e-05f, -0.0008016864287f, 0.005189087423f, -0.02685421201f,
-                                  0.1128359472f,    -0.3761262667f,    1.128379166f};
-  static constexpr float erfc[] = {-0.0009441596341f, -0.0008365899736f, 0.006994855414f, 0.003732141351f,
-                                   -0.07897852327f,   0.2416582111f,     -0.4271858476f,  0.2553956763f};
+  // exp(a²) erfc(a) in (a - 3) / (a + 3), a >= 0
+  static constexpr float erfcx[] = {4.56408876e-5f,  1.83982355e-5f,  -0.0005781560562f, 0.0007320455403f,
+                                    0.004259766871f, -0.02440260497f, 0.07166797533f,    -0.1501141858f,
+                                    0.2456036216f,   -0.3262336458f,  0.1790011537f};
 };
 template <>
 struct Float<double> {
@@ -137,7 +135,6 @@ struct Float<double> {
   static constexpr double to_integer = 0x1.8p52;
   static constexpr double ln2_high = 0x1.62e42fefap-1, ln2_low = 0x1.cf79abc9e3b39803p-40;
   static constexpr double smallest = -746.0, largest = 710.0;
-  static constexpr double erf_is_one = 6.0;
   static constexpr double exp[] = {2.09146869680868758e-09,
                                    2.51052170047207447e-08,
                                    2.75572736431102974e-07,
@@ -156,16 +153,14 @@ struct Float<double> {
                                      0.104803992343652744, 0.117679977672410355,  0.133331769491381785,
                                      0.153846202538041626, 0.18181818086005655,   0.22222222223331986,
                                      0.285714285714219418, 0.400000000000000133,  0.66666666666666663};
-  static constexpr double erf[] = {-7.79589882700214246e-10, 1.37200645467776862e-08,  -1.62084838018717052e-07,
-                                   1.64474247033173623e-06,  -1.49247369074196605e-05, 0.000120552949048397074,
-                                   -0.000854832597538969182, 0.00522397760711642255,   -0.0268661706432377703,
-                                   0.112837916709450065,     -0.376126389031835429,    1.12837916709551256};
-  static constexpr double erfc[] = {-4.215301054238321e-07,   -5.32269685565578626e-07, 1.17807752156255829e-06,
-                                    3.78921564375846397e-06,  1.39262118361880298e-06,  -1.39680723017714602e-05,
-                                    -2.75798646743057869e-05, 2.75254803612060682e-05,  0.000174361165453922637,
-                                    4.35556021951547231e-05,  -0.000981977026567888928, -0.000847143250920384368,
-                                    0.00699746173920044387,   0.00373289240432776379,   -0.07897858101573213,
-                                    0.241658194242466456,     -0.427185847413958375,    0.255395676310505748};
+  static constexpr double erfcx[] = {
+      1.0731969951784529e-11,  -4.70434831259446008e-11, -1.71947929792645047e-10, 4.21198591177841721e-10,
+      1.45274724470263812e-9,  -1.62348564163376657e-9,  -8.9412464328660064e-9,   1.39207282208785363e-9,
+      4.68808823032171792e-8,  2.84694414789422834e-8,   -2.34598571744075752e-7,  -2.9405704860811498e-7,
+      1.25245504521444182e-6,  2.12008712071789224e-6,   -7.97811645479413437e-6,  -0.0000128605209456434919,
+      0.000064056552558513692, 0.0000452553026597093003, -0.000597061948272587889, 0.00070774643849224893,
+      0.00426913633282912006,  -0.0243924993186470922,   0.0716658371979782912,    -0.150115936500777877,
+      0.245603801712330881,    -0.326233560043037223,    0.17900115118138995};
 };
 
 // exp(x) = 2^n (1 + q): what exp and expm1 are made of.
@@ -268,16 +263,19 @@ PYOPS_INLINE Vec<acc_t> sigmoid(const Vec<acc_t>& x) {
   return one / (one + exp(-x));
 }
 
+// Distribution function and density of the standard normal distribution, from one exponential.
 template <class acc_t>
-PYOPS_INLINE Vec<acc_t> erf(const Vec<acc_t>& x) {
-  using F = simd::Float<acc_t>;
+struct Normal {
+  Vec<acc_t> cdf, density;
+};
+template <class acc_t>
+PYOPS_INLINE Normal<acc_t> normal(const Vec<acc_t>& x) {
   using V = Vec<acc_t>;
-  const V a = abs(x), z = x * x;
-  const V inner = x * simd::polynomial(z, F::erf);
-  const V bounded = select(a > V(F::erf_is_one), V(F::erf_is_one), a);
-  const V t = (bounded - V(acc_t(2))) / (bounded + V(acc_t(2)));
-  const V outer = V(acc_t(1)) - exp(-(bounded * bounded)) * simd::polynomial(t, F::erfc);
-  return select(a > V(acc_t(1)), copysign(outer, x), inner);
+  const V far(acc_t(40)), a = abs(x) * V(acc_t(0.70710678118654752440));
+  const V bounded = select(a > far, far, a), e = exp(x * x * V(acc_t(-0.5)));
+  const V t = (bounded - V(acc_t(3))) / (bounded + V(acc_t(3)));
+  const V tail = V(acc_t(0.5)) * e * simd::polynomial(t, simd::Float<acc_t>::erfcx);
+  return {select(x > V(acc_t(0)), V(acc_t(1)) - tail, tail), e * V(acc_t(0.39894228040143267794))};
 }
 
 }  // namespace pyops::PYOPS_CPU_CAPABILITY

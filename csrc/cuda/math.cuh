@@ -26,6 +26,14 @@ PYOPS_DEVICE double tanh(double x) { return ::tanh(x); }
 PYOPS_DEVICE float erf(float x) { return erff(x); }
 PYOPS_DEVICE double erf(double x) { return ::erf(x); }
 template <class A>
+struct Normal {
+  A cdf, density;
+};
+template <class A>
+PYOPS_DEVICE Normal<A> normal(A x) {
+  return {A(0.5) * (A(1) + erf(x * A(0.70710678118654752440))), A(0.39894228040143267794) * exp(x * x * A(-0.5))};
+}
+template <class A>
 PYOPS_DEVICE A sigmoid(A x) {
   return A(1) / (A(1) + exp(-x));
 }
