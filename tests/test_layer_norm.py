@@ -74,6 +74,21 @@ def test_nan_and_infinity_stay_in_their_row(backend):
     torch.testing.assert_close(y[[0, 3]], torch.nn.functional.layer_norm(x, (33,))[[0, 3]])
 
 
+@pytest.mark.parametrize("first, mean", [(None, 1e3), (1e4, 0.0)])
+def test_deviations_keep_their_digits(backend, first, mean):
+    """Also where the mean is far above them, or one value, the first of the row, is far above all others."""
+    if backend == "triton":
+        pytest.skip("the Triton kernel takes the mean in one rounding, as torch does")
+    x = torch.randn(4, 4096) + mean
+    if first is not None:
+        x[:, 0] = first
+    with backends.backend(backend):
+        y = F.layer_norm(x, (4096,))
+    truth = torch.nn.functional.layer_norm(x.double(), (4096,))
+    error = (y - truth)[:, 1:].abs().max() / truth[:, 1:].abs().max()
+    assert error < 1e-6
+
+
 def test_variance_survives_a_huge_mean(backend):
     x = (1e6 + torch.randn(3, 512, dtype=torch.float64)).float()
     exact = torch.nn.functional.layer_norm(x.double(), (512,))

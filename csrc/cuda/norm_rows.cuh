@@ -73,6 +73,7 @@ template <class A>
 struct RowFwdShared {
   PairShared<A> row;
   Sum<A> meeting[2];
+  Pair<A> pairs[2];
 };
 
 // A bound of 1024 is a limit of 64 registers: without it scalar kernels spend theirs on loading the weights early.
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(fwd_threads<V, Items>, 1)
   auto& s = shared_storage<RowFwdShared<A>>();
   const RowShare share = share_of_row<Clustered>(threads);
   const int lane = share.lane, width = share.width;
-  int turn = 0;
+  [[maybe_unused]] int turn = 0, pair_turn = 0;
   const auto sum_of_row = [&](A value) {
     const A sum = group_sum(value, threads, s.row);
     if constexpr (Clustered) return cluster_reduce(Sum<A>{sum}, s.meeting, turn++).value;
@@ -105,38 +106,43 @@ __global__ void __launch_bounds__(fwd_threads<V, Items>, 1)
       const int n = (i * width + lane) * V;
       if (n < limit) v[i] = load_vec_streaming<V>(row + n);
     }
-    // The mean is origin + offset, counted from a value of the row: where |mean| >> std, their sum has lost the digits
-    // that the deviation needs.
-    A origin = 0, offset = 0;
-    const auto deviation = [&](A a) { return Centered ? (a - origin) - offset : a; };
+    A mean = 0;
     if constexpr (Centered) {
-      if (limit > 0) origin = as_shift(to_acc(row[0]));
       A sum = 0;
 #pragma unroll
       for (int i = 0; i < Items; ++i) {
         if ((i * width + lane) * V < limit) {
           const Vec<A, V> a = widen(v[i]);
 #pragma unroll
-          for (int j = 0; j < V; ++j) sum += a[j] - origin;
+          for (int j = 0; j < V; ++j) sum += a[j];
         }
       }
-      offset = sum_of_row(sum) * inverse;
+      mean = sum_of_row(sum) * inverse;
     }
-    A square = 0;
+    // Where |mean| >> std, mean has lost digits that the deviation needs: `rest`, the mean of what deviates from it.
+    Pair<A> sums{};  // of deviations from mean, and of their squares
 #pragma unroll
     for (int i = 0; i < Items; ++i) {
       if ((i * width + lane) * V < limit) {
         const Vec<A, V> a = widen(v[i]);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          const A d = deviation(a[j]);
-          square += d * d;
+          const A d = a[j] - mean;
+          if constexpr (Centered) sums.first += d;
+          sums.second += d * d;
         }
       }
     }
-    const A rstd = inverse_root(sum_of_row(square) * inverse + eps);
+    if constexpr (Centered) {
+      sums = group_reduce(sums, threads, s.row.reduce);
+      if constexpr (Clustered) sums = cluster_reduce(sums, s.pairs, pair_turn++);
+    } else {
+      sums.second = sum_of_row(sums.second);
+    }
+    const A rest = sums.first * inverse, variance = (sums.second - sums.first * rest) * inverse;
+    const A rstd = inverse_root((variance < A(0) ? A(0) : variance) + eps);
     if (lane == 0 && m < M) {
-      if constexpr (Centered) mean_out[m] = origin + offset;
+      if constexpr (Centered) mean_out[m] = mean + rest;
       rstd_out[m] = rstd;
     }
 #pragma unroll
@@ -147,7 +153,7 @@ __global__ void __launch_bounds__(fwd_threads<V, Items>, 1)
         const Vec<A, V> a = widen(v[i]);
         Vec<T, V> out;
 #pragma unroll
-        for (int j = 0; j < V; ++j) out[j] = from_acc<T>(deviation(a[j]) * rstd * scale[j] + shift[j]);
+        for (int j = 0; j < V; ++j) out[j] = from_acc<T>(((a[j] - mean) - rest) * rstd * scale[j] + shift[j]);
         store_vec_streaming(y + m * N + n, out);
       }
     }
