@@ -125,12 +125,7 @@ __global__ void __launch_bounds__(threads, 4) few_channels_kernel(FewArguments<T
       sums.template add<false>([&](int m, int k) { return &s.in.a[m][step + k]; },
                                [&](int n, int k) { return &s.b[n][step + k]; });
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) s.y[sums.row(i, j, e)][sums.column(i, j, e)] = sums.v[i][j][e];
+    sums.store(s.y);
     __syncthreads();
     with_epilogue(p.end, [&](auto finish) {
       for (int i = tid; i < tile * tile; i += threads) {

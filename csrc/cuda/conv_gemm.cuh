@@ -86,6 +86,24 @@ struct PixelRows {
   }
 };
 
+// Steps of a sum whose operands come by cp.async, Stages - 1 of them ahead: load(step) fills stage step % Stages,
+// add(stage) uses it. Nothing is under way at the end.
+template <class Load, class Add>
+PYOPS_DEVICE void through_stages(int steps, const Load& load, const Add& add) {
+  for (int step = 0; step < Stages - 1; ++step) {
+    if (step < steps) load(step);
+    cp_async_commit();
+  }
+  for (int step = 0; step < steps; ++step) {
+    cp_async_wait<Stages - 2>();
+    __syncthreads();  // this stage is complete, and nobody reads the one before any more
+    if (step + Stages - 1 < steps) load(step + Stages - 1);
+    cp_async_commit();
+    add(step % Stages);
+  }
+  cp_async_wait<0>();
+}
+
 // Sums of one block: 4 warps of 32 x 32 for mma, or 8 x 4 values of every thread.
 template <class T, Product P>
 struct Sums {
@@ -102,6 +120,16 @@ struct Sums {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if constexpr (P == Product::simt) return threadIdx.x % 16 + e * 16;
     return (warp / 2) * 32 + j * 8 + (lane % 4) * 2 + e % 2;
+  }
+
+  template <class Y>
+  PYOPS_DEVICE void store(Y& y) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) y[row(i, j, e)][column(i, j, e)] = v[i][j][e];
   }
 
   // Adds the product of two tiles; left(m, k) and right(n, k) address shared memory, KMajor says that m and n are
@@ -264,27 +292,12 @@ __global__ void __launch_bounds__(threads, 4) conv_kernel(ConvArguments<T> p) {
   };
 
   Sums<T, P> sums;
-  for (int step = 0; step < Stages - 1; ++step) {
-    if (step < steps) load(step);
-    cp_async_commit();
-  }
-  for (int step = 0; step < steps; ++step) {
-    cp_async_wait<Stages - 2>();
-    __syncthreads();  // this stage is complete, and nobody reads the one before any more
-    if (step + Stages - 1 < steps) load(step + Stages - 1);
-    cp_async_commit();
-    const int stage = step % Stages;
+  through_stages(steps, load, [&](int stage) {
     sums.template add<false>([&](int m, int k) { return &s.stage.a[stage][m][k]; },
                              [&](int n, int k) { return &s.stage.b[stage][n][k]; });
-  }
-  cp_async_wait<0>();
+  });
   __syncthreads();
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s.y[sums.row(i, j, e)][sums.column(i, j, e)] = sums.v[i][j][e];
+  sums.store(s.y);
   __syncthreads();
   with_epilogue(p.end, [&](auto finish) {
     for (int i = tid; i < tile * tile; i += threads) {
@@ -365,20 +378,10 @@ __global__ void __launch_bounds__(threads) wgrad_kernel(WgradArguments<T> p) {
   };
 
   Sums<T, P> sums;
-  for (int step = 0; step < Stages - 1; ++step) {
-    if (step < steps) load(step);
-    cp_async_commit();
-  }
-  for (int step = 0; step < steps; ++step) {
-    cp_async_wait<Stages - 2>();
-    __syncthreads();  // this stage is complete, and nobody reads the one before any more
-    if (step + Stages - 1 < steps) load(step + Stages - 1);
-    cp_async_commit();
-    const int stage = step % Stages;
+  through_stages(steps, load, [&](int stage) {
     sums.template add<true>([&](int m, int k) { return &s.a[stage][k][m]; },
                             [&](int n, int k) { return &s.b[stage][k][n]; });
-  }
-  cp_async_wait<0>();
+  });
   auto* to = p.part + (static_cast<int64_t>(split) * p.G + g) * p.K * columns;
 #pragma unroll
   for (int i = 0; i < 2; ++i)

@@ -194,21 +194,11 @@ __global__ void __launch_bounds__(threads) grouped_kernel(GroupedArguments<T> p)
 
   const int steps = space.taps() * pack.chunks;
   UnitSums<T, P> sums;
-  for (int step = 0; step < Stages - 1; ++step) {
-    if (step < steps) load(step);
-    cp_async_commit();
-  }
-  for (int step = 0; step < steps; ++step) {
-    cp_async_wait<Stages - 2>();
-    __syncthreads();  // this stage is complete, and nobody reads the one before any more
-    if (step + Stages - 1 < steps) load(step + Stages - 1);
-    cp_async_commit();
-    const int stage = step % Stages;
+  through_stages(steps, load, [&](int stage) {
     if (unit0 + warp < pack.count)
       sums.add([&](int m, int k) { return &s.stage.a[stage][m][warp * D + k]; },
                [&](int n, int k) { return &s.stage.b[stage][warp][n][k]; }, pack.columns);
-  }
-  cp_async_wait<0>();
+  });
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < 4; ++i)
@@ -405,20 +395,11 @@ __global__ void __launch_bounds__(threads) grouped_wgrad_kernel(GroupedWgradArgu
   };
 
   UnitGradient<T, P> sums;
-  for (int step = 0; step < Stages - 1; ++step) {
-    if (step < steps) load(step);
-    cp_async_commit();
-  }
-  for (int step = 0; step < steps; ++step) {
-    cp_async_wait<Stages - 2>();
-    __syncthreads();
-    if (step + Stages - 1 < steps) load(step + Stages - 1);
-    cp_async_commit();
-    const int stage = step % Stages;
+  through_stages(steps, load, [&](int stage) {
     if (unit0 + warp < pack.count)
       sums.add([&](int k, int o) { return &s.a[stage][k][warp * unit_columns + o]; },
                [&](int k, int c) { return &s.b[stage][k][warp * D + c]; }, padded);
-  }
+  });
   const int64_t columns = static_cast<int64_t>(space.taps()) * pack.C;
 #pragma unroll
   for (int i = 0; i < D; ++i) {
