@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_90a")
 HOPPER_ONLY = ("hopper", "wgmma")  # sources whose name ends so need sm_90a
+PLANTED_BUGS = "bugs"  # sources whose name begins so are wrong on purpose: they only have to compile
 # One register that finds no place is stored and loaded a few times; more bytes than this are a real spill.
 TOLERATED_BYTES = 16
 MATRIX_INSTRUCTIONS = ("HGMMA", "HMMA", "DMMA", "IMMA", "UTMALDG", "LDGSTS", "LDSM")
@@ -117,7 +118,8 @@ def main(stems: list[str]) -> int:
             sass = disassembled(cubin)
             slower = on_a_slower_path(sass)
             waiting = serialized(done.stderr)
-            bad += len(failing) + len(slower) + len(waiting)
+            if not source.stem.startswith(PLANTED_BUGS):
+                bad += len(failing) + len(slower) + len(waiting)
             most = max((row[1] for row in rows), default=0)
             print(
                 f"{source.name:28} {architecture:7} {len(rows):4} kernels, at most {most:3} registers, "
