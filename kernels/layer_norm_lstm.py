@@ -2,7 +2,8 @@
   a = n(x) * gain_x + n(y) * gain_y + bias;  c' = f c + i g,  h' = o tanh(n(c') * gain_c + bias_c);  n: a row with
   mean 0 and variance 1
 layout   head of csrc/common/layer_norm_lstm.h
-mapping  a program takes a row, whole in registers: tiles of BLOCK >= H units, one for each gate
+mapping  a program takes a row, whole in registers: tiles of BLOCK >= H units, one for each gate; a layer is a product
+         and a kernel for each step
 memory   every input read once (backward: dx, dy, da written once), every output written once
 numerics two-pass variance, all in fp32 (fp64 for fp64)
 """
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ._math import sigmoid, tanh
-from ._recurrent import lstm_forward
+from ._recurrent import Steps, lstm_forward, product, product_specimens
 from ._toolbox import SPECIMEN_TYPES, Specimen, accumulate_dtype, power_of_two, rsqrt, warps
 
 
@@ -213,20 +214,122 @@ def layer_norm_lstm_gates_bwd(
     return dx, dy, dstate, da, dz
 
 
+def layer_norm_lstm_layer_fwd(
+    x: torch.Tensor,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    w_hh: torch.Tensor,
+    gain_x: torch.Tensor,
+    gain_y: torch.Tensor,
+    bias: torch.Tensor | None,
+    gain_c: torch.Tensor,
+    bias_c: torch.Tensor | None,
+    starts: torch.Tensor | None,
+    eps: float,
+    keep: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Step by step: the recurrent product, then one kernel for all else."""
+    (n, directions, _), (_, batch, hidden) = x.shape, h0.shape
+    wide = accumulate_dtype(x.dtype)
+    y, h_n, c = x.new_empty(n, directions, hidden), h0.clone(), c0.to(wide, copy=True)
+    products = x.new_empty(x.shape if keep else 0)
+    cells = x.new_empty((n, directions, hidden) if keep else 0)
+    statistics = x.new_empty((n, directions, 6) if keep else 0, dtype=wide)
+    steps = Steps(n, batch, starts)
+    for d in range(directions):
+        parameters = _of_direction(d, gain_x, gain_y, bias, gain_c, bias_c)
+        for t in steps.in_order(d):
+            rows = steps.rows(t)
+            count = rows.stop - rows.start
+            h, now = h_n[d, :count], c[d, :count]
+            sums = product(h, w_hh[d])
+            of_rows = statistics.new_empty(count, 6)
+            layer_norm_lstm_fwd_kernel[(count,)](
+                x[rows, d].contiguous(), sums, now, *parameters, h, now, of_rows, hidden, eps, **_launch(hidden)
+            )
+            y[rows, d] = h
+            if keep:
+                products[rows, d], cells[rows, d], statistics[rows, d] = sums.to(x.dtype), now.to(x.dtype), of_rows
+    return y, h_n, c.to(c0.dtype, copy=True), products, cells, statistics
+
+
+def layer_norm_lstm_layer_bwd(
+    dy: torch.Tensor | None,
+    dh_n: torch.Tensor | None,
+    dc_n: torch.Tensor | None,
+    x: torch.Tensor,
+    h0: torch.Tensor,
+    c0: torch.Tensor,
+    w_hh: torch.Tensor,
+    gain_x: torch.Tensor,
+    gain_y: torch.Tensor,
+    bias: torch.Tensor | None,
+    gain_c: torch.Tensor,
+    bias_c: torch.Tensor | None,
+    starts: torch.Tensor | None,
+    products: torch.Tensor,
+    cells: torch.Tensor,
+    statistics: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    (n, directions, _), (_, batch, hidden) = x.shape, h0.shape
+    wide = statistics.dtype
+    dx, dproducts = torch.empty_like(x), torch.empty_like(x)
+    da, dz = torch.empty_like(x, dtype=wide), torch.empty_like(cells, dtype=wide)
+    dh = torch.zeros_like(h0, dtype=wide) if dh_n is None else dh_n.to(wide, copy=True)
+    dc = torch.zeros_like(c0, dtype=wide) if dc_n is None else dc_n.to(wide, copy=True)
+    steps = Steps(n, batch, starts)
+    for d in range(directions):
+        parameters = _of_direction(d, gain_x, gain_y, bias, gain_c, bias_c)
+        for t in steps.in_order(1 - d):
+            rows = steps.rows(t)
+            count = rows.stop - rows.start
+            g, now = dh[d, :count], dc[d, :count]
+            if dy is not None:
+                g += dy[rows, d]
+            kept = (v[rows, d].contiguous() for v in (x, products))
+            results = x.new_empty(count, 4 * hidden), x.new_empty(count, 4 * hidden), now
+            wider = g.new_empty(count, 4 * hidden), g.new_empty(count, hidden)
+            layer_norm_lstm_bwd_kernel[(count,)](
+                g, now, *kept, steps.before(cells, c0, d, t), *parameters, cells[rows, d].contiguous(),
+                statistics[rows, d].contiguous(), *results, *wider, hidden, **_launch(hidden),
+            )  # fmt: skip
+            dx[rows, d], dproducts[rows, d] = results[:2]
+            da[rows, d], dz[rows, d] = wider
+            g.copy_(product(results[1], w_hh[d].mT))
+
+    def of_gain(g: torch.Tensor, v: torch.Tensor, k: int) -> torch.Tensor:
+        mean, rstd = statistics[..., k : k + 1], statistics[..., k + 1 : k + 2]
+        return (g * (v.to(wide) - mean) * rstd).sum(0).to(x.dtype)
+
+    of_bias, of_bias_c = (x.new_empty(0) if b is None else g.sum(0).to(x.dtype) for b, g in ((bias, da), (bias_c, dz)))
+    gains = of_gain(da, x, 0), of_gain(da, products, 2), of_gain(dz, cells, 4)
+    states = dh.to(h0.dtype, copy=True), dc.to(c0.dtype, copy=True)
+    return dx, dproducts, *states, gains[0], gains[1], of_bias, gains[2], of_bias_c
+
+
+def _of_direction(d: int, *parameters: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if p is None else p[d] for p in parameters]
+
+
 def specimens() -> list[Specimen]:
-    """What tests/triton_compile.py compiles: both kernels in every type, on a row of 512 units."""
-    found = []
+    """What tests/triton_compile.py compiles: all kernels in every type, on a row of 512 units.
+
+    In a layer y, c and their gradients have the type of sums.
+    """
+    found = product_specimens()
     for t, a in SPECIMEN_TYPES:
         inputs = dict.fromkeys(("x", "y", "c", "gain_x", "gain_y", "bias", "gain_c", "bias_c", "next_c"), f"*{t}")
         inputs |= {"statistics": f"*{a}", "H": "i32"}
         launch = _launch(512)
         num_warps = launch.pop("num_warps")
-        found.append(
-            Specimen(
-                layer_norm_lstm_fwd_kernel, inputs | {"next_h": f"*{t}"}, launch | {"EPS": 1e-5}, num_warps, t != "fp64"
-            )
-        )
+        forward = inputs | {"next_h": f"*{t}"}
         backward = inputs | dict.fromkeys(("dh", "dc", "dx", "dy", "dstate"), f"*{t}")
         backward |= dict.fromkeys(("da", "dz"), f"*{a}")
-        found.append(Specimen(layer_norm_lstm_bwd_kernel, backward, launch, num_warps, t != "fp64"))
+        for in_a_layer in (False, True):
+            if in_a_layer:
+                forward |= dict.fromkeys(("y", "c", "next_c"), f"*{a}")
+                backward |= dict.fromkeys(("dh", "dc", "dstate"), f"*{a}")
+            constants = launch | {"EPS": 1e-5}
+            found.append(Specimen(layer_norm_lstm_fwd_kernel, dict(forward), constants, num_warps, t != "fp64"))
+            found.append(Specimen(layer_norm_lstm_bwd_kernel, dict(backward), launch, num_warps, t != "fp64"))
     return found

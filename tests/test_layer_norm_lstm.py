@@ -15,8 +15,8 @@ W_IH, W_HH, ROW, CELL = torch.ones(16, 3), torch.ones(16, 4), torch.ones(16), to
 OPS = ["layer_norm_lstm_cell", "layer_norm_lstm"]
 
 
-# Steps of a layer are cells to the recipe; what is checked twice is what the loop adds.
-OF_LAYERS = ("gradcheck", "transforms", "determinism")
+# Second gradients of a layer are plain torch, step by step: test_second_gradients_of_layers takes few inputs for all.
+OF_LAYERS = tuple(c for c in OF_THE_RECIPE if c != "gradgradcheck")
 
 
 @pytest.mark.parametrize("op, check", [(OPS[0], c) for c in OF_THE_RECIPE] + [(OPS[1], c) for c in OF_LAYERS])
@@ -24,18 +24,15 @@ def test_checks(op, check):
     passes(op, "cpu", check)
 
 
-def test_kernels(backend):
-    passes("layer_norm_lstm_cell", backend, "accuracy")
-
-
-def test_layers_on_the_cpu():
-    """The same kernels, step by step."""
-    passes("layer_norm_lstm", "cpu", "accuracy")
+@pytest.mark.parametrize("op", OPS)
+def test_kernels(backend, op):
+    passes(op, backend, "accuracy")
 
 
 @pytest.mark.race
-def test_race(backend):
-    passes("layer_norm_lstm_cell", backend, "accuracy")
+@pytest.mark.parametrize("op", OPS)
+def test_race(backend, op):
+    passes(op, backend, "accuracy")
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -53,34 +50,97 @@ def test_cell_module_is_the_function(backend, bias):
         equal(cell(x[0], tuple(s[0] for s in state)), tuple(s[0] for s in expected))
 
 
-def test_a_layer_is_its_cells():
-    """Two layers and packed sequences, against cells with the same parameters, one sequence at a time."""
-    network = nn.LayerNormLSTM(3, 5, 2, eps=1e-2)
+def _layers_of_cells(network):
+    """network's layers as cells that share its parameters: f(sequences) -> (outputs, final states of each)."""
+    suffixes = [f"_l{k}{d}" for k in range(network.num_layers) for d in ("", "_reverse")[: 1 + network.bidirectional]]
+
+    def cell(x, state, suffix):
+        w = {name: getattr(network, name + suffix) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+        gains = [getattr(network, name + suffix) for name in ("gain_ih", "gain_hh", "gain_c")]
+        biases = w["bias_ih"], w["bias_hh"], getattr(network, f"bias_c{suffix}")
+        return F.layer_norm_lstm_cell(x, state, w["weight_ih"], w["weight_hh"], *gains, *biases, eps=network.eps)
+
+    def run(x):
+        finals = []
+        for k in range(network.num_layers):
+            ys = []
+            for suffix in suffixes[k * (1 + network.bidirectional) :][: 1 + network.bidirectional]:
+                zero = x.new_zeros(1, network.hidden_size)
+                state, found = (zero, zero), []
+                for step in x.flip(0) if suffix.endswith("reverse") else x:
+                    state = cell(step[None], state, suffix)
+                    found.append(state[0][0])
+                ys.append(torch.stack(found[::-1] if suffix.endswith("reverse") else found))
+                finals.append(torch.stack(state)[:, 0])
+            x = torch.cat(ys, 1)
+        return x, torch.stack(finals)
+
+    return run
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("hidden, layers, bidirectional", [(5, 2, False), (6, 1, True)])
+def test_a_layer_is_its_cells(backend, hidden, layers, bidirectional):
+    """Packed sequences and their gradients, against cells with the same parameters, one sequence at a time."""
+    network = nn.LayerNormLSTM(3, hidden, layers, bidirectional=bidirectional, eps=1e-2).double()
     for p in network.parameters():
         torch.nn.init.normal_(p)
-    cells = []
-    for k in range(2):
-        cell = nn.LayerNormLSTMCell(3 if k == 0 else 5, 5, eps=1e-2)
-        cell.load_state_dict({name: network.state_dict()[f"{name}_l{k}"] for name in cell.state_dict()})
-        cells.append(cell)
-    sequences = [torch.randn(n, 3) for n in (2, 4, 3)]
-    packed, (h_n, c_n) = network(torch.nn.utils.rnn.pack_sequence(sequences, enforce_sorted=False))
-    outputs = torch.nn.utils.rnn.unpack_sequence(packed)
+    sequences = [torch.randn(n, 3).double() for n in (2, 4, 3)]
+    with backends.backend(backend):
+        packed, (h_n, c_n) = network(torch.nn.utils.rnn.pack_sequence(sequences, enforce_sorted=False))
+        outputs = torch.nn.utils.rnn.unpack_sequence(packed)
+        loss = torch.cat(outputs).sin().sum() + h_n.cos().sum() + (c_n * 0.1).sin().sum()
+        grads = torch.autograd.grad(loss, tuple(network.parameters()))
+    cells, total = _layers_of_cells(network), 0
     for b, x in enumerate(sequences):
-        for k, cell in enumerate(cells):
-            state, found = None, []
-            for step in x:
-                state = cell(step, state)
-                found.append(state[0])
-            x = torch.stack(found)
-            equal((h_n[k, b], c_n[k, b]), state)
-        equal(outputs[b], x)
+        y, final = cells(x)
+        equal((outputs[b], h_n[:, b], c_n[:, b]), (y, final[:, 0], final[:, 1]), 1e-10)
+        total = total + y.sin().sum() + final[:, 0].cos().sum() + (final[:, 1] * 0.1).sin().sum()
+    equal(grads, torch.autograd.grad(total, tuple(network.parameters())), 1e-9)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 70])
+def test_threads_change_nothing_but_rounding(batch):
+    """Rows for every thread, or all threads on each step; more rows than are summed at once."""
+    network, x = nn.LayerNormLSTM(3, 17).double(), torch.randn(9, batch, 3).double()
+    results, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            y, (h, c) = network(x)
+            loss = y.sin().sum() + h.sum() + c.sum()
+            results.append((y, h, c, *torch.autograd.grad(loss, tuple(network.parameters()))))
+    finally:
+        torch.set_num_threads(threads)
+    equal(*results, 1e-12)
+
+
+@pytest.mark.race
+def test_weights_beyond_shared_memory(backend):
+    """On CUDA two launches for each step then, which read the weights from memory."""
+    if backend == "triton":
+        pytest.skip("Triton reads weights from memory at any size")
+    network, x = nn.LayerNormLSTM(2, 96, bidirectional=True).double(), torch.randn(2, 2, 2).double()
+    results = []
+    for name in (backend, "cpu"):
+        with backends.backend(name):
+            y, (h, c) = network(x)
+            grads = torch.autograd.grad(y.sin().sum() + h.sum() + c.sum(), tuple(network.parameters()))
+            results.append((y, h, c, *grads))
+    equal(*results, 1e-10)
 
 
 def test_second_gradients_of_layers():
     network = nn.LayerNormLSTM(1, 2).double()
     x = torch.randn(2, 1, 1, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradgradcheck(lambda x: network(x)[0], x)
+    names = ("gain_hh_l0", "bias_ih_l0", "gain_c_l0")
+
+    def outputs(x, *parameters):
+        given = dict(network.named_parameters()) | dict(zip(names, parameters))
+        return torch.func.functional_call(network, given, (x,))[0]
+
+    parameters = [getattr(network, name).detach().requires_grad_() for name in names]
+    torch.autograd.gradgradcheck(outputs, (x, *parameters))
 
 
 def test_each_gate_row_is_normalised():

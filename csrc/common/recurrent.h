@@ -132,8 +132,21 @@ struct Sequence {
   PYOPS_HOST_DEVICE int64_t row_at(int64_t t, int64_t row) const {
     return row < steps.count(t) ? steps.first(t) + row : -1;
   }
+  // The state h [P] of a row before step t in direction d.
+  PYOPS_HOST_DEVICE const T* state_before(int64_t d, int64_t t, int64_t row) const {
+    const int64_t at = row_at(before(d, t), row);
+    return at >= 0 ? y + (at * D + d) * P : h0 + (d * steps.B + row) * P;
+  }
   // The i-th step that direction d takes.
   PYOPS_HOST_DEVICE int64_t step(int64_t d, int64_t i) const { return d == 0 ? i : steps.T - 1 - i; }
+  // The same backwards, and the one that it takes after it; -1 where there is none.
+  struct Pair {
+    int64_t t, later;
+  };
+  PYOPS_HOST_DEVICE Pair steps_backwards(int64_t d, int64_t i) const {
+    const int64_t at = steps.T - 1 - i;
+    return {at >= 0 ? step(d, at) : -1, at + 1 < steps.T ? step(d, at + 1) : -1};
+  }
 };
 
 }  // namespace pyops::recurrent

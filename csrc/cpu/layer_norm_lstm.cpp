@@ -2,15 +2,16 @@
 //   a = n(x) * gain_x + n(y) * gain_y + bias;  c' = f c + i g,  h' = o tanh(n(c') * gain_c + bias_c);  n: a row with
 //   mean 0 and variance 1
 // layout   head of common/layer_norm_lstm.h
-// mapping  threads over rows, lanes over hidden units
+// mapping  lanes over hidden units; step: threads over rows; layer: head of cpu/recurrent_sequence.h, where few rows
+//          leave all but the product of a step to one thread
 // memory   a row and the parameters are in cache after their first reading; backward computes the gates again
-// numerics mean and variance as in moments.h; the rest in fp32 (fp64 for fp64)
+// numerics mean and variance as in moments.h; the rest in fp32 (fp64 for fp64), in a layer also y and c' between steps
 #include "common/layer_norm_lstm.h"
-#include "common/recurrent.h"
 #include "cpu/math.h"
 #include "cpu/moments.h"
 #include "cpu/norm_rows.h"
 #include "cpu/parallel.h"
+#include "cpu/recurrent_sequence.h"
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
 
@@ -32,48 +33,52 @@ struct RowScale {
   }
 };
 
+// The statistics of a row as they are kept.
+template <class acc_t>
+struct RowScales {
+  RowScale<acc_t> x, y, c;
+  static RowScales load(const acc_t* s) { return {{s[0], s[1]}, {s[2], s[3]}, {s[4], s[5]}}; }
+  void store(acc_t* to) const {
+    const acc_t all[] = {x.mean, x.rstd, y.mean, y.rstd, c.mean, c.rstd};
+    std::copy(all, all + 6, to);
+  }
+};
+
 // A vector of units: the four pre-activations, from normalised rows.
-template <class T, class acc_t, class Lanes>
-PYOPS_INLINE void load_gates(const NormalisedGates<T>& in, int64_t row, RowScale<acc_t> of_x, RowScale<acc_t> of_y,
-                             int64_t i, Lanes lanes, Vec<acc_t> (&a)[4]) {
+template <class T, class Y, class acc_t, class Lanes>
+PYOPS_INLINE void load_gates(const NormalisedParameters<T>& p, const T* x, const Y* y, const RowScale<acc_t>& of_x,
+                             const RowScale<acc_t>& of_y, int64_t i, Lanes lanes, Vec<acc_t> (&a)[4]) {
   using V = Vec<acc_t>;
-  const T *x = in.x + row * 4 * in.H, *y = in.y + row * 4 * in.H;
+#pragma GCC unroll 4
   for (int k = 0; k < 4; ++k) {
-    const int64_t at = k * in.H + i;
-    a[k] = in.bias != nullptr ? V::load(in.bias + at, lanes) : V();
-    a[k] = fma(of_x(x, at, lanes), V::load(in.gain_x + at, lanes), a[k]);
-    a[k] = fma(of_y(y, at, lanes), V::load(in.gain_y + at, lanes), a[k]);
+    const int64_t at = k * p.H + i;
+    a[k] = p.bias != nullptr ? V::load(p.bias + at, lanes) : V();
+    a[k] = fma(of_x(x, at, lanes), V::load(p.gain_x + at, lanes), a[k]);
+    a[k] = fma(of_y(y, at, lanes), V::load(p.gain_y + at, lanes), a[k]);
   }
 }
 
-template <class T>
-void normalised_gates_forward(const NormalisedGates<T>& in, double eps, T* next_h, T* next_c,
-                              accumulate_t<T>* statistics, void* /* stream */) {
-  using acc_t = accumulate_t<T>;
+// A row: from x, y and c to c', and to h' by put(i, lanes, h'). next_c may be c; `o` [H] is scratch.
+template <class T, class Y, class C, class acc_t, class Put>
+RowScales<acc_t> row_forward(const NormalisedParameters<T>& p, double eps, const T* x, const Y* y, const C* c,
+                             C* next_c, acc_t* o, const Put& put) {
   using V = Vec<acc_t>;
-  const int64_t H = in.H;
-  parallel_for(in.B, lstm_row_grain(H), [&](int64_t begin, int64_t end) {
-    Buffer<acc_t> output_gate(H);
-    for (int64_t row = begin; row < end; ++row) {
-      const auto of_x = RowScale<acc_t>::of(in.x + row * 4 * H, 4 * H, eps);
-      const auto of_y = RowScale<acc_t>::of(in.y + row * 4 * H, 4 * H, eps);
-      each_vector<acc_t>(H, [&](int64_t i, auto lanes) {
-        V a[4], zero[4], h, s[4], c = V::load(in.c + row * H + i, lanes);
-        load_gates(in, row, of_x, of_y, i, lanes, a);
-        recurrent::Lstm::forward(a, zero, h, c, s);
-        c.store(next_c + row * H + i, lanes);
-        s[3].store(output_gate.get() + i, lanes);
-      });
-      const auto of_c = RowScale<acc_t>::of(next_c + row * H, H, eps);
-      each_vector<acc_t>(H, [&](int64_t i, auto lanes) {
-        V z = in.bias_c != nullptr ? V::load(in.bias_c + i, lanes) : V();
-        z = fma(of_c(next_c + row * H, i, lanes), V::load(in.gain_c + i, lanes), z);
-        (V::load(output_gate.get() + i, lanes) * tanh(z)).store(next_h + row * H + i, lanes);
-      });
-      const acc_t found[] = {of_x.mean, of_x.rstd, of_y.mean, of_y.rstd, of_c.mean, of_c.rstd};
-      std::copy(found, found + 6, statistics + row * 6);
-    }
+  RowScales<acc_t> of;
+  of.x = RowScale<acc_t>::of(x, 4 * p.H, eps);
+  of.y = RowScale<acc_t>::of(y, 4 * p.H, eps);
+  each_vector<acc_t>(p.H, [&](int64_t i, auto lanes) {
+    V a[4];
+    load_gates(p, x, y, of.x, of.y, i, lanes, a);
+    fma(sigmoid(a[1]), V::load(c + i, lanes), sigmoid(a[0]) * tanh(a[2])).store(next_c + i, lanes);
+    sigmoid(a[3]).store(o + i, lanes);
   });
+  of.c = RowScale<acc_t>::of(next_c, p.H, eps);
+  each_vector<acc_t>(p.H, [&](int64_t i, auto lanes) {
+    V z = p.bias_c != nullptr ? V::load(p.bias_c + i, lanes) : V();
+    z = fma(of.c(next_c, i, lanes), V::load(p.gain_c + i, lanes), z);
+    put(i, lanes, V::load(o + i, lanes) * tanh(z));
+  });
+  return of;
 }
 
 // The gradient of a row under normalisation: rstd (g - mean(g) - n mean(g n)) from the sums of g and g n.
@@ -89,6 +94,80 @@ struct RowGradient {
   }
 };
 
+// What the gradient of a row reads: dh, dc are null for zero.
+template <class T, class S>
+struct RowOfGradients {
+  const T *x, *y, *c, *next_c;
+  const S *dh, *dc;
+};
+
+// A row backwards: writes dc, da [4 H] and dz [H], and gives put(at, lanes, n(x), n(y), dx, dy) for the elements of x and
+// y; `gates` [4 H] is scratch. dc may be in.dc.
+template <class T, class S, class C, class acc_t, class Put>
+void row_backward(const NormalisedParameters<T>& p, const RowScales<acc_t>& of, const RowOfGradients<T, S>& in, C* dc,
+                  acc_t* da, acc_t* dz, acc_t* gates, const Put& put) {
+  using V = Vec<acc_t>;
+  const int64_t H = p.H;
+  const V one(acc_t(1));
+  Totals<acc_t, 2> through_c, through_x, through_y;
+  const auto gate_gradient = [&](int64_t at, auto lanes, const V& g) {
+    g.store(da + at, lanes);
+    const V gx = g * V::load(p.gain_x + at, lanes), gy = g * V::load(p.gain_y + at, lanes);
+    through_x[0] += gx, through_y[0] += gy;
+    through_x[1] = fma(gx, keep(of.x(in.x, at, lanes), lanes), through_x[1]);
+    through_y[1] = fma(gy, keep(of.y(in.y, at, lanes), lanes), through_y[1]);
+  };
+
+  // From h' to z, and the sums that the gradient of c' under its normalisation needs.
+  each_vector<acc_t>(H, [&](int64_t i, auto lanes) {
+    V a[4];
+    load_gates(p, in.x, in.y, of.x, of.y, i, lanes, a);
+#pragma GCC unroll 3
+    for (int k = 0; k < 3; ++k) (k == 2 ? tanh(a[k]) : sigmoid(a[k])).store(gates + k * H + i, lanes);
+    const V n = of.c(in.next_c, i, lanes), gain = V::load(p.gain_c + i, lanes), o = sigmoid(a[3]);
+    const V t = tanh(fma(n, gain, p.bias_c != nullptr ? V::load(p.bias_c + i, lanes) : V()));
+    const V dh = in.dh != nullptr ? V::load(in.dh + i, lanes) : V();
+    const V at_z = dh * o * (one - t * t), g = keep(at_z * gain, lanes);
+    at_z.store(dz + i, lanes);
+    through_c[0] += g;
+    through_c[1] = fma(g, keep(n, lanes), through_c[1]);
+    gate_gradient(3 * H + i, lanes, keep(dh * t * o * (one - o), lanes));
+  });
+
+  // From c' to the gates.
+  const RowGradient<acc_t> to_c(through_c, H, of.c.rstd);
+  each_vector<acc_t>(H, [&](int64_t i, auto lanes) {
+    const V ai = V::load(gates + i, lanes), af = V::load(gates + H + i, lanes), ag = V::load(gates + 2 * H + i, lanes);
+    V total = to_c(V::load(dz + i, lanes) * V::load(p.gain_c + i, lanes), of.c(in.next_c, i, lanes));
+    if (in.dc != nullptr) total += V::load(in.dc + i, lanes);
+    total = keep(total, lanes);
+    gate_gradient(i, lanes, total * ag * ai * (one - ai));
+    gate_gradient(H + i, lanes, total * V::load(in.c + i, lanes) * af * (one - af));
+    gate_gradient(2 * H + i, lanes, total * ai * (one - ag * ag));
+    (total * af).store(dc + i, lanes);
+  });
+
+  const RowGradient<acc_t> to_x(through_x, 4 * H, of.x.rstd), to_y(through_y, 4 * H, of.y.rstd);
+  each_vector<acc_t>(4 * H, [&](int64_t i, auto lanes) {
+    const V g = V::load(da + i, lanes), nx = of.x(in.x, i, lanes), ny = of.y(in.y, i, lanes);
+    put(i, lanes, nx, ny, to_x(g * V::load(p.gain_x + i, lanes), nx), to_y(g * V::load(p.gain_y + i, lanes), ny));
+  });
+}
+
+template <class T>
+void normalised_gates_forward(const NormalisedGates<T>& in, double eps, T* next_h, T* next_c,
+                              accumulate_t<T>* statistics, void* /* stream */) {
+  using acc_t = accumulate_t<T>;
+  const int64_t H = in.H;
+  parallel_for(in.B, lstm_row_grain(H), [&](int64_t begin, int64_t end) {
+    Buffer<acc_t> o(H);
+    for (int64_t row = begin; row < end; ++row)
+      row_forward(in, eps, in.x + row * 4 * H, in.y + row * 4 * H, in.c + row * H, next_c + row * H, o.get(),
+                  [&](int64_t i, auto lanes, const Vec<acc_t>& h) { h.store(next_h + row * H + i, lanes); })
+          .store(statistics + row * 6);
+  });
+}
+
 template <class T>
 void normalised_gates_backward(const NormalisedGates<T>& in, const NormalisedGateGradients<T>& out,
                                void* /* stream */) {
@@ -98,59 +177,230 @@ void normalised_gates_backward(const NormalisedGates<T>& in, const NormalisedGat
   parallel_for(in.B, lstm_row_grain(H), [&](int64_t begin, int64_t end) {
     Buffer<acc_t> gates(4 * H);
     for (int64_t row = begin; row < end; ++row) {
-      const acc_t* s = out.statistics + row * 6;
-      const RowScale<acc_t> of_x{s[0], s[1]}, of_y{s[2], s[3]}, of_c{s[4], s[5]};
-      const T *c = in.c + row * H, *next_c = out.next_c + row * H;
-      acc_t *da = out.da + row * 4 * H, *dz = out.dz + row * H;
-      const V one(acc_t(1));
-
-      // From h' to z, and the sums that the gradient of c' under its normalisation needs.
-      Totals<acc_t, 2> of_cell;
-      each_vector<acc_t>(H, [&](int64_t i, auto lanes) {
-        V a[4];
-        load_gates(in, row, of_x, of_y, i, lanes, a);
-        for (int k = 0; k < 4; ++k) (k == 2 ? tanh(a[k]) : sigmoid(a[k])).store(gates.get() + k * H + i, lanes);
-        const V n = of_c(next_c, i, lanes), gain = V::load(in.gain_c + i, lanes), o = sigmoid(a[3]);
-        const V t = tanh(fma(n, gain, in.bias_c != nullptr ? V::load(in.bias_c + i, lanes) : V()));
-        const V dh = out.dh != nullptr ? V::load(out.dh + row * H + i, lanes) : V();
-        const V at_z = dh * o * (one - t * t), g = keep(at_z * gain, lanes);
-        at_z.store(dz + i, lanes);
-        (dh * t * o * (one - o)).store(da + 3 * H + i, lanes);
-        of_cell[0] += g;
-        of_cell[1] = fma(g, keep(n, lanes), of_cell[1]);
-      });
-      const RowGradient<acc_t> through_c(of_cell, H, of_c.rstd);
-
-      // From c' to the gates, and the sums for x and y.
-      each_vector<acc_t>(H, [&](int64_t i, auto lanes) {
-        const V ai = V::load(gates.get() + i, lanes), af = V::load(gates.get() + H + i, lanes);
-        const V ag = V::load(gates.get() + 2 * H + i, lanes);
-        const V at_z = V::load(dz + i, lanes) * V::load(in.gain_c + i, lanes);
-        V total = through_c(at_z, of_c(next_c, i, lanes));
-        if (out.dc != nullptr) total += V::load(out.dc + row * H + i, lanes);
-        (total * ag * ai * (one - ai)).store(da + i, lanes);
-        (total * V::load(c + i, lanes) * af * (one - af)).store(da + H + i, lanes);
-        (total * ai * (one - ag * ag)).store(da + 2 * H + i, lanes);
-        (total * af).store(out.dstate + row * H + i, lanes);
-      });
-
-      const auto through = [&](const T* v, RowScale<acc_t> of_v, const T* gain, T* dv) {
-        Totals<acc_t, 2> sums;
-        each_vector<acc_t>(4 * H, [&](int64_t i, auto lanes) {
-          const V g = V::load(da + i, lanes) * V::load(gain + i, lanes);
-          sums[0] += g;
-          sums[1] = fma(g, keep(of_v(v, i, lanes), lanes), sums[1]);
-        });
-        const RowGradient<acc_t> gradient(sums, 4 * H, of_v.rstd);
-        each_vector<acc_t>(4 * H, [&](int64_t i, auto lanes) {
-          const V g = V::load(da + i, lanes) * V::load(gain + i, lanes);
-          gradient(g, of_v(v, i, lanes)).store(dv + i, lanes);
-        });
-      };
-      through(in.x + row * 4 * H, of_x, in.gain_x, out.dx + row * 4 * H);
-      through(in.y + row * 4 * H, of_y, in.gain_y, out.dy + row * 4 * H);
+      const auto at = [&](const T* p) { return p != nullptr ? p + row * H : nullptr; };
+      const RowOfGradients<T, T> of{in.x + row * 4 * H, in.y + row * 4 * H, at(in.c),
+                                    at(out.next_c),     at(out.dh),         at(out.dc)};
+      T *dx = out.dx + row * 4 * H, *dy = out.dy + row * 4 * H;
+      row_backward(in, RowScales<acc_t>::load(out.statistics + row * 6), of, out.dstate + row * H, out.da + row * 4 * H,
+                   out.dz + row * H, gates.get(),
+                   [&](int64_t i, auto lanes, const V&, const V&, const V& to_x, const V& to_y) {
+                     to_x.store(dx + i, lanes);
+                     to_y.store(dy + i, lanes);
+                   });
     }
   });
+}
+
+// A layer over all steps.
+
+template <class T>
+class NormalisedForward {
+  using acc_t = accumulate_t<T>;
+  using V = Vec<acc_t>;
+
+ public:
+  static constexpr bool backwards = false;
+
+  NormalisedForward(const NormalisedSequence<T>& s, int64_t d)
+      : s_(s),
+        d_(d),
+        parameters_(s.parameters.of(d)),
+        recurrent_(plain_panels<acc_t>(s.w_hh + d * 4 * s.H * s.H, s.H, 4 * s.H, 1, s.H)),
+        states_(s, d, true),
+        y_(s.steps.B * 4 * s.H),
+        o_(s.steps.B * s.H) {}
+
+  int64_t work() const { return s_.H * 4 * V::width; }
+  void begin(const RowRange& rows) { states_.emit(-1, rows); }
+  template <class Share>
+  void step(int64_t i, const RowRange& rows, const Share& share) {
+    share(recurrent_.count(), [&](int64_t first, int64_t last) { product(i, rows, first, last); });
+    cells(i, rows);
+    states_.emit(i, rows);
+  }
+  void end(const RowRange&) {}
+
+ private:
+  void product(int64_t i, const RowRange& rows, int64_t first, int64_t last) {
+    const int64_t H = s_.H, end = std::min(rows.end, s_.steps.count(s_.step(d_, i)));
+    for (int64_t p = first; p < last; ++p)
+      multiply_rows<4>(states_.h(i), H, recurrent_.panel(p), H, rows.begin, end, [&](int64_t row, const acc_t* sum) {
+        for (int v = 0; v < 4; ++v)
+          one_vector<acc_t>((p * 4 + v) * V::width, 4 * H, [&](int64_t unit, auto lanes) {
+            V::load(sum + v * V::width).store(y_.get() + row * 4 * H + unit, lanes);
+          });
+      });
+  }
+  void cells(int64_t i, const RowRange& rows) {
+    const int64_t t = s_.step(d_, i), base = s_.steps.first(t), H = s_.H;
+    const int64_t end = std::min(rows.end, s_.steps.count(t));
+    for (int64_t row = rows.begin; row < end; ++row) {
+      const int64_t n = base + row, at = n * s_.D + d_;
+      const acc_t* y = y_.get() + row * 4 * H;
+      acc_t* c = states_.c(row);
+      const auto of =
+          row_forward(parameters_, s_.eps, s_.gates + at * 4 * H, y, c, c, o_.get() + row * H,
+                      [&](int64_t unit, auto lanes, const V& h) { states_.put(i, row, n, unit, lanes, h); });
+      if (s_.statistics == nullptr) continue;
+      narrow(s_.saved + at * 4 * H, y, 4 * H);
+      narrow(s_.cells + at * H, c, H);
+      of.store(s_.statistics + at * 6);
+    }
+  }
+
+  const NormalisedSequence<T>& s_;
+  int64_t d_;
+  NormalisedParameters<T> parameters_;
+  Panels<acc_t, 4> recurrent_;
+  SequenceStates<T> states_;
+  Buffer<acc_t> y_, o_;
+};
+
+// The sums over rows that are gradients of gains and biases: [4 H, 4 H, 4 H, H, H]. After some rows their sum goes to the
+// others, lest rounding grow with the length of the sequence.
+template <class T>
+class ParameterSums {
+  using acc_t = accumulate_t<T>;
+  using V = Vec<acc_t>;
+  static constexpr int64_t rows_at_once = 256;
+
+ public:
+  explicit ParameterSums(int64_t H) : H_(H), size_(14 * H), sums_(2 * size_, acc_t(0)) {}
+
+  acc_t* gain_x() { return sums_.get(); }
+  acc_t* gain_y() { return gain_x() + 4 * H_; }
+  acc_t* bias() { return gain_y() + 4 * H_; }
+  acc_t* gain_c() { return bias() + 4 * H_; }
+  acc_t* bias_c() { return gain_c() + H_; }
+
+  template <class Lanes>
+  static PYOPS_INLINE void add(acc_t* to, Lanes lanes, const V& value) {
+    (V::load(to, lanes) + value).store(to, lanes);
+  }
+  void count_row() {
+    if (++rows_ % rows_at_once == 0) flush();
+  }
+  // The sums over all rows so far.
+  acc_t* total() {
+    flush();
+    return sums_.get() + size_;
+  }
+  void add(ParameterSums& other) {
+    const acc_t* more = other.total();
+    each_vector<acc_t>(size_, [&](int64_t i, auto lanes) { add(sums_.get() + i, lanes, V::load(more + i, lanes)); });
+  }
+
+ private:
+  void flush() {
+    acc_t* part = sums_.get();
+    each_vector<acc_t>(size_, [&](int64_t i, auto lanes) {
+      add(part + size_ + i, lanes, V::load(part + i, lanes));
+      V().store(part + i, lanes);
+    });
+  }
+
+  int64_t H_, size_, rows_ = 0;
+  Buffer<acc_t> sums_;
+};
+
+template <class T>
+class NormalisedBackward {
+  using acc_t = accumulate_t<T>;
+  using V = Vec<acc_t>;
+
+ public:
+  static constexpr bool backwards = true;
+
+  NormalisedBackward(const NormalisedSequence<T>& s, int64_t d)
+      : s_(s),
+        d_(d),
+        parameters_(s.parameters.of(d)),
+        recurrent_(plain_panels<acc_t>(s.w_hh + d * 4 * s.H * s.H, 4 * s.H, s.H, s.H, 1)),
+        gradients_(s, d, true),
+        to_y_(s.steps.B * 4 * s.H) {
+    for (int64_t k = 0; k < RowChunks(s.steps.B, s.D).chunks; ++k)
+      sums_.push_back(std::make_unique<ParameterSums<T>>(s.H));
+  }
+
+  int64_t work() const { return s_.H * 16 * V::width; }
+  void begin(const RowRange&) {}
+  template <class Share>
+  void step(int64_t i, const RowRange& rows, const Share& share) {
+    gradients_.receive(i, rows);
+    cells(i, rows);
+    share(recurrent_.count(), [&](int64_t first, int64_t last) {
+      gradients_.template send<false>(i, to_y_.get(), 4 * s_.H, recurrent_, rows, first, last);
+    });
+  }
+  void end(const RowRange& rows) { gradients_.emit(rows); }
+
+  // The gradients of gains and biases, after all rows have ended.
+  void parameter_gradients() {
+    ParameterSums<T> all(s_.H);
+    for (auto& part : sums_) all.add(*part);
+    const acc_t* from = all.total();
+    for (T* to : {s_.dgain_x, s_.dgain_y, s_.dbias}) {
+      if (to != nullptr) narrow(to + d_ * 4 * s_.H, from, 4 * s_.H);
+      from += 4 * s_.H;
+    }
+    for (T* to : {s_.dgain_c, s_.dbias_c}) {
+      if (to != nullptr) narrow(to + d_ * s_.H, from, s_.H);
+      from += s_.H;
+    }
+  }
+
+ private:
+  void cells(int64_t i, const RowRange& rows) {
+    const int64_t t = s_.step(d_, i), base = s_.steps.first(t), H = s_.H, D = s_.D;
+    const int64_t end = std::min(rows.end, s_.steps.count(t));
+    ParameterSums<T>& sums = *sums_[size_t(rows.chunk)];
+    Buffer<acc_t> da(4 * H), dz(H), gates(4 * H);
+    for (int64_t row = rows.begin; row < end; ++row) {
+      const int64_t at = (base + row) * D + d_, earlier = s_.row_at(s_.before(d_, t), row);
+      const T* c = earlier >= 0 ? s_.cells + (earlier * D + d_) * H : s_.c0 + (d_ * s_.steps.B + row) * H;
+      const RowOfGradients<T, acc_t> of{s_.gates + at * 4 * H, s_.saved + at * 4 * H, c,
+                                        s_.cells + at * H,     gradients_.h(row),     gradients_.c(row)};
+      const auto scales = RowScales<acc_t>::load(s_.statistics + at * 6);
+      T *dx = s_.dgates + at * 4 * H, *dy = s_.dh_gates + at * 4 * H;
+      acc_t* to_send = to_y_.get() + row * 4 * H;
+      row_backward(parameters_, scales, of, gradients_.c(row), da.get(), dz.get(), gates.get(),
+                   [&](int64_t k, auto lanes, const V& nx, const V& ny, const V& to_x, const V& to_y) {
+                     to_x.store(dx + k, lanes);
+                     to_y.store(dy + k, lanes);
+                     to_y.store(to_send + k, lanes);
+                     const V g = V::load(da.get() + k, lanes);
+                     sums.add(sums.gain_x() + k, lanes, g * nx);
+                     sums.add(sums.gain_y() + k, lanes, g * ny);
+                     sums.add(sums.bias() + k, lanes, g);
+                   });
+      each_vector<acc_t>(H, [&](int64_t k, auto lanes) {
+        const V g = V::load(dz.get() + k, lanes);
+        sums.add(sums.gain_c() + k, lanes, g * scales.c(of.next_c, k, lanes));
+        sums.add(sums.bias_c() + k, lanes, g);
+      });
+      sums.count_row();
+    }
+  }
+
+  const NormalisedSequence<T>& s_;
+  int64_t d_;
+  NormalisedParameters<T> parameters_;
+  Panels<acc_t, 4> recurrent_;
+  SequenceGradients<T> gradients_;
+  Buffer<acc_t> to_y_;
+  std::vector<std::unique_ptr<ParameterSums<T>>> sums_;
+};
+
+template <class T>
+void normalised_layer_forward(const OpScope&, const NormalisedSequence<T>& s) {
+  if (s.steps.B > 0) through_steps(s.steps.T, s.steps.B, runs_of<NormalisedForward<T>>(s));
+}
+
+template <class T>
+void normalised_layer_backward(const OpScope&, const NormalisedSequence<T>& s) {
+  const auto runs = runs_of<NormalisedBackward<T>>(s);
+  if (s.steps.B > 0) through_steps(s.steps.T, s.steps.B, runs);
+  for (const auto& run : runs) run->parameter_gradients();
 }
 
 }  // namespace pyops::PYOPS_CPU_CAPABILITY
@@ -161,4 +411,6 @@ PYOPS_LIBRARY(m) {
   using namespace pyops::PYOPS_CPU_CAPABILITY;
   PYOPS_IMPL(m, layer_norm_lstm_gates_fwd);
   PYOPS_IMPL(m, layer_norm_lstm_gates_bwd);
+  PYOPS_IMPL(m, layer_norm_lstm_layer_fwd);
+  PYOPS_IMPL(m, layer_norm_lstm_layer_bwd);
 }

@@ -165,6 +165,68 @@ Panels<acc_t, 4> plain_panels(const T* w, int64_t K, int64_t columns, int64_t st
   });
 }
 
+// Rows of the batch that go through a step together; `chunk` counts those that have a thread of their own.
+struct RowRange {
+  int64_t chunk, begin, end;
+};
+
+// The states of one direction between two steps, in the type of sums.
+template <class T>
+class SequenceStates {
+ public:
+  using acc_t = accumulate_t<T>;
+  using V = Vec<acc_t>;
+
+  SequenceStates(const recurrent::Sequence<T>& s, int64_t d, bool has_cell)
+      : s_(s), d_(d), h_(2 * s.steps.B * s.P), c_(has_cell ? s.steps.B * s.H : 0) {
+    const int64_t states = s.steps.B * s.P;
+    widen<acc_t>(h_.get(), s.h0 + d * states, states, acc_t(0));
+    std::memcpy(h_.get() + states, h_.get(), size_t(states) * sizeof(acc_t));
+    if (has_cell) widen<acc_t>(c_.get(), s.c0 + d * s.steps.B * s.H, s.steps.B * s.H, acc_t(0));
+  }
+
+  // The states before step number i: written by step i - 1, read by step i.
+  acc_t* h(int64_t i) { return h_.get() + (i & 1) * s_.steps.B * s_.P; }
+  acc_t* c(int64_t row) { return c_.get() + row * s_.H; }
+
+  // The state after step number i of a row, number n of [N, ...], goes out, and to the next step as it was rounded: what
+  // the backward pass reads is what was used.
+  template <class Lanes>
+  PYOPS_INLINE void put(int64_t i, int64_t row, int64_t n, int64_t unit, Lanes lanes, const V& value) {
+    T* to = s_.y + (n * s_.D + d_) * s_.P + unit;
+    value.store(to, lanes);
+    V::load(to, lanes).store(h(i + 1) + row * s_.P + unit, lanes);
+  }
+
+  // The states of those rows whose last step number i was; i = -1: of those without any step.
+  void emit(int64_t i, const RowRange& rows) {
+    const int64_t t = s_.step(d_, i), B = s_.steps.B;
+    int64_t first = 0, last = B;
+    if (i < 0) {
+      first = s_.steps.count(0);
+    } else if (d_ == 0) {
+      first = s_.steps.count(t + 1), last = s_.steps.count(t);
+    } else {
+      last = t == 0 ? s_.steps.count(0) : 0;
+    }
+    first = std::max(first, rows.begin), last = std::min(last, rows.end);
+    const acc_t* from = h(i + 1);
+    for (int64_t row = first; row < last; ++row) {
+      narrow_run(s_.h_n + (d_ * B + row) * s_.P, from + row * s_.P, s_.P);
+      if (s_.c_n != nullptr) narrow_run(s_.c_n + (d_ * B + row) * s_.H, c(row), s_.H);
+    }
+  }
+
+ private:
+  static void narrow_run(T* to, const acc_t* from, int64_t n) {
+    each_vector<acc_t>(n, [&](int64_t j, auto lanes) { V::load(from + j, lanes).store(to + j, lanes); });
+  }
+
+  const recurrent::Sequence<T>& s_;
+  int64_t d_;
+  Buffer<acc_t> h_, c_;
+};
+
 template <class Cell, class T>
 class SequenceForward {
   using acc_t = accumulate_t<T>;
@@ -175,6 +237,8 @@ class SequenceForward {
   static constexpr int units = G == 1 ? 4 : 1, vectors = units * G;
 
  public:
+  static constexpr bool backwards = false;
+
   SequenceForward(const recurrent::Sequence<T>& s, int64_t d)
       : s_(s),
         d_(d),
@@ -185,76 +249,43 @@ class SequenceForward {
                    }),
         projection_(s.w_hr != nullptr ? plain_panels<acc_t>(s.w_hr + d * s.P * s.H, s.H, s.P, 1, s.H)
                                       : plain_panels<acc_t, T>(nullptr, 0, 0, 0, 0)),
-        h_(2 * s.steps.B * s.P),
-        c_(Cell::has_cell ? s.steps.B * s.H : 0),
-        m_(s.w_hr != nullptr ? s.steps.B * s.H : 0) {
-    const int64_t states = s.steps.B * s.P;
-    widen<acc_t>(h_.get(), s.h0 + d * states, states, acc_t(0));
-    std::memcpy(h_.get() + states, h_.get(), size_t(states) * sizeof(acc_t));
-    if (Cell::has_cell) widen<acc_t>(c_.get(), s.c0 + d * s.steps.B * s.H, s.steps.B * s.H, acc_t(0));
-  }
+        states_(s, d, Cell::has_cell),
+        m_(s.w_hr != nullptr ? s.steps.B * s.H : 0) {}
 
-  int64_t panels() const { return recurrent_.count(); }
-  int64_t panels_of_projection() const { return projection_.count(); }
   int64_t work() const { return s_.P * vectors * W; }
-
-  // Rows [begin, end) of step number i, panels [first, last) of the recurrent product; then of the projection.
-  void step(int64_t i, int64_t begin, int64_t end, int64_t first, int64_t last) {
-    const int64_t t = s_.step(d_, i), base = s_.steps.first(t);
-    end = std::min(end, s_.steps.count(t));
-    for (int64_t p = first; p < last; ++p)
-      multiply_rows<vectors>(h(i), s_.P, recurrent_.panel(p), s_.P, begin, end, [&](int64_t row, const acc_t* sum) {
-#pragma GCC unroll 4
-        for (int u = 0; u < units; ++u)
-          one_vector<acc_t>((p * units + u) * W, s_.H,
-                            [&](int64_t unit, auto lanes) { cell(i, row, base + row, unit, lanes, sum + u * G * W); });
-      });
+  void begin(const RowRange& rows) { states_.emit(-1, rows); }
+  template <class Share>
+  void step(int64_t i, const RowRange& rows, const Share& share) {
+    share(recurrent_.count(), [&](int64_t first, int64_t last) { cells(i, rows, first, last); });
+    if (s_.w_hr != nullptr)
+      share(projection_.count(), [&](int64_t first, int64_t last) { project(i, rows, first, last); });
+    states_.emit(i, rows);
   }
-  void project(int64_t i, int64_t begin, int64_t end, int64_t first, int64_t last) {
-    const int64_t t = s_.step(d_, i), base = s_.steps.first(t);
-    end = std::min(end, s_.steps.count(t));
-    for (int64_t p = first; p < last; ++p)
-      multiply_rows<4>(m_.get(), s_.H, projection_.panel(p), s_.H, begin, end, [&](int64_t row, const acc_t* sum) {
-        for (int v = 0; v < 4; ++v)
-          one_vector<acc_t>((p * 4 + v) * W, s_.P, [&](int64_t unit, auto lanes) {
-            put(i, row, base + row, unit, lanes, V::load(sum + v * W));
-          });
-      });
-  }
-
-  // The states of rows [begin, end) whose last step number i was; i = -1: those without any step.
-  void emit(int64_t i, int64_t begin, int64_t end) {
-    const int64_t t = s_.step(d_, i), B = s_.steps.B;
-    int64_t first = 0, last = B;
-    if (i < 0) {
-      first = s_.steps.count(0);
-    } else if (d_ == 0) {
-      first = s_.steps.count(t + 1), last = s_.steps.count(t);
-    } else {
-      last = t == 0 ? s_.steps.count(0) : 0;
-    }
-    first = std::max(first, begin), last = std::min(last, end);
-    const acc_t* from = h(i + 1);
-    for (int64_t row = first; row < last; ++row) {
-      narrow_run(s_.h_n + (d_ * B + row) * s_.P, from + row * s_.P, s_.P);
-      if constexpr (Cell::has_cell) narrow_run(s_.c_n + (d_ * B + row) * s_.H, c_.get() + row * s_.H, s_.H);
-    }
-  }
+  void end(const RowRange&) {}
 
  private:
-  // The states before step number i: written by step i - 1, read by step i.
-  acc_t* h(int64_t i) { return h_.get() + (i & 1) * s_.steps.B * s_.P; }
-
-  static void narrow_run(T* to, const acc_t* from, int64_t n) {
-    each_vector<acc_t>(n, [&](int64_t j, auto lanes) { V::load(from + j, lanes).store(to + j, lanes); });
+  // Panels [first, last) of the recurrent product, and the cells that they make; then of the projection.
+  void cells(int64_t i, const RowRange& rows, int64_t first, int64_t last) {
+    const int64_t t = s_.step(d_, i), base = s_.steps.first(t), end = std::min(rows.end, s_.steps.count(t));
+    for (int64_t p = first; p < last; ++p)
+      multiply_rows<vectors>(states_.h(i), s_.P, recurrent_.panel(p), s_.P, rows.begin, end,
+                             [&](int64_t row, const acc_t* sum) {
+#pragma GCC unroll 4
+                               for (int u = 0; u < units; ++u)
+                                 one_vector<acc_t>((p * units + u) * W, s_.H, [&](int64_t unit, auto lanes) {
+                                   cell(i, row, base + row, unit, lanes, sum + u * G * W);
+                                 });
+                             });
   }
-
-  // The new state goes out, and to the next step as it was rounded: what the backward pass reads is what was used.
-  template <class Lanes>
-  PYOPS_INLINE void put(int64_t i, int64_t row, int64_t n, int64_t unit, Lanes lanes, const V& value) {
-    T* to = s_.y + (n * s_.D + d_) * s_.P + unit;
-    value.store(to, lanes);
-    V::load(to, lanes).store(h(i + 1) + row * s_.P + unit, lanes);
+  void project(int64_t i, const RowRange& rows, int64_t first, int64_t last) {
+    const int64_t t = s_.step(d_, i), base = s_.steps.first(t), end = std::min(rows.end, s_.steps.count(t));
+    for (int64_t p = first; p < last; ++p)
+      multiply_rows<4>(m_.get(), s_.H, projection_.panel(p), s_.H, rows.begin, end, [&](int64_t row, const acc_t* sum) {
+        for (int v = 0; v < 4; ++v)
+          one_vector<acc_t>((p * 4 + v) * W, s_.P, [&](int64_t unit, auto lanes) {
+            states_.put(i, row, base + row, unit, lanes, V::load(sum + v * W));
+          });
+      });
   }
 
   template <class Lanes>
@@ -267,12 +298,12 @@ class SequenceForward {
       b[k] = V::load(product + k * W);
     }
     if constexpr (Cell::splits) {
-      next = V::load(h(i) + row * s_.P + unit, lanes);
+      next = V::load(states_.h(i) + row * s_.P + unit, lanes);
       if (s_.b_n != nullptr) b[G - 1] += V::load(s_.b_n + d_ * H + unit, lanes);
     }
-    if constexpr (Cell::has_cell) c = V::load(c_.get() + row * H + unit, lanes);
+    if constexpr (Cell::has_cell) c = V::load(states_.c(row) + unit, lanes);
     Cell::forward(a, b, next, c, saved);
-    if constexpr (Cell::has_cell) c.store(c_.get() + row * H + unit, lanes);
+    if constexpr (Cell::has_cell) c.store(states_.c(row) + unit, lanes);
     if (s_.saved != nullptr)
 #pragma GCC unroll 4
       for (int k = 0; k < Cell::saved; ++k) saved[k].store(s_.saved + (at * Cell::saved + k) * H + unit, lanes);
@@ -281,14 +312,81 @@ class SequenceForward {
     if (s_.w_hr != nullptr)
       next.store(m_.get() + row * H + unit, lanes);
     else
-      put(i, row, n, unit, lanes, next);
+      states_.put(i, row, n, unit, lanes, next);
   }
 
   const recurrent::Sequence<T>& s_;
   int64_t d_;
   Panels<acc_t, vectors> recurrent_;
   Panels<acc_t, 4> projection_;
-  Buffer<acc_t> h_, c_, m_;
+  SequenceStates<T> states_;
+  Buffer<acc_t> m_;
+};
+
+// The gradients of the states of one direction between two steps, in the type of sums.
+template <class T>
+class SequenceGradients {
+ public:
+  using acc_t = accumulate_t<T>;
+  using V = Vec<acc_t>;
+
+  SequenceGradients(const recurrent::Sequence<T>& s, int64_t d, bool has_cell)
+      : s_(s), d_(d), dh_(s.steps.B * s.P), dc_(has_cell ? s.steps.B * s.H : 0) {
+    const int64_t B = s.steps.B;
+    widen<acc_t>(dh_.get(), s.dh_n != nullptr ? s.dh_n + d * B * s.P : nullptr, B * s.P, acc_t(0));
+    if (has_cell) widen<acc_t>(dc_.get(), s.dc_n != nullptr ? s.dc_n + d * B * s.H : nullptr, B * s.H, acc_t(0));
+  }
+
+  acc_t* h(int64_t row) { return dh_.get() + row * s_.P; }
+  acc_t* c(int64_t row) { return dc_.get() + row * s_.H; }
+
+  // What the output of step number i sent, added to what later steps sent.
+  void receive(int64_t i, const RowRange& rows) {
+    const int64_t t = s_.step(d_, i), base = s_.steps.first(t), end = std::min(rows.end, s_.steps.count(t));
+    for (int64_t row = rows.begin; row < end; ++row) {
+      const int64_t at = ((base + row) * s_.D + d_) * s_.P;
+      each_vector<acc_t>(s_.P, [&](int64_t j, auto lanes) {
+        V g = V::load(h(row) + j, lanes);
+        if (s_.dy != nullptr) g += V::load(s_.dy + at + j, lanes);
+        g.store(h(row) + j, lanes);
+        if (s_.dh != nullptr) g.store(s_.dh + at + j, lanes);
+      });
+    }
+  }
+  // To the states before: panels [first, last) of the product of da [B, K] with the recurrent weights. `added`: beside
+  // what passes by the product, z dh of a GRU.
+  template <bool added>
+  void send(int64_t i, const acc_t* da, int64_t K, const Panels<acc_t, 4>& weights, const RowRange& rows, int64_t first,
+            int64_t last) {
+    const int64_t end = std::min(rows.end, s_.steps.count(s_.step(d_, i)));
+    for (int64_t p = first; p < last; ++p)
+      multiply_rows<4>(da, K, weights.panel(p), K, rows.begin, end, [&](int64_t row, const acc_t* sum) {
+        for (int v = 0; v < 4; ++v)
+          one_vector<acc_t>((p * 4 + v) * V::width, s_.P, [&](int64_t unit, auto lanes) {
+            acc_t* to = h(row) + unit;
+            V value = V::load(sum + v * V::width);
+            if constexpr (added) value += V::load(to, lanes);
+            value.store(to, lanes);
+          });
+      });
+  }
+  // Gradients of the initial states, after all steps.
+  void emit(const RowRange& rows) {
+    const int64_t B = s_.steps.B, P = s_.P, H = s_.H;
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      each_vector<acc_t>(
+          P, [&](int64_t j, auto lanes) { V::load(h(row) + j, lanes).store(s_.dh0 + (d_ * B + row) * P + j, lanes); });
+      if (s_.dc0 != nullptr)
+        each_vector<acc_t>(H, [&](int64_t j, auto lanes) {
+          V::load(c(row) + j, lanes).store(s_.dc0 + (d_ * B + row) * H + j, lanes);
+        });
+    }
+  }
+
+ private:
+  const recurrent::Sequence<T>& s_;
+  int64_t d_;
+  Buffer<acc_t> dh_, dc_;
 };
 
 template <class Cell, class T>
@@ -299,6 +397,8 @@ class SequenceBackward {
   static constexpr int G = Cell::gates, S = recurrent::saved_slots<Cell>;
 
  public:
+  static constexpr bool backwards = true;
+
   // w_hh [D, gates H, P] and w_hr [D, P, H] as the forward pass has them: here they are multiplied from the other side.
   SequenceBackward(const recurrent::Sequence<T>& s, int64_t d)
       : s_(s),
@@ -306,58 +406,48 @@ class SequenceBackward {
         recurrent_(plain_panels<acc_t>(s.w_hh + d * G * s.H * s.P, G * s.H, s.P, s.P, 1)),
         projection_(s.w_hr != nullptr ? plain_panels<acc_t>(s.w_hr + d * s.P * s.H, s.P, s.H, s.H, 1)
                                       : plain_panels<acc_t, T>(nullptr, 0, 0, 0, 0)),
-        dh_(s.steps.B * s.P),
-        dc_(Cell::has_cell ? s.steps.B * s.H : 0),
+        gradients_(s, d, Cell::has_cell),
         dm_(s.w_hr != nullptr ? s.steps.B * s.H : 0),
-        da_(s.steps.B * G * s.H) {
-    const int64_t B = s.steps.B;
-    widen<acc_t>(dh_.get(), s.dh_n != nullptr ? s.dh_n + d * B * s.P : nullptr, B * s.P, acc_t(0));
-    if (Cell::has_cell) widen<acc_t>(dc_.get(), s.dc_n != nullptr ? s.dc_n + d * B * s.H : nullptr, B * s.H, acc_t(0));
-  }
+        da_(s.steps.B * G * s.H) {}
 
-  int64_t panels() const { return recurrent_.count(); }
-  int64_t panels_of_projection() const { return projection_.count(); }
   int64_t work() const { return G * s_.H * 4 * W; }
+  void begin(const RowRange&) {}
+  template <class Share>
+  void step(int64_t i, const RowRange& rows, const Share& share) {
+    gradients_.receive(i, rows);
+    if (s_.w_hr != nullptr)
+      share(projection_.count(), [&](int64_t first, int64_t last) { unproject(i, rows, first, last); });
+    cells(i, rows);
+    share(recurrent_.count(), [&](int64_t first, int64_t last) {
+      gradients_.template send<Cell::splits>(i, da_.get(), G * s_.H, recurrent_, rows, first, last);
+    });
+  }
+  void end(const RowRange& rows) { gradients_.emit(rows); }
 
-  // The parts of step number i of the forward pass, for rows [begin, end), in this order.
-  // 1. what the output sent, added to what later steps sent
-  void receive(int64_t i, int64_t begin, int64_t end) {
-    const int64_t t = s_.step(d_, i), base = s_.steps.first(t);
-    end = std::min(end, s_.steps.count(t));
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t at = ((base + row) * s_.D + d_) * s_.P;
-      acc_t* to = dh_.get() + row * s_.P;
-      each_vector<acc_t>(s_.P, [&](int64_t j, auto lanes) {
-        V g = V::load(to + j, lanes);
-        if (s_.dy != nullptr) g += V::load(s_.dy + at + j, lanes);
-        g.store(to + j, lanes);
-        if (s_.dh != nullptr) g.store(s_.dh + at + j, lanes);
-      });
-    }
-  }
-  // 2. with a projection: through it
-  void unproject(int64_t i, int64_t begin, int64_t end, int64_t first, int64_t last) {
-    end = std::min(end, s_.steps.count(s_.step(d_, i)));
+ private:
+  void unproject(int64_t i, const RowRange& rows, int64_t first, int64_t last) {
+    const int64_t end = std::min(rows.end, s_.steps.count(s_.step(d_, i)));
     for (int64_t p = first; p < last; ++p)
-      multiply_rows<4>(dh_.get(), s_.P, projection_.panel(p), s_.P, begin, end, [&](int64_t row, const acc_t* sum) {
-        for (int v = 0; v < 4; ++v)
-          one_vector<acc_t>((p * 4 + v) * W, s_.H, [&](int64_t unit, auto lanes) {
-            V::load(sum + v * W).store(dm_.get() + row * s_.H + unit, lanes);
-          });
-      });
+      multiply_rows<4>(gradients_.h(0), s_.P, projection_.panel(p), s_.P, rows.begin, end,
+                       [&](int64_t row, const acc_t* sum) {
+                         for (int v = 0; v < 4; ++v)
+                           one_vector<acc_t>((p * 4 + v) * W, s_.H, [&](int64_t unit, auto lanes) {
+                             V::load(sum + v * W).store(dm_.get() + row * s_.H + unit, lanes);
+                           });
+                       });
   }
-  // 3. through the cell
-  void cell(int64_t i, int64_t begin, int64_t end) {
+  void cells(int64_t i, const RowRange& rows) {
     const int64_t t = s_.step(d_, i), base = s_.steps.first(t), H = s_.H, D = s_.D;
-    end = std::min(end, s_.steps.count(t));
-    for (int64_t row = begin; row < end; ++row) {
+    const int64_t end = std::min(rows.end, s_.steps.count(t));
+    for (int64_t row = rows.begin; row < end; ++row) {
       const int64_t at = (base + row) * D + d_, earlier = s_.row_at(s_.before(d_, t), row);
-      acc_t* dh = s_.w_hr != nullptr ? dm_.get() + row * H : dh_.get() + row * H;
+      acc_t* dh = s_.w_hr != nullptr ? dm_.get() + row * H : gradients_.h(row);
+      acc_t* dc = gradients_.c(row);
       each_vector<acc_t>(H, [&](int64_t j, auto lanes) {
         V g = V::load(dh + j, lanes), gc, h, h_before, c_before, saved[S], da[G], db[G];
         for (int k = 0; k < Cell::saved; ++k) saved[k] = V::load(s_.saved + (at * Cell::saved + k) * H + j, lanes);
         if constexpr (Cell::has_cell) {
-          gc = V::load(dc_.get() + row * H + j, lanes);
+          gc = V::load(dc + j, lanes);
           c_before = earlier >= 0 ? V::load(s_.cells + (earlier * D + d_) * H + j, lanes)
                                   : V::load(s_.c0 + (d_ * s_.steps.B + row) * H + j, lanes);
         }
@@ -371,46 +461,17 @@ class SequenceBackward {
           if constexpr (Cell::splits) db[k].store(s_.dh_gates + (at * G + k) * H + j, lanes);
           db[k].store(da_.get() + (row * G + k) * H + j, lanes);
         }
-        if constexpr (Cell::has_cell) gc.store(dc_.get() + row * H + j, lanes);
+        if constexpr (Cell::has_cell) gc.store(dc + j, lanes);
         if (s_.w_hr == nullptr) g.store(dh + j, lanes);
       });
     }
   }
-  // 4. to the state before, by the recurrent product
-  void send(int64_t i, int64_t begin, int64_t end, int64_t first, int64_t last) {
-    end = std::min(end, s_.steps.count(s_.step(d_, i)));
-    for (int64_t p = first; p < last; ++p)
-      multiply_rows<4>(da_.get(), G * s_.H, recurrent_.panel(p), G * s_.H, begin, end,
-                       [&](int64_t row, const acc_t* sum) {
-                         for (int v = 0; v < 4; ++v)
-                           one_vector<acc_t>((p * 4 + v) * W, s_.P, [&](int64_t unit, auto lanes) {
-                             acc_t* to = dh_.get() + row * s_.P + unit;
-                             // what passes by the product: nothing, or z dh of a GRU
-                             V value = V::load(sum + v * W);
-                             if constexpr (Cell::splits) value += V::load(to, lanes);
-                             value.store(to, lanes);
-                           });
-                       });
-  }
-  // Gradients of the initial states, after all steps.
-  void emit(int64_t begin, int64_t end) {
-    const int64_t B = s_.steps.B, P = s_.P, H = s_.H;
-    for (int64_t row = begin; row < end; ++row) {
-      each_vector<acc_t>(P, [&](int64_t j, auto lanes) {
-        V::load(dh_.get() + row * P + j, lanes).store(s_.dh0 + (d_ * B + row) * P + j, lanes);
-      });
-      if constexpr (Cell::has_cell)
-        each_vector<acc_t>(H, [&](int64_t j, auto lanes) {
-          V::load(dc_.get() + row * H + j, lanes).store(s_.dc0 + (d_ * B + row) * H + j, lanes);
-        });
-    }
-  }
 
- private:
   const recurrent::Sequence<T>& s_;
   int64_t d_;
   Panels<acc_t, 4> recurrent_, projection_;
-  Buffer<acc_t> dh_, dc_, dm_, da_;
+  SequenceGradients<T> gradients_;
+  Buffer<acc_t> dm_, da_;
 };
 
 // Chunks of rows, one for each thread, all through all steps; or, where rows are few, all threads on each step.
@@ -421,82 +482,51 @@ struct RowChunks {
     const int64_t threads = thread_count();
     chunks = std::min(ceil_div(threads, D), ceil_div(rows, 2));
     by_rows = threads == 1 || chunks * D >= threads;
+    if (!by_rows) chunks = 1;
   }
-  int64_t begin(int64_t chunk) const { return B * chunk / chunks; }
+  RowRange range(int64_t chunk) const { return {chunk, B * chunk / chunks, B * (chunk + 1) / chunks}; }
 };
 // Multiply-adds worth a thread's while.
 inline constexpr int64_t sequence_grain = 65536;
 
-template <class Cell, class T>
-void layer_forward(const OpScope&, const recurrent::Sequence<T>& s) {
-  const int64_t T_ = s.steps.T, B = s.steps.B;
-  if (B == 0) return;
-  const RowChunks rows(B, s.D);
-  auto all = [&](SequenceForward<Cell, T>& run, int64_t begin, int64_t end) {
-    run.emit(-1, begin, end);
-    for (int64_t i = 0; i < T_; ++i) {
-      run.step(i, begin, end, 0, run.panels());
-      if (s.w_hr != nullptr) run.project(i, begin, end, 0, run.panels_of_projection());
-      run.emit(i, begin, end);
-    }
+// Takes the runs, one for each direction, through all steps. A step shares by share(count, part(first, last)) what the
+// threads can do together where none of them has rows of its own.
+template <class Run>
+void through_steps(int64_t steps, int64_t B, const std::vector<std::unique_ptr<Run>>& runs) {
+  const int64_t D = int64_t(runs.size());
+  const RowChunks rows(B, D);
+  const auto take = [&](Run& run, const RowRange& range, const auto& share) {
+    run.begin(range);
+    for (int64_t k = 0; k < steps; ++k) run.step(Run::backwards ? steps - 1 - k : k, range, share);
+    run.end(range);
   };
-  std::vector<std::unique_ptr<SequenceForward<Cell, T>>> runs;
-  for (int64_t d = 0; d < s.D; ++d) runs.push_back(std::make_unique<SequenceForward<Cell, T>>(s, d));
   if (rows.by_rows)
-    return parallel_for(s.D * rows.chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t chunk = k % rows.chunks;
-        all(*runs[k / rows.chunks], rows.begin(chunk), rows.begin(chunk + 1));
-      }
+    return parallel_for(D * rows.chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k)
+        take(*runs[k / rows.chunks], rows.range(k % rows.chunks),
+             [](int64_t count, const auto& part) { part(int64_t{0}, count); });
     });
   for (auto& run : runs) {
     const int64_t grain = ceil_div(sequence_grain, run->work() * B);
-    run->emit(-1, 0, B);
-    for (int64_t i = 0; i < T_; ++i) {
-      parallel_for(run->panels(), grain, [&](int64_t first, int64_t last) { run->step(i, 0, B, first, last); });
-      if (s.w_hr != nullptr)
-        parallel_for(run->panels_of_projection(), grain,
-                     [&](int64_t first, int64_t last) { run->project(i, 0, B, first, last); });
-      run->emit(i, 0, B);
-    }
+    take(*run, rows.range(0), [&](int64_t count, const auto& part) { parallel_for(count, grain, part); });
   }
+}
+
+template <class Run, class Layer>
+std::vector<std::unique_ptr<Run>> runs_of(const Layer& s) {
+  std::vector<std::unique_ptr<Run>> runs;
+  for (int64_t d = 0; d < s.D; ++d) runs.push_back(std::make_unique<Run>(s, d));
+  return runs;
+}
+
+template <class Cell, class T>
+void layer_forward(const OpScope&, const recurrent::Sequence<T>& s) {
+  if (s.steps.B > 0) through_steps(s.steps.T, s.steps.B, runs_of<SequenceForward<Cell, T>>(s));
 }
 
 template <class Cell, class T>
 void layer_backward(const OpScope&, const recurrent::Sequence<T>& s) {
-  const int64_t T_ = s.steps.T, B = s.steps.B;
-  if (B == 0) return;
-  const RowChunks rows(B, s.D);
-  auto all = [&](SequenceBackward<Cell, T>& run, int64_t begin, int64_t end) {
-    for (int64_t i = T_ - 1; i >= 0; --i) {
-      run.receive(i, begin, end);
-      if (s.w_hr != nullptr) run.unproject(i, begin, end, 0, run.panels_of_projection());
-      run.cell(i, begin, end);
-      run.send(i, begin, end, 0, run.panels());
-    }
-    run.emit(begin, end);
-  };
-  std::vector<std::unique_ptr<SequenceBackward<Cell, T>>> runs;
-  for (int64_t d = 0; d < s.D; ++d) runs.push_back(std::make_unique<SequenceBackward<Cell, T>>(s, d));
-  if (rows.by_rows)
-    return parallel_for(s.D * rows.chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t chunk = k % rows.chunks;
-        all(*runs[k / rows.chunks], rows.begin(chunk), rows.begin(chunk + 1));
-      }
-    });
-  for (auto& run : runs) {
-    const int64_t grain = ceil_div(sequence_grain, run->work() * B);
-    for (int64_t i = T_ - 1; i >= 0; --i) {
-      run->receive(i, 0, B);
-      if (s.w_hr != nullptr)
-        parallel_for(run->panels_of_projection(), grain,
-                     [&](int64_t first, int64_t last) { run->unproject(i, 0, B, first, last); });
-      run->cell(i, 0, B);
-      parallel_for(run->panels(), grain, [&](int64_t first, int64_t last) { run->send(i, 0, B, first, last); });
-    }
-    run->emit(0, B);
-  }
+  if (s.steps.B > 0) through_steps(s.steps.T, s.steps.B, runs_of<SequenceBackward<Cell, T>>(s));
 }
 
 }  // namespace pyops::PYOPS_CPU_CAPABILITY

@@ -123,6 +123,24 @@ PYOPS_DEVICE void each_tile(Slice slice, int64_t rows, int units_per_tile, F&& i
     item(slice.begin + i / groups * units_per_tile, i % groups * tile_rows);
 }
 
+// put(row, unit, weight(unit) · state(row)) for the units of the slice and `rows` rows, by tiles of both; K numbers each, a
+// null state is 0.
+template <class T, class Weight, class State, class Put>
+PYOPS_DEVICE void each_product(Slice slice, int64_t rows, int64_t K, Weight&& weight, State&& state, Put&& put) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  each_tile(slice, rows, tile_weights, [&](int64_t unit, int64_t row0) {
+    const T *w[tile_weights], *h[tile_rows];
+#pragma unroll
+    for (int i = 0; i < tile_weights; ++i) w[i] = unit + i < slice.end ? weight(unit + i) : nullptr;
+#pragma unroll
+    for (int r = 0; r < tile_rows; ++r) h[r] = row0 + r < rows ? state(row0 + r) : nullptr;
+    const auto sum = tile_dot<T>(w, h, K);
+    const int64_t row = row0 + lane % tile_rows;
+    unit += lane / tile_rows;
+    if (row < rows && unit < slice.end) put(row, unit, sum);
+  });
+}
+
 template <class Cell, class T>
 struct ForwardStep {
   using A = accumulate_t<T>;
@@ -139,10 +157,6 @@ struct ForwardStep {
     if (shared != nullptr) return shared + ((unit - slice.begin) * G + gate) * s.P;
     return s.w_hh + ((static_cast<int64_t>(d) * G + gate) * s.H + unit) * s.P;
   }
-  PYOPS_DEVICE const T* state(int64_t t, int64_t row) const {
-    const int64_t at = s.row_at(s.before(d, t), row);
-    return at >= 0 ? s.y + (at * s.D + d) * s.P : s.h0 + (d * s.steps.B + row) * s.P;
-  }
   PYOPS_DEVICE void last_state(int64_t t, int64_t row, int64_t unit, T value) const {
     if (row >= s.steps.count(s.after(d, t))) s.h_n[(d * s.steps.B + row) * s.P + unit] = value;
   }
@@ -155,7 +169,7 @@ struct ForwardStep {
 #pragma unroll
       for (int i = 0; i < tile_weights; ++i) w[i] = G == 1 ? weights(unit + i, 0) : i < G ? weights(unit, i) : nullptr;
 #pragma unroll
-      for (int r = 0; r < tile_rows; ++r) h[r] = row0 + r < rows ? state(t, row0 + r) : nullptr;
+      for (int r = 0; r < tile_rows; ++r) h[r] = row0 + r < rows ? s.state_before(d, t, row0 + r) : nullptr;
       const A sum = tile_dot<T>(w, h, s.P);
       // Gates of one unit: lanes 0 to 7 collect those of their row. One gate: every lane has its own unit.
       A b[G];
@@ -178,7 +192,7 @@ struct ForwardStep {
 #pragma unroll
     for (int k = 0; k < G; ++k) a[k] = to_acc(s.gates[(at * G + k) * s.H + unit]);
     if constexpr (Cell::splits) {
-      h = to_acc(state(t, row)[unit]);
+      h = to_acc(s.state_before(d, t, row)[unit]);
       if (s.b_n != nullptr) b[G - 1] += to_acc(s.b_n[d * s.H + unit]);
     }
     if constexpr (Cell::has_cell) c = starts ? A(to_acc(s.c0[own])) : work.c[own];
@@ -200,22 +214,16 @@ struct ForwardStep {
   }
 
   PYOPS_DEVICE void project(int64_t t) const {
-    const int64_t rows = s.steps.count(t), first = s.steps.first(t);
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const Slice mine = Slice::of(s.P, work.blocks_per_direction, Place(work.blocks_per_direction).part);
-    each_tile(mine, rows, tile_weights, [&](int64_t unit, int64_t row0) {
-      const T *w[tile_weights], *m[tile_rows];
-#pragma unroll
-      for (int i = 0; i < tile_weights; ++i) w[i] = unit + i < mine.end ? s.w_hr + (d * s.P + unit + i) * s.H : nullptr;
-#pragma unroll
-      for (int r = 0; r < tile_rows; ++r) m[r] = row0 + r < rows ? work.m + (d * s.steps.B + row0 + r) * s.H : nullptr;
-      const T h = from_acc<T>(tile_dot<T>(w, m, s.H));
-      const int64_t row = row0 + lane % tile_rows;
-      unit += lane / tile_rows;
-      if (row >= rows || unit >= mine.end) return;
-      s.y[((first + row) * s.D + d) * s.P + unit] = h;
-      last_state(t, row, unit, h);
-    });
+    const int64_t first = s.steps.first(t);
+    each_product<T>(
+        Slice::of(s.P, work.blocks_per_direction, Place(work.blocks_per_direction).part), s.steps.count(t), s.H,
+        [&](int64_t unit) { return s.w_hr + (d * s.P + unit) * s.H; },
+        [&](int64_t row) { return work.m + (d * s.steps.B + row) * s.H; },
+        [&](int64_t row, int64_t unit, A sum) {
+          const T h = from_acc<T>(sum);
+          s.y[((first + row) * s.D + d) * s.P + unit] = h;
+          last_state(t, row, unit, h);
+        });
   }
 };
 
@@ -239,6 +247,34 @@ __global__ void sequence_forward_kernel(recurrent::Sequence<T> s, SequenceWork<T
   }
 }
 
+// The gradients of the states that step t made (t = -1: of the initial states, which go out): what the next step `later`
+// sent, gradients [N, D, K], comes through w_hh, what the output sent is added, and put(row, unit, dh) takes it on.
+template <bool splits, class T, class Put>
+PYOPS_DEVICE void gradients_of_states(const recurrent::Sequence<T>& s, const SequenceWork<T>& work, Slice slice, int d,
+                                      const T* shared, const T* sent, int64_t K, int64_t t, int64_t later, Put&& put) {
+  using A = accumulate_t<T>;
+  const int64_t now = t >= 0 ? s.steps.count(t) : 0, then = s.steps.count(later), rows = now > then ? now : then;
+  each_product<T>(
+      slice, rows, K,
+      [&](int64_t unit) {
+        return shared != nullptr ? shared + (unit - slice.begin) * K
+                                 : work.w_hh_t + (static_cast<int64_t>(d) * s.P + unit) * K;
+      },
+      [&](int64_t row) { return row < then ? sent + ((s.steps.first(later) + row) * s.D + d) * K : nullptr; },
+      [&](int64_t row, int64_t unit, A dh) {
+        const int64_t own = (d * s.steps.B + row) * s.P + unit;
+        if (row >= then) dh = s.dh_n != nullptr ? A(to_acc(s.dh_n[own])) : A(0);
+        if constexpr (splits)
+          if (row < then) dh += work.direct[own];
+        if (row >= now) {
+          s.dh0[own] = from_acc<T>(dh);
+          return;
+        }
+        if (s.dy != nullptr) dh += to_acc(s.dy[((s.steps.first(t) + row) * s.D + d) * s.P + unit]);
+        put(row, unit, dh);
+      });
+}
+
 template <class Cell, class T>
 struct BackwardStep {
   using A = accumulate_t<T>;
@@ -249,68 +285,26 @@ struct BackwardStep {
   int d;
   const T* shared;
 
-  // Gradients of the recurrent pre-activations of step t.
-  PYOPS_DEVICE const T* sent(int64_t t, int64_t row) const {
-    const T* from = Cell::splits ? s.dh_gates : s.dgates;
-    return from + ((s.steps.first(t) + row) * s.D + d) * G * s.H;
-  }
-
   // Step t, or -1 after the last: what step `later` sent goes through w_hh to the states that step t made.
   PYOPS_DEVICE void states(int64_t t, int64_t later) const {
-    const int64_t now = t >= 0 ? s.steps.count(t) : 0, then = s.steps.count(later), rows = now > then ? now : then;
-    const int64_t K = G * s.H;
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    each_tile(slice, rows, tile_weights, [&](int64_t unit, int64_t row0) {
-      const T *w[tile_weights], *g[tile_rows];
-#pragma unroll
-      for (int i = 0; i < tile_weights; ++i) {
-        w[i] = unit + i >= slice.end ? nullptr
-               : shared != nullptr   ? shared + (unit + i - slice.begin) * K
-                                     : work.w_hh_t + (static_cast<int64_t>(d) * s.P + unit + i) * K;
-      }
-#pragma unroll
-      for (int r = 0; r < tile_rows; ++r) g[r] = row0 + r < then ? sent(later, row0 + r) : nullptr;
-      A dh = tile_dot<T>(w, g, K);
-      const int64_t row = row0 + lane % tile_rows;
-      unit += lane / tile_rows;
-      if (row >= rows || unit >= slice.end) return;
-      const int64_t own = (d * s.steps.B + row) * s.P + unit;
-      if (row >= then) dh = s.dh_n != nullptr ? A(to_acc(s.dh_n[own])) : A(0);
-      if constexpr (Cell::splits)
-        if (row < then) dh += work.direct[own];
-      if (row >= now) {
-        s.dh0[own] = from_acc<T>(dh);
-        return;
-      }
-      const int64_t at = (s.steps.first(t) + row) * s.D + d;
-      if (s.dy != nullptr) dh += to_acc(s.dy[at * s.P + unit]);
-      if (s.w_hr != nullptr)
-        s.dh[at * s.P + unit] = from_acc<T>(dh);
-      else
-        cell(t, row, unit, dh);
-    });
+    gradients_of_states<Cell::splits>(s, work, slice, d, shared, Cell::splits ? s.dh_gates : s.dgates, G * s.H, t,
+                                      later, [&](int64_t row, int64_t unit, A dh) {
+                                        if (s.w_hr != nullptr)
+                                          s.dh[((s.steps.first(t) + row) * s.D + d) * s.P + unit] = from_acc<T>(dh);
+                                        else
+                                          cell(t, row, unit, dh);
+                                      });
     if constexpr (Cell::has_cell)
       if (s.w_hr == nullptr) ended(t, later);
   }
 
   // With a projection: through it, to the cells of step t.
   PYOPS_DEVICE void cells(int64_t t, int64_t later) const {
-    const int64_t now = t >= 0 ? s.steps.count(t) : 0;
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const Slice mine = Slice::of(s.H, work.blocks_per_direction, Place(work.blocks_per_direction).part);
-    each_tile(mine, now, tile_weights, [&](int64_t unit, int64_t row0) {
-      const T *w[tile_weights], *g[tile_rows];
-#pragma unroll
-      for (int i = 0; i < tile_weights; ++i)
-        w[i] = unit + i < mine.end ? work.w_hr_t + (d * s.H + unit + i) * s.P : nullptr;
-#pragma unroll
-      for (int r = 0; r < tile_rows; ++r)
-        g[r] = row0 + r < now ? s.dh + ((s.steps.first(t) + row0 + r) * s.D + d) * s.P : nullptr;
-      const A dm = tile_dot<T>(w, g, s.P);
-      const int64_t row = row0 + lane % tile_rows;
-      unit += lane / tile_rows;
-      if (row < now && unit < mine.end) cell(t, row, unit, dm);
-    });
+    each_product<T>(
+        Slice::of(s.H, work.blocks_per_direction, Place(work.blocks_per_direction).part), t >= 0 ? s.steps.count(t) : 0,
+        s.P, [&](int64_t unit) { return work.w_hr_t + (d * s.H + unit) * s.P; },
+        [&](int64_t row) { return s.dh + ((s.steps.first(t) + row) * s.D + d) * s.P; },
+        [&](int64_t row, int64_t unit, A dm) { cell(t, row, unit, dm); });
     if constexpr (Cell::has_cell) ended(t, later);
   }
 
@@ -363,8 +357,7 @@ __global__ void sequence_backward_kernel(recurrent::Sequence<T> s, SequenceWork<
   const BackwardStep<Cell, T> step{s, work, slice, place.d, shared};
   // One more than there are steps: the last one gives the gradients of the initial states.
   for (int64_t i = work.begin; i < work.end; ++i) {
-    const int64_t at = s.steps.T - 1 - i;
-    const int64_t t = at >= 0 ? s.step(place.d, at) : -1, later = at + 1 < s.steps.T ? s.step(place.d, at + 1) : -1;
+    const auto [t, later] = s.steps_backwards(place.d, i);
     if (work.phase != 2) step.states(t, later);
     if (work.phase == 0) grid_sync(work.barrier);
     if (s.w_hr == nullptr) continue;
@@ -389,16 +382,17 @@ void transpose(const T* from, T* to, int64_t D, int64_t rows, int64_t columns, c
          from, to, D, rows, columns);
 }
 
-// One persistent launch where the weights of `units` units of K numbers each fit, else a launch for each step.
-template <class Kernel, class T>
-void run_sequence(Kernel kernel, const recurrent::Sequence<T>& s, SequenceWork<T> work, int64_t units, int64_t bytes,
-                  int64_t steps, cudaStream_t stream) {
+// One persistent launch where the weights of `units` units, `bytes` each, fit beside what else the kernel shares; else a
+// launch for each of the one or two parts of a step.
+template <class Kernel, class Layer, class Work>
+void run_sequence(Kernel kernel, const Layer& s, Work work, int64_t units, int64_t bytes, int64_t steps, int parts,
+                  size_t other_bytes, cudaStream_t stream) {
   if (steps == 0) return;
   const auto grid = [&] { return dim3(static_cast<unsigned>(work.blocks_per_direction * s.D)); };
   const int64_t most = std::max<int64_t>(multiprocessor_count() / s.D, 1);
   // No more blocks than keep every warp busy with a tile.
   work.blocks_per_direction = static_cast<int>(std::min(most, ceil_div(units, 4)));
-  const size_t shared = static_cast<size_t>(ceil_div(units, work.blocks_per_direction) * bytes);
+  const size_t shared = other_bytes + static_cast<size_t>(ceil_div(units, work.blocks_per_direction) * bytes);
   work.begin = 0, work.end = steps, work.phase = 0;
   if (shared <= static_cast<size_t>(shared_memory_limit()) &&
       work.blocks_per_direction * s.D <= max_cooperative_blocks(kernel, sequence_threads, shared)) {
@@ -411,8 +405,8 @@ void run_sequence(Kernel kernel, const recurrent::Sequence<T>& s, SequenceWork<T
   work.blocks_per_direction = static_cast<int>(std::min<int64_t>(ceil_div(units, 8), most * 4));
   for (int64_t i = 0; i < steps; ++i) {
     work.begin = i, work.end = i + 1;
-    for (work.phase = 1; work.phase <= (s.w_hr != nullptr ? 2 : 1); ++work.phase)
-      launch(kernel, {.grid = grid(), .block = dim3(sequence_threads), .stream = stream}, s, work);
+    for (work.phase = 1; work.phase <= parts; ++work.phase)
+      launch(kernel, {.grid = grid(), .block = dim3(sequence_threads), .smem = other_bytes, .stream = stream}, s, work);
   }
 }
 
@@ -449,7 +443,7 @@ void layer_forward(const OpScope& op, const recurrent::Sequence<T>& s) {
   work.c = op.out<A>(c, "c", {c.numel()}), work.m = op.out<T>(m, "m", {m.numel()});
   work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
   run_sequence(sequence_forward_kernel<Cell, T>, s, work, s.H, Cell::gates * s.P * static_cast<int64_t>(sizeof(T)),
-               s.steps.T, stream);
+               s.steps.T, s.w_hr != nullptr ? 2 : 1, 0, stream);
 }
 
 template <class Cell, class T>
@@ -474,7 +468,7 @@ void layer_backward(const OpScope& op, const recurrent::Sequence<T>& s) {
   if (s.w_hr != nullptr) transpose(s.w_hr, pr, D, s.P, s.H, stream);
   work.w_hh_t = pw, work.w_hr_t = pr;
   run_sequence(sequence_backward_kernel<Cell, T>, s, work, s.P, K * static_cast<int64_t>(sizeof(T)), s.steps.T + 1,
-               stream);
+               s.w_hr != nullptr ? 2 : 1, 0, stream);
 }
 
 }  // namespace pyops

@@ -13,7 +13,7 @@ here. The gradient is derived in docs/math/recurrent.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -110,16 +110,6 @@ _apply = differentiable(
 )  # fmt: skip
 
 
-def _step(namespace, x, states, w_hh, gain_ih, gain_hh, bias, gain_c, bias_c, eps):
-    """One step, from the product of the input on."""
-    h, c = states
-    y = torch.nn.functional.linear(h, w_hh).to(c.dtype).contiguous()
-    next_h, next_c, _ = _apply(
-        namespace, x.contiguous(), y, c.contiguous(), gain_ih, gain_hh, bias, gain_c, bias_c, eps
-    )
-    return next_h, next_c
-
-
 def _check_normalisation(op: str, x: Tensor, hidden: int, named: dict[str, Tensor | None], eps: float) -> None:
     """Each gain or bias fits: those of the cell have H elements, those of the gates 4 H."""
     check.non_negative(op, "eps", eps)
@@ -190,7 +180,76 @@ def layer_norm_lstm_cell(
     x = torch.nn.functional.linear(input, w_ih).to(c.dtype)
     small = gain_ih, gain_hh, recurrent.joined(b_ih, b_hh), gain_c, bias_c
     rows: Any = (*(t if t is None else t.contiguous() for t in small), float(eps))
-    return _step(backend.namespace_for(op, input), x, (h, c), w_hh, *rows)
+    y = torch.nn.functional.linear(h, w_hh).to(c.dtype)
+    states = _apply(backend.namespace_for(op, input), x.contiguous(), y.contiguous(), c.contiguous(), *rows)
+    return states[:2]
+
+
+# A layer over all steps; the letters are those of csrc/common/recurrent.h
+
+
+def _layer_fwd_fake(x, h0, c0, w_hh, gain_x, gain_y, bias, gain_c, bias_c, starts, eps, keep):
+    rows, directions, hidden = x.shape[0], h0.shape[0], h0.shape[2]
+    kept = (
+        torch.empty_like(x) if keep else x.new_empty(0),
+        x.new_empty((rows, directions, hidden) if keep else 0),
+        x.new_empty((rows, directions, 6) if keep else 0, dtype=check.accumulate_dtype(x.dtype)),
+    )
+    return x.new_empty(rows, directions, hidden), torch.empty_like(h0), torch.empty_like(c0), *kept
+
+
+def _layer_bwd_fake(
+    dy, dh_n, dc_n, x, h0, c0, w_hh, gain_x, gain_y, bias, gain_c, bias_c, starts, products, cells, statistics
+):
+    of_rows, of_states = (torch.empty_like(x), torch.empty_like(x)), (torch.empty_like(h0), torch.empty_like(c0))
+    given = (gain_x, gain_y, bias, gain_c, bias_c)
+    return (*of_rows, *of_states, *(x.new_empty(0) if p is None else torch.empty_like(p) for p in given))
+
+
+_layer_fwd = library.declare(
+    "layer_norm_lstm_layer_fwd(Tensor x, Tensor h0, Tensor c0, Tensor w_hh, Tensor gain_x, Tensor gain_y, Tensor? bias,"
+    " Tensor gain_c, Tensor? bias_c, Tensor? starts, float eps, bool keep)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _layer_fwd_fake,
+    _kernels,
+)
+_layer_bwd = library.declare(
+    "layer_norm_lstm_layer_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor h0, Tensor c0, Tensor w_hh,"
+    " Tensor gain_x, Tensor gain_y, Tensor? bias, Tensor gain_c, Tensor? bias_c, Tensor? starts, Tensor products,"
+    " Tensor cells, Tensor statistics)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _layer_bwd_fake,
+    _kernels,
+)
+
+
+def _layer_reference(x, h0, c0, w_hh, gain_x, gain_y, bias, gain_c, bias_c, starts, eps, keep):
+    def step(x, states, w_hh, *parameters):
+        return _reference(x, states[0] @ w_hh.mT, states[1], *(*parameters, eps))[:2]
+
+    of_directions = [
+        tuple(None if p is None else p[d] for p in (w_hh, gain_x, gain_y, bias, gain_c, bias_c))
+        for d in range(h0.shape[0])
+    ]
+    y, (h_n, c_n) = recurrent.step_by_step(step, x, (h0, c0), starts, of_directions)
+    return y, h_n, c_n, *_layer_fwd_fake(x, h0, c0, w_hh, gain_x, gain_y, bias, gain_c, bias_c, starts, eps, keep)[3:]
+
+
+def _layer_finish(results, inputs, kept, needs):
+    """The gradient of the recurrent weights: of all steps one product."""
+    dx, dproducts, dh0, dc0, *of_parameters = results
+    h0, w_hh, starts = inputs[1], inputs[3], inputs[9]
+    dw_hh = recurrent.weight_gradient(dproducts, kept[0], h0, starts) if needs[3] else torch.empty_like(w_hh)
+    return dx, dh0, dc0, dw_hh, *of_parameters
+
+
+_apply_layer = differentiable(
+    Formula(
+        _layer_fwd, _layer_bwd, 10, 9,
+        lambda dy, inputs, kept, constants, needs: (*dy, *inputs, *kept[1:]),
+        _layer_reference, outputs=3, keep=(0, 3, 4, 5), finish=_layer_finish,
+    )
+)  # fmt: skip
 
 
 def layer_norm_lstm(
@@ -221,8 +280,11 @@ def layer_norm_lstm(
     Raises:
         RuntimeError, TypeError, ValueError: as pyops.functional.lstm.
 
-    The product of the inputs of all steps is one matrix product; each step is one product and one kernel, and is
-    differentiated alone. Formula, dtypes and derivatives: ``layer_norm_lstm_cell``.
+    The product of the inputs of all steps is one matrix product, so is the gradient of each weight; between them one
+    kernel runs over all steps. h is rounded to the dtype in each step, c is not within a call. Bitwise deterministic
+    for one number of threads. Gradients of every order (from the second on step by step in torch), forward mode, vmap
+    (by torch) and torch.compile. Under autocast in its low precision on a GPU; on the CPU the products of the inputs
+    alone are. Formula: ``layer_norm_lstm_cell``.
     """
     op = "layer_norm_lstm"
     net = recurrent.Network.of(
@@ -245,14 +307,16 @@ def layer_norm_lstm(
     net = net._replace(input=x, params=cast)
     namespace = backend.namespace_for(op, x)
 
-    def arguments(w: Sequence[Tensor]) -> tuple[Any, ...]:
-        bias = recurrent.joined(w[2], w[3]) if net.has_biases else None
-        gain_ih, gain_hh, gain_c = (g.contiguous() for g in w[of_torch : of_torch + 3])
-        return w[1], gain_ih, gain_hh, bias, gain_c, w[-1].contiguous() if net.has_biases else None, float(eps)
-
     def layer(products, states, weights, layout):
-        step = lambda *given: _step(namespace, *given)
-        return recurrent.step_by_step(step, products, states, layout.starts, [arguments(w) for w in weights])
+        w_hh = recurrent.stacked(weights, 1).to(products.dtype)
+        gain_ih, gain_hh, gain_c = (recurrent.stacked(weights, of_torch + k) for k in range(3))
+        bias = bias_c = None
+        if net.has_biases:
+            bias = recurrent.joined(recurrent.stacked(weights, 2), recurrent.stacked(weights, 3))
+            bias_c = recurrent.stacked(weights, -1)
+        given = (products, *states, w_hh, gain_ih, gain_hh, bias, gain_c, bias_c)
+        y, h_n, c_n, *_ = _apply_layer(namespace, *given, layout.starts, float(eps), recurrent.keeps(*given))
+        return y, (h_n, c_n)
 
     output, (h_n, c_n) = recurrent.run_network(net, (h, c), per, lambda w: None, layer)
     return output, h_n, c_n
