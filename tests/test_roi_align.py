@@ -79,6 +79,66 @@ def test_against_the_definition(backend, ratio, aligned):
             torch.testing.assert_close(y, slow(x, rois, (2, 2), 0.77, ratio, True, True))
 
 
+# What the staged CUDA kernel makes of a box at 7 x 7 bins, from its rule (csrc/cuda/roi_align_staged.cuh).
+STAGED = {
+    "one strip": [0, 3.2, 2.1, 16.9, 14.3],
+    "strips": [1, 20.5, 1.3, 47, 29],
+    "over the corner": [0, -6, -5, 9, 8],
+    "below the map": [1, 10, 25, 21, 60],
+    "the last pixel": [0, 98.6, 30.5, 99, 31],
+    "a bin row does not fit": [1, 1, 2, 99, 31],
+    "off the map": [0, 150, 40, 170, 50],
+    "crossed": [1, 9, 9, 2, 3],
+    "not finite": [0, float("nan"), 1, 5, 5],
+}
+
+
+def staged_map(channels, width, dtype, channels_last=False):
+    x = torch.randn(2, channels, 32, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_staging_changes_no_bit(backend, dtype, channels_last):
+    """Position-sensitive RoI Align of repeated planes is RoI Align, and its kernel reads the map directly."""
+    if backend != "emulator":
+        pytest.skip("one kernel serves both there")
+    channels = {torch.float32: 36, torch.bfloat16: 72, torch.float64: 18}[dtype] if channels_last else 5
+    rois = torch.tensor(list(STAGED.values()), dtype=dtype)
+    for width in (100, 99) if not channels_last else (99,):  # rows of whole vectors, and not
+        x = staged_map(channels, width, dtype, channels_last)
+        for ratio in (2, -1):
+            with forced(backend):
+                y = vision.roi_align(x, rois, 7, 1.0, ratio, True)
+                direct = vision.ps_roi_align(x.contiguous().repeat_interleave(49, 1), rois, 7, 1.0, ratio)
+            assert torch.equal(y, direct)
+            assert y[0].any() and y[5].any() and not y[6].any() and not y[8].any()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("size", [7, (3, 8), (14, 6)], ids=str)
+def test_staged_against_the_definition(backend, size, channels_last):
+    if backend == "triton":
+        pytest.skip("minutes in the interpreter, and no other kernel than for small bins")
+    rois = torch.tensor(list(STAGED.values())[:-1], dtype=torch.float64)
+    x = staged_map(16, 100, torch.float64, channels_last)
+    with forced(backend):
+        y = vision.roi_align(x, rois, size, 1.0, 1, False)  # few samples: the larger boxes are read from the map
+        torch.testing.assert_close(y, room._truth(False)(x, rois, size, 1.0, 1))
+        y = vision.roi_align(x, rois, size, 0.9)
+    torch.testing.assert_close(y, room._truth(False)(x, rois, size, 0.9))
+
+
+def test_explain_tells_the_rule_of_staging():
+    from pyops.core.explain import explain
+
+    notes = explain("roi_align", [(2, 16, 32, 32), (5, 5)], wanted="emulator").notes
+    assert any("32 KiB of shared memory" in note for note in notes)
+    assert not explain("roi_align", [(2, 16, 32, 32), (5, 5)], wanted="cpu").notes
+
+
 def pyramid(channels=4, dtype=torch.float32, batch=2, size=64):
     g = torch.Generator().manual_seed(0)
     maps = [torch.randn(batch, channels, size >> k, size >> k, generator=g).to(dtype) for k in (0, 1, 2, 3)]
@@ -92,14 +152,17 @@ def pyramid(channels=4, dtype=torch.float32, batch=2, size=64):
     )
 
 
+@pytest.mark.parametrize("bins", [2, 8])  # on CUDA read from the maps, and staged
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_pyramid_equals_level_by_level(backend, channels_last):
+def test_pyramid_equals_level_by_level(backend, channels_last, bins):
+    if backend == "triton" and bins == 8:
+        pytest.skip("minutes in the interpreter, and no other kernel than for small bins")
     maps, boxes, sizes = pyramid(size=32, batch=1 if backend == "triton" else 2)
     boxes = [torch.cat(boxes)] if backend == "triton" else boxes
     if channels_last:
         maps = OrderedDict((k, v.contiguous(memory_format=torch.channels_last)) for k, v in maps.items())
     maps = OrderedDict((k, v.requires_grad_()) for k, v in maps.items())
-    module = vision.MultiScaleRoIAlign(list(maps), 2, 2)
+    module = vision.MultiScaleRoIAlign(list(maps), bins, 2)
     with forced(backend):
         y = module(maps, boxes, sizes)
         grads = torch.autograd.grad(y.sin().sum(), maps.values())
@@ -110,7 +173,7 @@ def test_pyramid_equals_level_by_level(backend, channels_last):
     assert levels.unique().numel() == 4
     expected = torch.zeros_like(y)
     for k, (m, scale) in enumerate(zip(maps.values(), module.scales)):
-        own = room._truth(False)(m, rois[levels == k], (2, 2), scale, 2)
+        own = room._truth(False)(m, rois[levels == k], (bins, bins), scale, 2)
         expected = expected.index_put((torch.where(levels == k)[0],), own.contiguous())
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     for m, a, b in zip(maps.values(), grads, torch.autograd.grad(expected.sin().sum(), maps.values())):

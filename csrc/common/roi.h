@@ -25,6 +25,7 @@ PYOPS_ROI A whole(A v) {  // floor, for |v| small enough to be an int64_t
 
 template <class A>
 struct Axis {
+  using index = int64_t;
   A start, bin;
   int64_t grid;  // samples per bin, 0 for none
   int64_t size;  // pixels
@@ -84,6 +85,11 @@ struct Axis {
     return true;
   }
 
+  // Neighbours of sample i of bin p, likewise.
+  PYOPS_ROI bool sample(int64_t p, int64_t i, int64_t& low, int64_t& high, A& share) const {
+    return neighbours(position(p, i), low, high, share);
+  }
+
   // Weight of one pixel in the mean over bin p.
   PYOPS_ROI A weight(int64_t p, int64_t pixel) const {
     int64_t first, last;
@@ -92,7 +98,7 @@ struct Axis {
     for (int64_t i = first; i < last; ++i) {
       int64_t low, high;
       A share;
-      if (!neighbours(position(p, i), low, high, share)) continue;
+      if (!sample(p, i, low, high, share)) continue;
       if (low == pixel) sum += A(1) - share;
       if (high == pixel) sum += share;
     }

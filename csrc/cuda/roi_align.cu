@@ -1,30 +1,21 @@
 // roi_align · CUDA
 //   y[r,c,p,q] = mean over the samples of bin (p, q) of RoI r, bilinear in x[n_r, c]       (common/roi.h)
-// layout   x_l: [N, C, H_l, W_l] or, channels_last, [N, H_l, W_l, C] · y likewise over (P, Q) · rois: [R, 5] in pixels
-// of
-//          its level · levels: [R] or none; every level in one launch, backward too
-// mapping  forward NHWC: a warp per bin, lanes over vectors of channels. Forward NCHW: a thread per bin over 8
-// channels.
+// layout   x_l: [N, C, H_l, W_l] or, channels_last, [N, H_l, W_l, C] · y likewise over (P, Q)
+//          rois: [R, 5] in pixels of its level · levels: [R] or none; every level in one launch, backward too
+// mapping  forward: a block per RoI and slice of channels, its pixels staged in shared memory where that is less to read
+//          (roi_align_staged.cuh). With few bins, or position sensitive, straight from the map: NHWC a warp per bin,
+//          lanes over vectors of channels, NCHW a thread per bin over 8 channels.
 //          Backward gathers: a block owns a tile of pixels of one image, collects the RoIs that touch it in order, and
 //          sums wy[p] wx[q] dy from tables of weights in shared memory; no atomics, so bitwise repeatable
 // memory   backward: dx is written once, nothing else is allocated
-// numerics A
+// numerics positions and sums in fp32 (fp64 for fp64); staging changes no bit
 #include "cuda/compact.cuh"
+#include "cuda/roi_align_staged.cuh"
 
-#include "common/roi.h"
-
-namespace pyops {
+namespace pyops::roi {
 namespace {
 
-constexpr int max_levels = 5;
 constexpr int planes = 8;  // channels per thread, NCHW forward
-
-template <class T>
-struct Maps {
-  T* x[max_levels];
-  int64_t H[max_levels], W[max_levels];
-  int count;
-};
 
 // Backward: the tiles of all images of all levels, numbered one after the other.
 struct Tiles {
@@ -37,42 +28,6 @@ struct Tiles {
   }
 };
 
-struct Shape {
-  int64_t N, C, R, P, Q, sampling_ratio;
-  bool aligned;
-};
-
-template <class A>
-struct Place {
-  int64_t image;
-  int level;
-};
-
-template <class A>
-PYOPS_DEVICE Place<A> place_of(const A* rois, const int64_t* levels, int64_t r, const Shape& s, int count) {
-  const int64_t level = levels != nullptr ? levels[r] : 0, image = roi::image_of(rois[r * 5], s.N);
-  if (image < 0 || level < 0 || level >= count) __trap();  // what is no image must never become an address
-  return {image, static_cast<int>(level)};
-}
-
-// Calls f(y low, y high, share, x low, x high, share) for every sample of bin (p, q) that lies on the map.
-template <class A, class F>
-PYOPS_DEVICE void for_samples(const roi::Axis<A>& y, const roi::Axis<A>& x, int64_t p, int64_t q, F&& f) {
-  int64_t y_first, y_last, x_first, x_last;
-  y.samples(p, y_first, y_last);
-  x.samples(q, x_first, x_last);
-  for (int64_t i = y_first; i < y_last; ++i) {
-    int64_t y0, y1;
-    A ty;
-    if (!y.neighbours(y.position(p, i), y0, y1, ty)) continue;
-    for (int64_t j = x_first; j < x_last; ++j) {
-      int64_t x0, x1;
-      A tx;
-      if (x.neighbours(x.position(q, j), x0, x1, tx)) f(y0, y1, ty, x0, x1, tx);
-    }
-  }
-}
-
 // A warp per bin; lanes over vectors of V channels.
 template <class T, int V>
 __global__ void __launch_bounds__(128)
@@ -82,29 +37,17 @@ __global__ void __launch_bounds__(128)
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
   if (unit >= s.R * s.P * s.Q) return;
   const int64_t r = unit / (s.P * s.Q), p = unit / s.Q % s.P, q = unit % s.Q;
-  const A* box = rois + r * 5;
-  const Place<A> at = place_of(rois, levels, r, s, maps.count);
+  const Place at = place_of(rois, levels, r, s, maps.count);
   const int64_t H = maps.H[at.level], W = maps.W[at.level];
-  const roi::Axis<A> ya(box[2], box[4], s.P, H, s.sampling_ratio, s.aligned);
-  const roi::Axis<A> xa(box[1], box[3], s.Q, W, s.sampling_ratio, s.aligned);
+  const Axis<A> ya = y_axis(rois, r, s, H), xa = x_axis(rois, r, s, W);
   const T* x = maps.x[at.level] + at.image * H * W * s.C;
-  const int64_t samples = ya.grid * xa.grid;
-  const A inverse = A(1) / static_cast<A>(samples > 0 ? samples : 1);
   for (int64_t c = static_cast<int64_t>(threadIdx.x % 32) * V; c < s.C; c += 32 * V) {
-    A sum[V] = {};
-    for_samples(ya, xa, p, q, [&](int64_t y0, int64_t y1, A ty, int64_t x0, int64_t x1, A tx) {
-      const Vec<T, V> a = load_vec_readonly<V>(x + (y0 * W + x0) * s.C + c);
-      const Vec<T, V> b = load_vec_readonly<V>(x + (y0 * W + x1) * s.C + c);
-      const Vec<T, V> d = load_vec_readonly<V>(x + (y1 * W + x0) * s.C + c);
-      const Vec<T, V> e = load_vec_readonly<V>(x + (y1 * W + x1) * s.C + c);
-      const A w0 = (A(1) - ty) * (A(1) - tx), w1 = (A(1) - ty) * tx, w2 = ty * (A(1) - tx), w3 = ty * tx;
-#pragma unroll
-      for (int k = 0; k < V; ++k)
-        sum[k] += w0 * to_acc(a[k]) + w1 * to_acc(b[k]) + w2 * to_acc(d[k]) + w3 * to_acc(e[k]);
+    const Vec<A, V> mean = bin_mean<V>(ya, xa, p, q, [&](int64_t row, int64_t column) {
+      return channels_at<Memory::map, V, true>(x + (row * W + column) * s.C + c, 1, V);
     });
     Vec<T, V> out;
 #pragma unroll
-    for (int k = 0; k < V; ++k) out[k] = from_acc<T>(sum[k] * inverse);
+    for (int k = 0; k < V; ++k) out[k] = from_acc<T>(mean[k]);
     store_vec(y + unit * s.C + c, out);
   }
 }
@@ -121,29 +64,17 @@ __global__ void __launch_bounds__(128)
   const int64_t bin = index % bins, p = bin / s.Q, q = bin % s.Q, c0 = index / bins % groups * planes,
                 r = index / (bins * groups);
   const int count = static_cast<int>(channels - c0 < planes ? channels - c0 : planes);
-  const A* box = rois + r * 5;
-  const Place<A> at = place_of(rois, levels, r, s, maps.count);
+  const Place at = place_of(rois, levels, r, s, maps.count);
   const int64_t H = maps.H[at.level], W = maps.W[at.level], HW = H * W;
-  const roi::Axis<A> ya(box[2], box[4], s.P, H, s.sampling_ratio, s.aligned);
-  const roi::Axis<A> xa(box[1], box[3], s.Q, W, s.sampling_ratio, s.aligned);
+  const Axis<A> ya = y_axis(rois, r, s, H), xa = x_axis(rois, r, s, W);
   const int64_t stride = PositionSensitive ? bins * HW : HW;
   const T* x = maps.x[at.level] + (at.image * s.C + (PositionSensitive ? c0 * bins + bin : c0)) * HW;
-  A sum[planes] = {};
-  for_samples(ya, xa, p, q, [&](int64_t y0, int64_t y1, A ty, int64_t x0, int64_t x1, A tx) {
-    const A w0 = (A(1) - ty) * (A(1) - tx), w1 = (A(1) - ty) * tx, w2 = ty * (A(1) - tx), w3 = ty * tx;
-#pragma unroll
-    for (int k = 0; k < planes; ++k)
-      if (k < count) {
-        const T* plane = x + k * stride;
-        sum[k] += w0 * to_acc(__ldg(plane + y0 * W + x0)) + w1 * to_acc(__ldg(plane + y0 * W + x1)) +
-                  w2 * to_acc(__ldg(plane + y1 * W + x0)) + w3 * to_acc(__ldg(plane + y1 * W + x1));
-      }
+  const Vec<A, planes> mean = bin_mean<planes>(ya, xa, p, q, [&](int64_t row, int64_t column) {
+    return channels_at<Memory::map, planes, false>(x + row * W + column, stride, count);
   });
-  const int64_t samples = ya.grid * xa.grid;
-  const A inverse = A(1) / static_cast<A>(samples > 0 ? samples : 1);
 #pragma unroll
   for (int k = 0; k < planes; ++k)
-    if (k < count) y[(r * channels + c0 + k) * bins + bin] = from_acc<T>(sum[k] * inverse);
+    if (k < count) y[(r * channels + c0 + k) * bins + bin] = from_acc<T>(mean[k]);
 }
 
 constexpr int gather_threads = 256, tile_rows = 8, chunk = 16;  // chunk: bins per axis in the tables at once
@@ -157,7 +88,7 @@ struct GatherShared {
 
 // Where the pixels of a RoI may lie along one axis, with a pixel to spare.
 template <class A>
-PYOPS_DEVICE bool touches(const roi::Axis<A>& axis, int64_t bins, int64_t first, int64_t last) {
+PYOPS_DEVICE bool touches(const Axis<A>& axis, int64_t bins, int64_t first, int64_t last) {
   if (axis.grid == 0) return false;
   const A a = axis.start, b = axis.start + static_cast<A>(bins) * axis.bin;
   const A low = (a < b ? a : b) - A(1), high = (a < b ? b : a) + A(1);
@@ -192,11 +123,9 @@ __global__ void __launch_bounds__(gather_threads, 2)
     const int64_t candidate = from + threadIdx.x;
     bool hit = false;
     if (candidate < s.R) {
-      const A* box = rois + candidate * 5;
-      const Place<A> at = place_of(rois, levels, candidate, s, maps.count);
+      const Place at = place_of(rois, levels, candidate, s, maps.count);
       if (at.image == n && at.level == level) {
-        const roi::Axis<A> ya(box[2], box[4], s.P, H, s.sampling_ratio, s.aligned);
-        const roi::Axis<A> xa(box[1], box[3], s.Q, W, s.sampling_ratio, s.aligned);
+        const Axis<A> ya = y_axis(rois, candidate, s, H), xa = x_axis(rois, candidate, s, W);
         hit = touches(ya, s.P, row0, row0 + tile_rows - 1) && touches(xa, s.Q, column0, column0 + columns - 1);
       }
     }
@@ -205,9 +134,7 @@ __global__ void __launch_bounds__(gather_threads, 2)
     __syncthreads();
     for (int k = 0; k < count; ++k) {
       const int64_t r = from + shared.found[k];
-      const A* box = rois + r * 5;
-      const roi::Axis<A> ya(box[2], box[4], s.P, H, s.sampling_ratio, s.aligned);
-      const roi::Axis<A> xa(box[1], box[3], s.Q, W, s.sampling_ratio, s.aligned);
+      const Axis<A> ya = y_axis(rois, r, s, H), xa = x_axis(rois, r, s, W);
       for (int64_t p0 = 0; p0 < s.P; p0 += chunk)
         for (int64_t q0 = 0; q0 < s.Q; q0 += chunk) {
           const int ps = static_cast<int>(s.P - p0 < chunk ? s.P - p0 : chunk);
@@ -283,7 +210,7 @@ __global__ void __launch_bounds__(gather_threads, 2)
 }
 
 }  // namespace
-}  // namespace pyops
+}  // namespace pyops::roi
 
 // binding
 
@@ -291,7 +218,7 @@ __global__ void __launch_bounds__(gather_threads, 2)
 
 #include "common/registry.h"
 
-namespace pyops {
+namespace pyops::roi {
 namespace {
 
 struct Inputs {
@@ -342,7 +269,18 @@ Tensor roi_align_fwd(const Tensor& x0, const OptionalTensor& x1, const OptionalT
     auto* prois = op.in<A>(rois, "rois", {s.R, 5});
     auto* plevels = op.in_optional<int64_t>(levels, "levels", {s.R});
     const auto stream = static_cast<cudaStream_t>(op.stream());
+    const auto staged = [&]<bool ChannelsLast>() {
+      const int64_t slices = ceil_div(C, Staged<T, ChannelsLast>::slice);
+      launch(roi_align_fwd_staged_kernel<T, ChannelsLast>,
+             {.grid = dim3(static_cast<unsigned>(s.R * slices)),
+              .block = dim3(staged_threads),
+              .smem = sizeof(StagedShared<T>),
+              .stream = stream},
+             maps, prois, plevels, py, s, static_cast<int>(slices));
+      return y;
+    };
     if (channels_last) {
+      if (vectors && worth_staging<T, true>(s)) return staged.template operator()<true>();
       const dim3 grid(static_cast<unsigned>(ceil_div(s.R * P * Q, 4)));
       if (vectors)
         launch(roi_align_fwd_nhwc_kernel<T, V>, {.grid = grid, .block = dim3(128), .stream = stream}, maps, prois,
@@ -352,6 +290,7 @@ Tensor roi_align_fwd(const Tensor& x0, const OptionalTensor& x1, const OptionalT
                plevels, py, s);
       return y;
     }
+    if (!position_sensitive && worth_staging<T, false>(s)) return staged.template operator()<false>();
     const int64_t groups = ceil_div(C, planes);
     const dim3 grid(static_cast<unsigned>(ceil_div(s.R * groups * P * Q, 128)));
     if (position_sensitive)
@@ -424,10 +363,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> roi_align_bwd(
 }
 
 }  // namespace
-}  // namespace pyops
+}  // namespace pyops::roi
 
 PYOPS_LIBRARY(m) {
   using namespace pyops;
+  using namespace pyops::roi;
   PYOPS_IMPL(m, roi_align_fwd);
   PYOPS_IMPL(m, roi_align_bwd);
 }

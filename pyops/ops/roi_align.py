@@ -21,6 +21,7 @@ import torch
 
 from ..core import backend, check, geometry, library
 from ..core.autograd import Formula, Tensors, differentiable
+from ..core.explain import explains
 from ..core.layout import is_channels_last
 from ..core.samples import Maker, Sample, checked
 
@@ -353,6 +354,21 @@ class MultiScaleRoIAlign(_Pooler):
         return level.long() - finest
 
 
+def _notes(shapes, dtype, name):
+    if name not in ("cuda", "emulator"):
+        return []
+    return [
+        "forward: a block takes a RoI and a slice of channels; with few bins, or channels last and no whole vectors of "
+        "16 bytes, it reads the map directly",
+        "a RoI is staged through 32 KiB of shared memory where one row of its bins fits and its pixels are fewer than "
+        "its samples read, 4 each; decided on the device, the same bits either way",
+        "backward: a block gathers a tile of 8 rows of pixels from the RoIs that touch it; no atomics",
+    ]
+
+
+explains("roi_align", _notes)
+
+
 def _sample(shape, boxes, size, channels_last=False, **how):
     def make(t: Maker):
         x = t.input(shape, channels_last=channels_last)
@@ -386,6 +402,8 @@ checked(
     Sample("channels last, whole vectors", _sample((2, 72, 4, 5), _FEW, 2, True, sampling_ratio=1)),
     Sample("no RoIs", _sample((2, 3, 4, 4), [], 2)),
     Sample("more bins than a table", _sample((2, 1, 6, 7), _FEW, (1, 19))),
+    Sample("staged rows of whole vectors", _sample((2, 18, 6, 16), _MORE[:4], 4, aligned=True)),
+    Sample("staged pixels, channels last", _sample((2, 40, 5, 7), _MORE[:4], (3, 4), True)),
 )
 checked(
     "ps_roi_align",
