@@ -141,3 +141,4 @@ def test_bad_input():
     refuses(TypeError, ("box_iou", "'boxes1'"), vision.box_iou, [1, 2, 3, 4], UNIT)
     refuses(ValueError, ("decode_boxes", "'weights'"), vision.decode_boxes, UNIT, UNIT, (1, 2, 3))
     refuses(ValueError, ("distance_box_iou", "'eps'"), vision.distance_box_iou, UNIT, UNIT, -1.0)
+    refuses(ValueError, ("clip_boxes_to_image", "'size'", "(3,)"), vision.clip_boxes_to_image, UNIT, (3,))

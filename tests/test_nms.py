@@ -209,6 +209,20 @@ def test_soft_nms(backend, method):
     torch.testing.assert_close(lowered, torch.tensor([s for _, s in expected], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+def test_soft_nms_never_picks_what_is_no_number(backend, method):
+    if backend == "triton":
+        pytest.skip("soft_nms has no Triton kernel")
+    nan, inf = float("nan"), float("inf")
+    boxes = torch.tensor([[0.0, 0, 4, 4], [9, 9, 12, 12], [0, 0, 4, 4], [nan, 0, 1, 1], [9, 9, 12, 12]])
+    scores = torch.tensor([nan, 0.5, 0.7, 0.6, inf])
+    with forced(backend):
+        index, lowered = vision.soft_nms(boxes, scores, method, 0.3, 1e-3, 0.1)
+    # inf lowers the 0.5 of the same box to nothing; the NaN score lowers none
+    assert index.tolist() == [4, 2, 3]
+    torch.testing.assert_close(lowered, scores[[4, 2, 3]])
+
+
 def test_filter_proposals_step_by_step():
     g = torch.Generator().manual_seed(0)
     anchors = [scene(50, "random", seed=s)[0] for s in (1, 2)]

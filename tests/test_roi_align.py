@@ -259,6 +259,13 @@ def test_lists_modules_and_repr():
     assert vision.roi_align(X[:0], ROIS[:0], 2).shape == (0, 3, 2, 2)
 
 
+@pytest.mark.parametrize("op", ["roi_align", "roi_pool"])
+def test_a_list_for_more_images_than_bfloat16_can_count(op):
+    x = torch.arange(300.0).bfloat16().reshape(300, 1, 1, 1).expand(300, 1, 2, 2)
+    y = getattr(vision, op)(x, [torch.tensor([[0.0, 0, 1, 1]]).bfloat16()] * 300, 1)
+    assert torch.equal(y.flatten(), x[:, 0, 0, 0])
+
+
 @pytest.mark.parametrize("op", ["roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"])
 def test_autocast_takes_boxes_of_another_dtype_as_torchvision(op):
     x, function = torch.randn(2, 4, 5, 6).bfloat16(), getattr(vision, op)
@@ -279,6 +286,7 @@ def test_bad_input():
     refuses(TypeError, ("roi_align", "'boxes'"), align, X, 3, 2)
     refuses(ValueError, ("roi_align", "'output_size'", "(0, 2)"), align, X, ROIS, (0, 2))
     refuses(ValueError, ("roi_align", "'sampling_ratio'", "-3"), align, X, ROIS, 2, 1.0, -3)
+    refuses(TypeError, ("roi_align", "'spatial_scale'", "str"), align, X, ROIS, 2, "half")
     refuses(NotImplementedError, ("roi_align", "'input'", "int64"), align, X.long(), ROIS, 2)
     refuses(RuntimeError, ("ps_roi_align", "'input'", "3 channels"), vision.ps_roi_align, X, ROIS, 2)
     with pytest.raises(RuntimeError, match="image index 7"):

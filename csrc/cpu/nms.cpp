@@ -227,15 +227,20 @@ int64_t soft_nms_run(const scalar_t* boxes, const scalar_t* scores, int64_t* ord
   Columns<acc_t> columns(N);
   Buffer<acc_t> score(N);
   Buffer<int64_t> index(N);
+  int64_t count = 0, remaining = 0;
+  // A score that is not a number, or becomes none, is never the best.
+  const auto keep = [&](acc_t s, int64_t i) {
+    if (s != s) return;
+    score[remaining] = s;
+    index[remaining++] = i;
+  };
   for (int64_t i = 0; i < N; ++i) {
     columns.set(i, boxes + 4 * i);
-    score[i] = acc_t(scores[i]);
-    index[i] = i;
+    keep(acc_t(scores[i]), i);
   }
   const acc_t *x1 = columns.column(0), *y1 = columns.column(1), *x2 = columns.column(2), *y2 = columns.column(3),
               *size = columns.column(4);
   const acc_t limit = suppression::floor_to<acc_t>(threshold), scale = acc_t(-1 / sigma);
-  int64_t count = 0, remaining = N;
   while (remaining > 0) {
     int64_t best = 0;
     for (int64_t k = 1; k < remaining; ++k)
@@ -245,8 +250,9 @@ int64_t soft_nms_run(const scalar_t* boxes, const scalar_t* scores, int64_t* ord
     order[count] = a;
     picked[count++] = score[best];
     // What remains stays in order of the index, so that ties go to the lower one.
-    int64_t kept = 0;
-    for (int64_t k = 0; k < remaining; ++k) {
+    const int64_t before = remaining;
+    remaining = 0;
+    for (int64_t k = 0; k < before; ++k) {
       if (k == best) continue;
       const int64_t b = index[k];
       const acc_t q = suppression::quotient(x1[a], y1[a], x2[a], y2[a], size[a], x1[b], y1[b], x2[b], y2[b], size[b]);
@@ -255,10 +261,8 @@ int64_t soft_nms_run(const scalar_t* boxes, const scalar_t* scores, int64_t* ord
         s = q == q ? s * std::exp(q * q * scale) : s;
       else if (q > limit)
         s *= acc_t(1) - q;
-      score[kept] = s;
-      index[kept++] = b;
+      keep(s, b);
     }
-    remaining = kept;
   }
   return count;
 }

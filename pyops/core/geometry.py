@@ -94,6 +94,8 @@ def regions(op: str, input: torch.Tensor, given: Any) -> torch.Tensor:
                 check.fail(RuntimeError, op, "boxes", got, "shape [L, 4] for every image of the list")
         if not given:
             return input.new_zeros((0, 5))
+        # wide first: bfloat16 cannot count beyond 256 images
+        given = [wide(b) for b in given]
         rois = torch.cat([torch.cat((torch.full_like(b[:, :1], i), b), 1) for i, b in enumerate(given)])
     else:
         check.fail(TypeError, op, "boxes", type(given).__name__, "a tensor [K, 5] or a list of tensors [L, 4]")
@@ -107,6 +109,8 @@ def scaled_regions(op: str, input: torch.Tensor, given: Any, scale: float) -> to
     check.floating(op, "input", input)
     if input.dim() != 4:
         check.fail(RuntimeError, op, "input", f"shape {list(input.shape)}", "shape [N, C, H, W]")
+    if isinstance(scale, (bool, str)) or not hasattr(scale, "__float__"):
+        check.fail(TypeError, op, "spatial_scale", type(scale).__name__, "a number")
     rois = regions(op, input, given)
     # under autocast torchvision takes boxes of any dtype
     if (

@@ -286,6 +286,8 @@ def clip_boxes_to_image(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Ten
     """Boxes Tensor[*, 4] cut at the border of an image of (height, width); as torchvision.ops.clip_boxes_to_image."""
     if boxes.shape[-1:] != (4,):
         check.fail(RuntimeError, "clip_boxes_to_image", "boxes", f"shape {list(boxes.shape)}", "shape [..., 4]")
+    if len(size) != 2:
+        check.fail(ValueError, "clip_boxes_to_image", "size", size, "(height, width)")
     return geometry.clip(boxes, size)
 
 

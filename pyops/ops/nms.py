@@ -191,7 +191,7 @@ def soft_nms(
 
     Args:
         boxes: Tensor[N, 4], (x1, y1, x2, y2).
-        scores: Tensor[N], >= 0.
+        scores: Tensor[N], >= 0; a box whose score is NaN is never picked.
         method: ``"linear"`` or ``"gaussian"``.
         iou_threshold: of the linear method, >= 0.
         sigma: of the gaussian method, > 0.
