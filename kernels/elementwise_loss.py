@@ -46,7 +46,7 @@ def at_least(v, low):
 @triton.jit
 def soft_of(x):
     """log(1 + exp(-x))"""
-    return tl.where(x < 0, -x, x - x) + log1p_unit(tl.exp(-tl.abs(x)))
+    return tl.where(x > 0, 0.0, -x) + log1p_unit(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def slope(x, t, c, KIND: tl.constexpr, A: tl.constexpr):
     elif KIND == 5:
         e = tl.exp(-tl.abs(x))
         dx = (1.0 - t) - (1.0 + (c - 1.0) * t) * (tl.where(x >= 0, e, 1.0) / (1.0 + e))
-        dt = (c - 1.0) * soft_of(x) - x
+        dt = tl.where(c == 1.0, 0.0, (c - 1.0) * soft_of(x)) - x
     elif KIND == 6:
         dx = -t
         dt = tl.log(t) + 1.0 - x
@@ -114,7 +114,7 @@ def elementwise_loss_fwd_kernel(
         i = program * (BLOCK if BLOCK > 1 else TILE) + k + tl.arange(0, TILE)
         xv = tl.load(x + i, mask=i < n, other=0.0).to(acc_t)
         tv = tl.load(t + i, mask=i < n, other=0.0).to(acc_t)
-        cv = xv * 0.0 + 1.0
+        cv = tl.full((TILE,), 1.0, acc_t)
         if c is not None:
             cv = tl.load(c + i, mask=i < n, other=0.0).to(acc_t)
         v = value(xv, tv, cv, KIND, A)
@@ -134,7 +134,7 @@ def elementwise_loss_bwd_kernel(
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     xv = tl.load(x + i, mask=i < n, other=0.0).to(acc_t)
     tv = tl.load(t + i, mask=i < n, other=0.0).to(acc_t)
-    cv = xv * 0.0 + 1.0
+    cv = tl.full((TILE,), 1.0, acc_t)
     if c is not None:
         cv = tl.load(c + i, mask=i < n, other=0.0).to(acc_t)
     g = tl.load(dy + i // BLOCK, mask=i < n, other=0.0).to(acc_t)

@@ -138,6 +138,13 @@ def test_strides_are_kept_as_torch_keeps_them():
     for x in dense:
         assert F.relu(x).stride() == torch.relu(x).stride() == x.stride()
         torch.testing.assert_close(F.silu(x), torch_F.silu(x))
+    for x in (torch.randn(2, 4, 6, 8).to(memory_format=torch.channels_last), torch.randn(6, 4).t()):
+        for dim in range(x.dim()):
+            y, expected = F.glu(x, dim), torch_F.glu(x, dim)
+            assert y.stride() == expected.stride()
+            torch.testing.assert_close(y, expected)
+    x, slopes = torch.randn(3, 4), torch.rand(1).expand(4)
+    torch.testing.assert_close(F.prelu(x, slopes), torch.prelu(x, slopes))
     gaps = torch.randn(4, 10)[:, ::2]
     torch.testing.assert_close(F.silu(gaps), torch_F.silu(gaps))
     expanded = torch.randn(3, 1).expand(3, 4)

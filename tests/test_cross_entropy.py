@@ -70,6 +70,11 @@ def test_one_example_without_a_batch(backend):
     same(F.cross_entropy, torch_F.cross_entropy, X[0], T[0], backend=backend)
     same(F.cross_entropy, torch_F.cross_entropy, X[0], Q[0], backend=backend, reduction="none")
     same(F.nll_loss, torch_F.nll_loss, X[0], T[1].byte(), backend=backend)
+    for reduction in ("none", "mean"):
+        # the label may have one dimension; torch's gradient then fails, so its truth is that of a label without one
+        one = lambda x, t, **how: F.cross_entropy(x, t[None], **how)
+        same(one, torch_F.cross_entropy, X[0], T[0], backend=backend, reduction=reduction)
+        assert F.nll_loss(X[0], T[:1], reduction=reduction).shape == ()
 
 
 def test_infinities_and_nan_as_torch(backend):
@@ -100,6 +105,7 @@ def test_all_ignored_and_empty():
     assert F.cross_entropy(X, torch.full((6,), -100)).isnan()
     assert F.cross_entropy(X[:0], T[:0]).isnan() and F.cross_entropy(X[:0], T[:0], reduction="sum") == 0
     assert F.cross_entropy(X[:0], T[:0], reduction="none").shape == (0,)
+    assert F.cross_entropy(X[:0], Q[:0]).isnan() and F.cross_entropy(X[:0], Q[:0], reduction="sum") == 0
 
 
 def test_z_loss(backend):
@@ -222,6 +228,7 @@ def test_is_routed():
         (X, T.float(), {}),
         (X, Q.long(), {}),
         (X, T[:5], {}),
+        (X[0], T[:2], {}),
         (X, T, {"weight": W[:4]}),
         (X, T, {"reduction": "average"}),
         (X, T, {"label_smoothing": 1.5}),

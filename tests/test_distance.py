@@ -191,12 +191,38 @@ def test_pairwise_distance(p, keepdim):
     torch.testing.assert_close(nn.PairwiseDistance(**arguments)(a, b), theirs(a, b))
 
 
+@pytest.mark.parametrize("p", [-1.0, 0.0, 0.5, 1.0, 2.0, 3.0, math.inf])
+def test_pairwise_distance_at_the_edges(p):
+    """Equal sizes, infinities, numbers without a dimension: value and gradient of torch."""
+    inf = math.inf
+    rows = torch.tensor([[1.0, 2, 3], [2, -1, 0.5], [inf, 1, 2]]), torch.tensor([[0.0, 1, 2], [1, 1, 1], [1, 1, 1]])
+    for pair in (rows, (torch.tensor(2.0), torch.tensor(0.5))):
+        found = []
+        for function in (F.pairwise_distance, torch.nn.functional.pairwise_distance):
+            a, b = (t.clone().requires_grad_() for t in pair)
+            y = function(a, b, p, 0.25)
+            (dx,) = torch.autograd.grad(y.sum(), a, allow_unused=True)
+            found.append((y.detach(), dx))
+        torch.testing.assert_close(*(y for y, _ in found))
+        if p in (0.0, math.inf) or pair is not rows:
+            assert (found[0][1] is None) == (found[1][1] is None)
+            if found[0][1] is not None:
+                torch.testing.assert_close(found[0][1], found[1][1])
+
+
+def test_knn_at_infinity():
+    query, data = torch.tensor([[0.0, 1.0]], requires_grad=True), torch.tensor([[math.inf, 0.0], [1.0, 1.0]])
+    assert F.knn(query, data, 2, math.inf)[0].tolist() == [[1.0, math.inf]]
+
+
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_cosine_similarity(dim):
     ours = lambda a, b: F.cosine_similarity(a, b, dim, 1e-3)
     theirs = lambda a, b: torch.nn.functional.cosine_similarity(a, b, dim, 1e-3)
     agrees(ours, theirs, torch.randn(3, 4, 5), torch.randn(3, 1, 5))
     assert nn.CosineSimilarity(dim)(torch.zeros(2, 3), torch.ones(2, 3)).abs().max() == 0
+    if dim != 1:
+        torch.testing.assert_close(ours(torch.tensor(-2.0), torch.tensor(3.0)), torch.tensor(-1.0))
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     y = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradgradcheck(lambda a, b: F.cosine_similarity(a, b, -1), (x, y))

@@ -149,6 +149,41 @@ def test_empty_as_torch():
         assert getattr(F, op)(x, x, reduction="none").shape == (0, 3)
 
 
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_channels_last_stays(op, reduction):
+    shape = (2, 3, 4, 5)
+    draw = lambda: torch.rand(shape, generator=G) * 0.8 + 0.1
+    x, t = draw().contiguous(memory_format=torch.channels_last).requires_grad_(), draw()
+    y = getattr(F, op)(x, t, reduction=reduction)
+    torch.testing.assert_close(y, getattr(torch_F, op)(x, t, reduction=reduction))
+    assert torch.autograd.grad(y.sum(), x)[0].stride() == x.stride()
+    assert reduction == "sum" or y.stride() == x.stride()
+
+
+def test_batchmean_divides_by_the_batch_of_the_input():
+    for x in (torch.tensor(-0.5), torch.randn(1, 4), torch.randn(4)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            t = torch.rand(3, 4) + 0.1
+            ours, theirs = (f.kl_div(x, t, reduction="batchmean") for f in (F, torch_F))
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_infinite_logits_as_torch(backend):
+    inf = float("inf")
+    points = [inf, -inf, inf, -inf, inf, -inf, float("nan"), 1e30, -1e30]
+    found = []
+    for function in (F.binary_cross_entropy_with_logits, torch_F.binary_cross_entropy_with_logits):
+        x = torch.tensor(points, requires_grad=True)
+        t = torch.tensor([0.0, 0, 1, 1, 0.5, 0.5, 0, 0, 1], requires_grad=True)
+        with forced(backend):
+            y = function(x, t, reduction="none")
+            found.append((y.detach(), *torch.autograd.grad(y.sum(), (x, t))))
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
 def test_scalars():
     x, t = torch.tensor(0.3), torch.tensor(0.6)
     for op in OPS:
@@ -190,6 +225,7 @@ def test_is_routed():
         ("huber_loss", (X, T), {"delta": 0.0}),
         ("binary_cross_entropy", (X, Q), {}),
         ("binary_cross_entropy", (P, Q[:3]), {}),
+        ("binary_cross_entropy", (torch.full((2,), float("nan")), torch.zeros(2)), {}),
         ("binary_cross_entropy_with_logits", (X, Q[:3]), {}),
         ("binary_cross_entropy_with_logits", (X, Q), {"pos_weight": W[:, :3]}),
         ("kl_div", (X, Q[:3]), {"reduction": "sum"}),

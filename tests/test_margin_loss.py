@@ -83,7 +83,14 @@ def test_empty():
 
 @pytest.mark.parametrize(
     ("t", "how"),
-    [(T[:5], {}), (T, {"p": 3}), (T, {"weight": W[:3]}), (T, {"reduction": "all"}), (T.reshape(2, 3), {})],
+    [
+        (T[:5], {}),
+        (T, {"p": 3}),
+        (T, {"weight": W[:3]}),
+        (T, {"weight": W[None]}),
+        (T, {"reduction": "all"}),
+        (T.reshape(2, 3), {}),
+    ],
 )
 def test_refuses_as_torch(t, how):
     same_refusal(F.multi_margin_loss, torch_F.multi_margin_loss, X, t, **how)

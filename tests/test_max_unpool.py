@@ -33,6 +33,20 @@ def test_undoes_max_pool(backend, rank):
     assert torch.equal(back, expected) and torch.equal(alone, expected[0])
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_channels_before_or_behind_space(rank):
+    """Each of values and indices may lie in memory as it likes; the output follows the values."""
+    x = torch.randperm(2 * 3 * 4**rank).float().reshape(2, 3, *(4,) * rank)
+    y, index = getattr(torch_F, f"max_pool{rank}d")(x, 2, return_indices=True)
+    behind = lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1)
+    expected = getattr(torch_F, f"max_unpool{rank}d")(y, index, 2)
+    for value in (y, behind(y)):
+        for place in (index, behind(index)):
+            back = getattr(F, f"max_unpool{rank}d")(value, place, 2)
+            assert torch.equal(back, expected)
+            assert back.movedim(1, -1).is_contiguous() == value.movedim(1, -1).is_contiguous()
+
+
 def test_the_last_of_equal_places_stays(backend):
     x, index = torch.arange(1.0, 9).reshape(1, 1, 2, 4), torch.tensor([[[[3, 3, 0, 5], [3, 5, 5, 7]]]])
     x.requires_grad_()

@@ -107,6 +107,8 @@ def test_empty_outputs_and_batches():
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert not dx.any()
     assert F.max_pool2d(x[:0], 2).shape == (0, 3, 2, 2)
+    for op in ("adaptive_avg_pool2d", "adaptive_max_pool2d"):  # torch takes no channels there
+        assert getattr(F, op)(x[0, :0], 2).shape == getattr(torch_F, op)(x[0, :0], 2).shape == (0, 2, 2)
 
 
 def test_positions_take_one_byte_where_nobody_asks_for_them():

@@ -99,15 +99,16 @@ struct Bce {
 struct BceWithLogits {
   template <class V>
   static PYOPS_HOST_DEVICE V value(V x, V t, V c, double) {
-    const V soft = select(x < V(0), -x, x - x) + log1p_unit(exp(-abs(x)));
+    const V soft = select(x > V(0), V(0), -x) + log1p_unit(exp(-abs(x)));
     return (V(1) - t) * x + (V(1) + (c - V(1)) * t) * soft;
   }
   template <class V>
   static PYOPS_HOST_DEVICE void slope(V x, V t, V c, double, V& dx, V& dt) {
-    const V soft = select(x < V(0), -x, x - x) + log1p_unit(exp(-abs(x)));
+    const V soft = select(x > V(0), V(0), -x) + log1p_unit(exp(-abs(x)));
     // 1 - p = sigmoid(-x) keeps its digits where p is nearly 1
     dx = (V(1) - t) - (V(1) + (c - V(1)) * t) * sigmoid(-x);
-    dt = (c - V(1)) * soft - x;
+    const V more = c - V(1);  // 0 without weights, also beside an infinite logarithm
+    dt = select(abs(more) > V(0), more * soft, more) - x;
   }
 };
 

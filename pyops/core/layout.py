@@ -63,16 +63,28 @@ def flatten_dense(x: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor
 
     A copy only where x has gaps or overlaps; then the result is contiguous.
     """
-    shape = x.shape
+    moved, order = in_memory_order(x)
+    return moved.view(-1), lambda y: from_memory_order(y.view(moved.shape), order)
+
+
+def in_memory_order(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """``(moved, order)``: x as a contiguous tensor, and which of its dimensions stands where there.
+
+    A copy only where x has gaps or overlaps; then its order stays.
+    """
+    dims = list(range(x.dim()))
     if x.is_contiguous():
-        return x.view(-1), lambda y: y.view(shape)
+        return x, dims
     strides = x.stride()
-    order = sorted(range(x.dim()), key=lambda d: -strides[d])
+    order = sorted(dims, key=lambda d: -strides[d])
     moved = x.permute(order)
-    if not moved.is_contiguous():
-        return x.contiguous().view(-1), lambda y: y.view(shape)
-    inverse = sorted(range(x.dim()), key=order.__getitem__)
-    return moved.view(-1), lambda y: y.view(moved.shape).permute(inverse)
+    return (moved, order) if moved.is_contiguous() else (x.contiguous(), dims)
+
+
+def from_memory_order(y: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """The inverse of ``in_memory_order``, for what has the shape of ``moved``."""
+    inverse = sorted(order, key=order.__getitem__)
+    return y if inverse == sorted(order) else y.permute(inverse)
 
 
 def memory_order(x: torch.Tensor) -> list[int]:

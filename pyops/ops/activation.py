@@ -29,7 +29,7 @@ from ..core.activations import hardsigmoid as _hardsigmoid_truth
 from ..core.activations import hardswish as _hardswish_truth
 from ..core.autograd import Formula, Tensors, differentiable
 from ..core.intercept import route
-from ..core.layout import flatten_dense
+from ..core.layout import flatten_dense, from_memory_order, in_memory_order
 from ..core.samples import Maker, Sample, checked
 
 _kernels = library.triton_kernels("activation")
@@ -287,7 +287,7 @@ def glu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
         dim: the dimension that is halved.
 
     Returns:
-        Tensor[*, n, *], contiguous.
+        Tensor[*, n, *], its dimensions in the input's order in memory (channels last stays channels last).
 
     Raises:
         RuntimeError: a scalar input, or an odd size.
@@ -304,13 +304,14 @@ def gated(op: str, input: torch.Tensor, dim: int, function: str) -> torch.Tensor
     if not isinstance(dim, int) or not -input.dim() <= dim < input.dim():
         check.fail(IndexError, op, "dim", dim, f"a dimension of an input of shape {list(input.shape)}")
     dim = dim % input.dim()
-    shape = input.shape
-    if shape[dim] % 2:
-        check.fail(RuntimeError, op, "input", f"size {shape[dim]} in dimension {dim}", "an even size")
-    half = (*shape[:dim], shape[dim] // 2, *shape[dim + 1 :])
-    rows = math.prod(shape[:dim])
-    x = input.contiguous().view(rows, 2, math.prod(half[dim:]))
-    return _apply_gated(backend.namespace_for(op, input), x, FUNCTIONS[function][0]).view(half)
+    if input.shape[dim] % 2:
+        check.fail(RuntimeError, op, "input", f"size {input.shape[dim]} in dimension {dim}", "an even size")
+    moved, order = in_memory_order(input)
+    shape, at = moved.shape, order.index(dim)
+    half = (*shape[:at], shape[at] // 2, *shape[at + 1 :])
+    x = moved.view(math.prod(shape[:at]), 2, math.prod(half[at:]))
+    y = _apply_gated(backend.namespace_for(op, input), x, FUNCTIONS[function][0])
+    return from_memory_order(y.view(half), order)
 
 
 def prelu(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -336,19 +337,15 @@ def prelu(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         got = f"{weight.dtype} on {weight.device}"
         check.fail(RuntimeError, "prelu", "weight", got, f"{input.dtype} on {input.device}, as the input")
     namespace = backend.namespace_for("prelu", input)
-    weight = weight.reshape(-1)
+    weight = weight.reshape(-1).contiguous()
     if weight.numel() == 1:
         flat, restore = flatten_dense(input)
         return restore(_apply_prelu(namespace, flat.view(1, 1, -1), weight).view(-1))
-    flat, restore = flatten_dense(input)
-    order = sorted(range(input.dim()), key=lambda d: (-input.stride(d), d))
-    moved = input.permute(order)
-    if not moved.is_contiguous():
-        order, moved = list(range(input.dim())), input.contiguous()
+    moved, order = in_memory_order(input)
     at = order.index(1)
     before, after = math.prod(moved.shape[:at]), math.prod(moved.shape[at + 1 :])
-    y = _apply_prelu(namespace, flat.view(before, channels, after), weight)
-    return restore(y.view(-1))
+    y = _apply_prelu(namespace, moved.view(before, channels, after), weight)
+    return from_memory_order(y.view(moved.shape), order)
 
 
 def rrelu(

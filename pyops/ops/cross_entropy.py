@@ -158,8 +158,11 @@ def _checked_labels(op: str, x: torch.Tensor, target: torch.Tensor, batch: bool)
     want = (x.shape[0], *x.shape[2:]) if batch else ()
     if target.dtype not in (torch.int64, torch.uint8):
         check.fail(RuntimeError, op, "target", target.dtype, "torch.int64 or torch.uint8")
+    if not batch and tuple(target.shape) == (1,):
+        target = target.reshape(())
     if tuple(target.shape) != want:
-        kind = ValueError if batch and target.dim() > 0 and target.shape[0] != x.shape[0] else RuntimeError
+        size_differs = target.dim() > 0 and target.shape[0] != x.shape[0] if batch else target.dim() == 1
+        kind = ValueError if size_differs else RuntimeError
         check.fail(kind, op, "target", f"shape {list(target.shape)}", f"shape {list(want)}, a label for each row")
     return target.long()
 
@@ -174,7 +177,7 @@ def _labelled(
     labels = _checked_labels(op, x, target, batch)
     w = _checked_weight(op, x, weight, classes)
     rows, last = _as_rows(x, 1 if batch else 0)
-    labels = labels.contiguous().reshape(rows.shape[0], rows.shape[2])
+    shape, labels = labels.shape, labels.contiguous().reshape(rows.shape[0], rows.shape[2])
     arguments = int(ignore_index), smoothing, z_loss, logits
     try:
         loss, divisor, *_ = _apply(backend.namespace_for(op, x), rows, labels, w, *arguments)
@@ -183,7 +186,7 @@ def _labelled(
             raise
         raise IndexError(str(error)) from None
     if reduction == "none":
-        return loss.to(x.dtype).reshape(target.shape)
+        return loss.to(x.dtype).reshape(shape)
     total = loss.sum() if reduction == "sum" else loss.sum() / divisor.sum()
     return total if total.dtype == x.dtype else total.to(x.dtype)
 
@@ -216,7 +219,7 @@ def cross_entropy(
 
     Args:
         input: Tensor[C], [N, C] or [N, C, *], logits in float32, float64, bfloat16 or float16.
-        target: labels in [0, C), int64 or uint8, Tensor[], [N] or [N, *]; or probabilities of the input's shape.
+        target: labels in [0, C), int64 or uint8, Tensor[] or [1], [N] or [N, *]; or probabilities of the input's shape.
         weight: Tensor[C], how much a class counts; None: 1 each.
         size_average, reduce: torch's legacy spelling of ``reduction``.
         ignore_index: the label that counts nothing.
@@ -262,7 +265,8 @@ def cross_entropy(
         shape = (x.shape[0], *x.shape[2:]) if x.dim() > 1 else ()
         return loss.to(x.dtype).reshape(shape)
     total = loss.sum()
-    return (total if reduction == "sum" else total / max(loss.numel(), 1)).to(x.dtype)
+    # torch's mean of no elements is NaN
+    return (total if reduction == "sum" else total / (loss.numel() or math.nan * 1)).to(x.dtype)
 
 
 def nll_loss(

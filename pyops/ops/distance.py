@@ -66,7 +66,8 @@ def _length(d: torch.Tensor, p: float, keepdim: bool = False) -> torch.Tensor:
         if d.shape[-1] == 0:
             return size.sum(-1, keepdim=keepdim)
         most = size.detach().amax(-1, keepdim=True)
-        chosen = torch.where(size.detach() == most, size - size.detach(), torch.zeros_like(size)).sum(-1, keepdim=True)
+        moves = (size.detach() == most) & most.isfinite()
+        chosen = torch.where(moves, size - size.detach(), torch.zeros_like(size)).sum(-1, keepdim=True)
         whole = most + chosen
         return whole if keepdim else whole.squeeze(-1)
     # the root is taken of 1 where the sum is 0: its slope there is infinite
@@ -184,7 +185,7 @@ def pairwise_distance(
 
     Args:
         x1, x2: Tensors that broadcast, floating.
-        p: order of the norm, >= 0.
+        p: order of the norm, any number; entries that share the largest size (p = ∞) share the gradient, as in torch.
         eps: added to every difference, in torch so that the root has a slope.
         keepdim: keep the last dimension, of size 1.
 
@@ -193,15 +194,19 @@ def pairwise_distance(
         gradient is 0.
 
     Raises:
-        RuntimeError: shapes that do not broadcast, a negative p.
+        RuntimeError: shapes that do not broadcast.
         NotImplementedError: a dtype that is not floating.
     """
     check.floating("pairwise_distance", "x1", x1)
     check.floating("pairwise_distance", "x2", x2)
-    order = _order("pairwise_distance", p)
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        check.fail(TypeError, "pairwise_distance", "p", type(p).__name__, "a number")
     dtype = torch.promote_types(x1.dtype, x2.dtype)
     wide = check.accumulate_dtype(dtype)
-    return _length(x1.to(wide) - x2.to(wide) + eps, order, keepdim).to(dtype)
+    d = x1.to(wide) - x2.to(wide) + eps
+    if d.dim() == 0 or not 0 < p < math.inf:
+        return torch.linalg.vector_norm(d, p, dim=-1, keepdim=keepdim).to(dtype)
+    return _length(d, float(p), keepdim).to(dtype)
 
 
 def cosine_similarity(x1: torch.Tensor, x2: torch.Tensor, dim: int = 1, eps: float = 1e-8) -> torch.Tensor:
@@ -225,8 +230,9 @@ def cosine_similarity(x1: torch.Tensor, x2: torch.Tensor, dim: int = 1, eps: flo
     dtype = torch.promote_types(x1.dtype, x2.dtype)
     wide = check.accumulate_dtype(dtype)
     a, b = torch.broadcast_tensors(x1.to(wide), x2.to(wide))
-    if not -a.dim() <= dim < max(a.dim(), 1):
+    if not -max(a.dim(), 1) <= dim < max(a.dim(), 1):
         check.fail(IndexError, "cosine_similarity", "dim", dim, f"one of {a.dim()} dimensions")
+    a, b = (x.unsqueeze(0) if x.dim() == 0 else x for x in (a, b))  # of numbers, as in torch
     lengths = [_length(x.movedim(dim, -1), 2.0).clamp(min=eps) for x in (a, b)]
     return ((a * b).sum(dim) / (lengths[0] * lengths[1])).to(dtype)
 

@@ -30,6 +30,7 @@ import torch
 from ..core import autocast, backend, check, library
 from ..core.autograd import Formula, Tensors, differentiable
 from ..core.intercept import route
+from ..core.layout import from_memory_order, in_memory_order
 from ..core.samples import Maker, Sample, checked
 
 _kernels = library.triton_kernels("elementwise_loss")
@@ -159,8 +160,9 @@ def _as_dtype(t: Any, dtype: torch.dtype) -> torch.Tensor:
     return t if t.dtype == dtype else t.to(dtype)  # type: ignore[no-any-return]
 
 
-def _flat(t: torch.Tensor) -> torch.Tensor:
-    return t.contiguous().reshape(-1)
+def _flat(t: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """t as a row, its dimensions taken in this order."""
+    return (t if t.is_contiguous() and order == sorted(order) else t.permute(order).contiguous()).view(-1)
 
 
 def _loss(
@@ -169,9 +171,10 @@ def _loss(
 ) -> torch.Tensor:  # fmt: skip
     """The reduced loss; ``weight`` multiplies the elements, ``over`` is what a mean divides by, if not their number."""
     kind, namespace = _LOSSES[name][0], backend.namespace_for(op, x)
-    flat = _flat(x), _flat(t), None if c is None else _flat(c.to(x.dtype).expand(x.shape))
+    moved, order = in_memory_order(x)
+    flat = moved.view(-1), _flat(t, order), None if c is None else _flat(c.to(x.dtype).expand(x.shape), order)
     if reduction == "none" or weight is not None:
-        y = _apply(namespace, *flat, kind, a, 1).reshape(x.shape)
+        y = from_memory_order(_apply(namespace, *flat, kind, a, 1).view(moved.shape), order)
         y = y if weight is None else y * weight
         if reduction == "none":
             return y
@@ -316,7 +319,7 @@ def binary_cross_entropy(
         size_average, reduce, reduction: as of ``mse_loss``.
 
     Raises:
-        RuntimeError: probabilities outside [0, 1], on the CPU; on a GPU they give NaN.
+        RuntimeError: probabilities outside [0, 1] or NaN, on the CPU; on a GPU they give NaN.
         ValueError: a target of another shape.
     """
     op = "binary_cross_entropy"
@@ -326,7 +329,7 @@ def binary_cross_entropy(
     plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
     if x.device.type == "cpu" and x.numel() and plain:
         low, high = (v.item() for v in x.detach().aminmax())
-        if low < 0 or high > 1:
+        if not (low >= 0 and high <= 1):  # a NaN neither
             check.fail(RuntimeError, op, "input", f"numbers from {low} to {high}", "probabilities in [0, 1]")
     w = _weight(op, x, weight, False)
     return _loss(op, "bce", x, t, _reduction(op, reduction, size_average, reduce), weight=w)
@@ -383,13 +386,16 @@ def kl_div(
     op = "kl_div"
     how = _reduction(op, reduction, size_average, reduce, ("batchmean",))
     check.floating(op, "input", input)
+    over = (
+        input.shape[0] if how == "batchmean" and input.dim() else None
+    )  # as torch, of the input before it is broadcast
     if isinstance(target, torch.Tensor) and target.shape != input.shape and target.device == input.device:
         try:
             input, target = torch.broadcast_tensors(input, target)
         except RuntimeError:
             check.fail(RuntimeError, op, "target", f"shape {list(target.shape)}", f"one like {list(input.shape)}")
     x, t = _pair(op, input, target, False)
-    over = x.shape[0] if how == "batchmean" and x.dim() else None
+    how = "sum" if how == "batchmean" and over is None else how
     return _loss(op, "kl_div_log" if log_target else "kl_div", x, t, how, over=over)
 
 

@@ -182,13 +182,14 @@ def _indices(op: str, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
         check.fail(RuntimeError, op, "input", input.dtype, "int64 or int32")
     if input.device != weight.device:
         check.fail(RuntimeError, op, "input", f"a tensor on {input.device}", f"one on {weight.device}, as the weight")
-    index = input.reshape(-1).long()
+    index = input.reshape(-1).long().contiguous()
     hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if index.device.type == "cpu" and index.numel() and not hidden:
         low, high = (int(v) for v in index.aminmax())
         if low < 0 or high >= weight.shape[0]:
             wanted = f"indices in [0, {weight.shape[0]}), the rows of the weight"
-            check.fail(IndexError, op, "input", low if low < 0 else high, wanted)
+            kind = RuntimeError if op == "embedding_bag" else IndexError  # as torch
+            check.fail(kind, op, "input", low if low < 0 else high, wanted)
     return index
 
 
@@ -279,6 +280,7 @@ def embedding_bag(
         weight: Tensor[V, D] in float32, float64, bfloat16 or float16.
         offsets: Tensor[bags], where each bag begins; [bags + 1] with ``include_last_offset``.
         max_norm, norm_type: as in ``embedding``.
+        scale_grad_by_freq: the gradient of a row is divided by how often it is named; the rows are then gathered first.
         mode: ``"sum"``, ``"mean"`` or ``"max"``; an empty bag gives 0.
         per_sample_weights: Tensor of input's shape and the weight's dtype, a factor for each row, with ``"sum"``.
         padding_idx: rows of this index take no part, nor do they count in a mean.
@@ -287,12 +289,12 @@ def embedding_bag(
         Tensor[bags, D].
 
     Raises:
-        IndexError: an index outside [0, V), on the CPU; on a GPU the bag is NaN.
+        RuntimeError: an index outside [0, V), on the CPU; on a GPU the bag is NaN.
         ValueError: offsets and ranks that do not fit, or an unknown mode.
         RuntimeError: offsets that do not begin at 0, decrease or pass the end.
         ValueError: ``scale_grad_by_freq`` or ``sparse`` with mode ``"max"``.
-        NotImplementedError: per_sample_weights with another mode than ``"sum"``; Unsupported: ``scale_grad_by_freq``,
-            sparse gradients: ``pyops.use`` leaves them to torch.
+        NotImplementedError: per_sample_weights with another mode than ``"sum"``; Unsupported: ``sparse`` where a
+            gradient is wanted: ``pyops.use`` leaves it to torch.
 
     Of equal maxima the first has the gradient; a NaN that comes first stays, a later one is passed over, as in torch.
     """
@@ -300,11 +302,11 @@ def embedding_bag(
     _table(op, weight)
     if mode not in ("sum", "mean", "max"):
         check.fail(ValueError, op, "mode", repr(mode), "'sum', 'mean' or 'max'")
-    if scale_grad_by_freq or sparse:
-        if mode == "max":
-            wanted = "False with mode 'max'"
-            check.fail(ValueError, op, "scale_grad_by_freq" if scale_grad_by_freq else "sparse", True, wanted)
-        raise Unsupported("embedding_bag: got scale_grad_by_freq or sparse, expected none of them")
+    if (scale_grad_by_freq or sparse) and mode == "max":
+        wanted = "False with mode 'max'"
+        check.fail(ValueError, op, "scale_grad_by_freq" if scale_grad_by_freq else "sparse", True, wanted)
+    if sparse and weight.requires_grad and torch.is_grad_enabled():
+        raise Unsupported("embedding_bag: argument 'sparse': got True, expected False: gradients are dense")
     if per_sample_weights is not None:
         if mode != "sum":
             check.fail(NotImplementedError, op, "per_sample_weights", f"a tensor with mode {mode!r}", "mode 'sum'")
@@ -318,8 +320,9 @@ def embedding_bag(
     if max_norm is not None:
         _renormalise(weight, index, float(max_norm), float(norm_type))
     ends = _offsets(input, offsets, include_last_offset, index.shape[0])
+    namespace, table = backend.namespace_for(op, weight), weight.contiguous()
     if mode == "max":
-        return _gather_max(backend.namespace_for(op, weight), weight.contiguous(), index, ends, padding)[0]
+        return _gather_max(namespace, table, index, ends, padding)[0]
     scale = None if per_sample_weights is None else per_sample_weights.reshape(-1).contiguous()
     counted = None if padding < 0 else (index != padding).to(weight.dtype)
     if mode == "mean":
@@ -331,7 +334,10 @@ def embedding_bag(
         scale = torch.cat([wide, wide.new_zeros(1)])[bag].to(weight.dtype)
     if counted is not None:
         scale = counted if scale is None else scale * counted
-    return _gather_sum(backend.namespace_for(op, weight), weight.contiguous(), index, ends, scale)
+    if scale_grad_by_freq:
+        table = _gather_rows(namespace, table, index, padding, True)
+        index = torch.arange(index.shape[0], device=index.device)
+    return _gather_sum(namespace, table, index, ends, scale)
 
 
 def _offsets(input: torch.Tensor, offsets: torch.Tensor | None, include_last: bool, entries: int) -> torch.Tensor:

@@ -111,7 +111,8 @@ def multi_margin_loss(
         if weight.requires_grad and torch.is_grad_enabled():
             check.fail(ValueError, op, "weight", "a tensor that requires a gradient", "one that does not")
         if weight.shape != x.shape[-1:]:
-            check.fail(RuntimeError, op, "weight", f"shape {list(weight.shape)}", f"shape {[x.shape[-1]]}")
+            kind = RuntimeError if weight.dim() == 1 else ValueError
+            check.fail(kind, op, "weight", f"shape {list(weight.shape)}", f"shape {[x.shape[-1]]}")
         weight = weight.to(check.accumulate_dtype(x.dtype)).contiguous()
     loss = _apply(backend.namespace_for(op, x), rows, labels.contiguous(), weight, int(p), float(margin))
     if reduction == "none":

@@ -91,17 +91,12 @@ def _unpool(
     last = is_channels_last(x)
     n, c = x.shape[:2]
     if last:
-        indices = indices.contiguous(memory_format=_format(rank))
-        planes, index = (t.movedim(1, -1).flatten(1, -2) for t in (x, indices))
+        planes, index = (t.movedim(1, -1).contiguous().flatten(1, -2) for t in (x, indices))
     else:
         planes, index = (t.contiguous().reshape(n * c, math.prod(t.shape[2:]), 1) for t in (x, indices))
     y = _apply(backend.namespace_for(op, x), planes, index, math.prod(out))
     y = y.reshape(n, *out, c).movedim(-1, 1) if last else y.reshape(n, c, *out)
     return y[0] if alone else y
-
-
-def _format(rank: int) -> torch.memory_format:
-    return torch.channels_last if rank == 2 else torch.channels_last_3d
 
 
 Size = int | Sequence[int]

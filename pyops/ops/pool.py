@@ -116,10 +116,11 @@ _apply_avg = differentiable(Formula(_avg_fwd, _avg_bwd, 1, 1, _avg_arguments, _a
 # Arguments
 
 
-def _check_input(op: str, x: torch.Tensor, rank: int) -> torch.Tensor:
+def _check_input(op: str, x: torch.Tensor, rank: int, channels: bool = True) -> torch.Tensor:
+    """The input after autocast; an adaptive pooling may lack ``channels``."""
     check.floating(op, "input", x)
     (x,) = autocast.cast(op, x)
-    if x.dim() not in (rank + 1, rank + 2) or 0 in x.shape[x.dim() - rank - 1 :]:
+    if x.dim() not in (rank + 1, rank + 2) or 0 in x.shape[x.dim() - rank - channels :]:
         check.fail(
             RuntimeError, op, "input", f"shape {list(x.shape)}", f"[N, C, *] or [C, *] with {rank} sizes > 0 in *"
         )
@@ -304,9 +305,9 @@ def _adaptive_max_pool(rank: int) -> Any:
     op = f"adaptive_max_pool{rank}d"
 
     def adaptive_max_pool(input: torch.Tensor, output_size: Any, return_indices: bool = False) -> Any:
-        x = _check_input(op, input, rank)
+        x = _check_input(op, input, rank, channels=False)
         window, outs = _adaptive_window(op, x, rank, output_size)
-        if 0 in outs:
+        if 0 in outs or 0 in x.shape:
             y = _nothing(x, rank, outs)
             return (y, y.detach().long()) if return_indices else y
         return _pool_max(op, x, rank, window, return_indices)
@@ -331,9 +332,9 @@ def _adaptive_avg_pool(rank: int) -> Any:
     op = f"adaptive_avg_pool{rank}d"
 
     def adaptive_avg_pool(input: torch.Tensor, output_size: Any) -> torch.Tensor:
-        x = _check_input(op, input, rank)
+        x = _check_input(op, input, rank, channels=False)
         window, outs = _adaptive_window(op, x, rank, output_size)
-        if 0 in outs:
+        if 0 in outs or 0 in x.shape:
             return _nothing(x, rank, outs)
         return _pool_avg(op, x, rank, window, False, 0)
 
