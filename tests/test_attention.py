@@ -119,6 +119,14 @@ def test_mask_gets_its_gradient():
     torch.testing.assert_close(ours, expected)
 
 
+def test_a_mask_that_repeats_itself_gets_the_gradient_of_each_element():
+    q, k = torch.randn(1, 2, 3, 4, dtype=torch.float64), torch.randn(1, 2, 5, 4, dtype=torch.float64)
+    bias = torch.randn(1, 5, dtype=torch.float64).expand(3, 5).detach().requires_grad_()
+    (ours,) = torch.autograd.grad(sdpa(q, k, k, bias).sin().sum(), bias)
+    (expected,) = torch.autograd.grad(theirs(q, k, k, bias).sin().sum(), bias)
+    torch.testing.assert_close(ours, expected)
+
+
 def test_expanded_mask_is_not_copied():
     expanded = torch.ones(2, 1, 1, 6, dtype=torch.bool).expand(2, 4, 6, 6)
     assert attention._checked_mask(NAME, expanded, Q, (2,), 4, 6, 6).shape == (2, 1, 1, 6)

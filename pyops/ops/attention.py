@@ -159,7 +159,9 @@ def _checked_mask(op, mask, query, batch, heads, queries, keys):
     sizes = (1,) * (len(full) - mask.dim()) + tuple(mask.shape)
     if len(sizes) != len(full) or any(m not in (1, n) for m, n in zip(sizes, full)):
         check.fail(RuntimeError, op, "attn_mask", f"shape {list(mask.shape)}", f"one that broadcasts to {list(full)}")
-    mask = _compact(mask.reshape(sizes))
+    mask = mask.reshape(sizes)
+    # a leaf may repeat itself in memory and still want the gradient of each element
+    mask = mask if _is_differentiated(mask) else _compact(mask)
     leading = mask.shape[:-3]
     if any(n != 1 for n in leading):
         mask = mask.expand(*batch, *mask.shape[-3:])
