@@ -12,7 +12,7 @@ PYTEST := $(RUN) -m pytest -n $(or $(MAX_JOBS),$(shell n=$$(nproc); echo $$((n <
 FILES := git ls-files --cached --others --exclude-standard
 RACE := PYOPS_EMULATOR=race $(PYTEST) tests -m race --backend emulator
 
-.PHONY: demo test bench build gpu gpu-wheels emulator asan room fmt lint check sanitize profile sass clean
+.PHONY: demo test thorough bench build gpu gpu-wheels emulator capabilities asan room fmt lint check sanitize profile sass clean
 
 $(VENV)/.installed: requirements/dev.txt requirements/emulator.txt
 	@$(PYTHON) -c "import sys; sys.exit('pyops needs Python 3.10 or newer, this is ' + sys.version) if sys.version_info < (3, 10) else None"
@@ -32,6 +32,10 @@ build: $(VENV)/.installed ## libpyops.so and _host into the editable install
 emulator: $(VENV)/.installed ## the same, with the CUDA kernels compiled for the CPU
 	PYOPS_BUILD_EMULATOR=1 $(PIP) install -q -e . --no-build-isolation --no-deps
 
+capabilities: $(VENV)/.installed ## the CPU kernels for every instruction set, compared on the samples of every op
+	PYOPS_CPU_CAPABILITIES=all $(PIP) install -q -e . --no-build-isolation --no-deps
+	$(RUN) -m pytest tests/test_cpu_capabilities.py tests/test_nms.py -k "instruction_set"
+
 # AddressSanitizer has to be in the process before everything else; Python and torch never free all they allocate.
 ASAN := LD_PRELOAD="$(shell $(or $(CXX),c++) -print-file-name=libasan.so) $(shell $(or $(CXX),c++) -print-file-name=libstdc++.so)" \
         ASAN_OPTIONS=detect_leaks=0 PYOPS_EMULATOR=asan
@@ -48,13 +52,17 @@ demo: $(VENV)/.demo build ## the main job: real networks on real photos, then a 
 	$(RUN) -m pyops demo --out out
 
 test: $(VENV)/.demo emulator ## the whole suite, then the race detector on the smallest cases
-	$(PYTEST) tests -m "not slow"
+	$(PYTEST) tests -m "not slow and not thorough"
 	$(RACE)
+
+thorough: $(VENV)/.demo emulator ## what `make test` leaves out for its quarter of an hour, without the slow tests
+	$(PYTEST) tests -m "thorough and not slow"
 
 check: $(VENV)/.demo emulator ## everything, slow tests included
 	$(PYTEST) tests
 	$(RACE)
 	$(RUN) -m pyops check
+	$(MAKE) capabilities
 
 bench: $(VENV)/.demo build ## all benchmark rooms on this machine; table, JSON and plots in out/
 	$(RUN) -m pyops bench --out out $(OP)

@@ -79,7 +79,7 @@ def build_cuda(torch: Path) -> bool:
 
 
 def cpu_capabilities(inplace: bool) -> str:
-    """PYOPS_CPU_CAPABILITIES=all|native: for an editable install only what this machine runs, for a wheel all."""
+    """PYOPS_CPU_CAPABILITIES=all|native: for an editable install the widest of this machine, for a wheel all."""
     wish = os.environ.get("PYOPS_CPU_CAPABILITIES") or ("native" if inplace else "all")
     if wish not in ("all", "native"):
         fail(f"PYOPS_CPU_CAPABILITIES must be all or native, got {wish!r}")

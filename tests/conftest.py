@@ -29,7 +29,7 @@ def pytest_generate_tests(metafunc):
         return
     wanted = metafunc.config.getoption("--backend")
     names = wanted or [name for name in backend.NAMES if name == "cpu" or library.why_not(name) is None]
-    if metafunc.definition.get_closest_marker("race") is not None and library.emulator_flavour() != "plain":
+    if metafunc.definition.get_closest_marker("race") is not None and library.emulator_mode() != "plain":
         names = wanted or ["emulator"]
     metafunc.parametrize("backend", names)
 
@@ -39,11 +39,31 @@ def pytest_generate_tests(metafunc):
 _OF_THE_RECIPE = {"autocast", "compile", "gradgradcheck", "transforms"}
 _ONE_OF_EACH_KIND = {"layer_norm", "roi_align", "lstm_cell"}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# On Triton's interpreter, which needs half of the suite's time, `make test` runs each op's accuracy and a few cases of
+# each other test; `make thorough` runs the rest: its kernels are checked there as one runs after the other, in NumPy.
+_OF_THE_WRAPPER = {"determinism", "gradcheck", "layout", "opcheck"}
+_CASES = 4
+
+
+def _thin_out(items):
+    """Mark as thorough all but `_CASES` cases of each test on Triton's interpreter, those spread over the list."""
+    cases = {}
+    for item in items:
+        given = getattr(item, "callspec", None)
+        if given is not None and given.params.get("backend") == "triton" and "check" not in given.params:
+            cases.setdefault((item.path, item.originalname, given.params.get("op")), []).append(item)
+    for group in cases.values():
+        kept = {i * len(group) // _CASES for i in range(_CASES)}
+        for i, item in enumerate(group):
+            if i not in kept and len(group) > _CASES:
+                item.add_marker(pytest.mark.thorough)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Mark as slow what is left to `make check`; keep `test_race`, which repeats a check, for the race detector."""
+    """Mark what is left to slower runs; keep `test_race`, which repeats a check, for the race detector."""
+    if _INTERPRETED:
+        _thin_out(items)
     for item in items:
         given = getattr(item, "callspec", None)
         if given is None or given.params.get("backend") not in ("emulator", "triton"):
@@ -52,9 +72,11 @@ def pytest_collection_modifyitems(config, items):
         if given.params.get("check") in _OF_THE_RECIPE and op not in _ONE_OF_EACH_KIND:
             item.add_marker(pytest.mark.slow)
         interpreted = _INTERPRETED and given.params["backend"] == "triton"
+        if interpreted and given.params.get("check") in _OF_THE_WRAPPER and op not in _ONE_OF_EACH_KIND:
+            item.add_marker(pytest.mark.thorough)
         if interpreted and item.get_closest_marker("network") is not None and given.params["name"] != "packed":
             item.add_marker(pytest.mark.slow)
-    if library.emulator_flavour() != "race":
+    if library.emulator_mode() != "race":
         repeated = [item for item in items if item.originalname == "test_race"]
         items[:] = [item for item in items if item not in set(repeated)]
         config.hook.pytest_deselected(items=repeated)

@@ -1,4 +1,4 @@
-"""Builds and loads the emulator's test library: tests/emulator/*.cu, plain, under race detection, or for a GPU."""
+"""Builds and loads the emulator's test library: tests/emulator/*.cu for the CPU, with AddressSanitizer, or for a GPU."""
 
 import contextlib
 import ctypes
@@ -30,12 +30,13 @@ def program(name: str) -> str | None:
     return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
 
 
-def build(flavour: str) -> Path:
-    """Path of the up-to-date library of flavour "plain", "race" or "asan"."""
+def build(asan: bool = False) -> Path:
+    """Path of the up-to-date library."""
+    target = "pyops_emulator_tests_asan" if asan else "pyops_emulator_tests"
     cmake, ninja = program("cmake"), program("ninja")
     if cmake is None or ninja is None:
         raise FileNotFoundError("cmake and ninja are needed to build the emulator's tests")
-    directory, library = ROOT / "build" / "emulator-tests", f"pyops_emulator_tests_{flavour}.so"
+    directory, library = ROOT / "build" / "emulator-tests", f"{target}.so"
     commands = [[cmake, "-S", str(ROOT / "csrc" / "emulator"), "-B", str(directory), "-G", "Ninja"]]
     commands[0] += [f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     commands[0] += [f"-DPYOPS_CUDA_INCLUDE_DIRS={';'.join(str(p) for p in cuda_include_dirs())}"]
@@ -43,8 +44,7 @@ def build(flavour: str) -> Path:
     if (whole / "CMakeCache.txt").exists() and "EMULATOR:BOOL=ON" in (whole / "CMakeCache.txt").read_text():
         # `make emulator` has built the engine there
         directory, library, commands = whole, f"csrc/emulator/{library}", []
-    targets = [f"pyops_emulator_tests_{name}" for name in (("asan",) if flavour == "asan" else ("plain", "race"))]
-    commands.append([cmake, "--build", str(directory), "--target", *targets])
+    commands.append([cmake, "--build", str(directory), "--target", target])
     with one_at_a_time(directory):
         for command in commands:
             done = subprocess.run(command, capture_output=True, text=True)

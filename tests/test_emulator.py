@@ -13,30 +13,26 @@ from tests import emulator_library as emulator
 SCHEDULES = ("forward", "reverse", "random:7", "deep", "deep-reverse")
 
 
-def load(flavour):
+@pytest.fixture(scope="session")
+def library():
     if not emulator.cuda_include_dirs():
         pytest.skip("no CUDA headers: a toolkit, or requirements/emulator.txt")
-    return emulator.Library(emulator.build(flavour))
+    return emulator.Library(emulator.build())
 
 
-@pytest.fixture(scope="session")
-def plain():
-    return load("plain")
+def configured(library, **settings):
+    library.configure(schedule="forward", silence="", threads=1, poison=1, capability=90, **settings)
+    return library
 
 
-@pytest.fixture(scope="session")
-def race():
-    return load("race")
+@pytest.fixture
+def plain(library):
+    return configured(library, race=0)
 
 
-@pytest.fixture(autouse=True)
-def defaults(request):
-    yield
-    for flavour in ("plain", "race"):
-        if flavour in request.fixturenames:
-            library = request.getfixturevalue(flavour)
-            race = int(flavour == "race")
-            library.configure(schedule="forward", silence="", threads=1, poison=1, capability=90, race=race)
+@pytest.fixture
+def race(library):
+    return configured(library, race=1)
 
 
 def passing(library):
@@ -160,7 +156,7 @@ def test_messages_name_file_line_block_and_thread(race):
         assert re.search(r"bugs(_hopper)?\.cu:\d+.*block \(0,0,0\) thread \(\d+,0,0\)", found), found
 
 
-def test_plain_build_finds_misuse_without_instrumentation(plain):
+def test_plain_mode_finds_misuse(plain):
     for bug in ("shuffle_mask", "divergent_barrier", "cp_async_never_waited", "missing_wgmma_fence", "shared_overrun"):
         assert re.search(BUGS[bug][0], plain.run(f"bug_{bug}", 1)), bug
 
@@ -186,7 +182,7 @@ print({n: r for n in names if (r := library.run(n, int(sys.argv[3])))})
 
 def under_asan(schedule: str, variant: int, *names: str) -> subprocess.CompletedProcess:
     """Tests of the AddressSanitizer build, in a process of their own: a finding ends it."""
-    library = emulator.build("asan")
+    library = emulator.build(asan=True)
     runtime = [
         subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")

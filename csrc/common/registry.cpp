@@ -1,8 +1,9 @@
 #include "common/registry.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <map>
+#include <sstream>
+#include <vector>
 
 namespace pyops::registry {
 namespace {
@@ -13,33 +14,45 @@ std::map<std::string, std::string>& signatures() {
   return map;
 }
 
-int level_of(std::string_view name) { return name == "avx512" ? 2 : name == "avx2" ? 1 : name == "baseline" ? 0 : -1; }
-
-const char* name_of(int level) { return level == 2 ? "avx512" : level == 1 ? "avx2" : "baseline"; }
-
-// The widest one that this CPU runs and this library has (CMakeLists.txt); the emulator's has none of its own.
-int supported_level() {
-#if defined(__x86_64__) && defined(PYOPS_WIDEST_CAPABILITY)
+bool runs(std::string_view capability) {
+  if (capability == "baseline") return true;
+#if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return std::min(avx512 ? 2 : avx2 ? 1 : 0, level_of(PYOPS_WIDEST_CAPABILITY));
+  if (capability == "avx2") return avx2;
+  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #else
-  return 0;
+  return false;
 #endif
+}
+
+// Those of this library (CMakeLists.txt) that this CPU runs, narrow to wide; the emulator's has none of its own.
+const std::vector<std::string>& capabilities() {
+  static const std::vector<std::string> found = [] {
+    std::vector<std::string> names;
+#if defined(PYOPS_COMPILED_CAPABILITIES)
+    std::istringstream compiled(PYOPS_COMPILED_CAPABILITIES);
+    for (std::string name; compiled >> name;) {
+      if (runs(name)) names.push_back(name);
+    }
+#endif
+    return names;
+  }();
+  return found;
 }
 
 }  // namespace
 
-const char* supported_cpu_capability() { return name_of(supported_level()); }
+const char* supported_cpu_capability() { return capabilities().empty() ? "" : capabilities().back().c_str(); }
 
 const char* active_cpu_capability() {
   static const char* const active = [] {
-    const int supported = supported_level();
     const char* wanted = std::getenv("PYOPS_CPU_CAPABILITY");
-    const int level = wanted ? level_of(wanted) : supported;
-    return name_of(level < 0 || level > supported ? supported : level);
+    for (const std::string& name : capabilities()) {
+      if (wanted != nullptr && name == wanted) return name.c_str();
+    }
+    return supported_cpu_capability();
   }();
   return active;
 }
@@ -58,7 +71,13 @@ PYOPS_EXPORT const char* pyops_signatures() {
   return text.c_str();
 }
 PYOPS_EXPORT const char* pyops_active_cpu_capability() { return pyops::registry::active_cpu_capability(); }
-PYOPS_EXPORT const char* pyops_supported_cpu_capability() { return pyops::registry::supported_cpu_capability(); }
+// Separated by spaces, narrow to wide.
+PYOPS_EXPORT const char* pyops_cpu_capabilities() {
+  static std::string text;
+  text.clear();
+  for (const std::string& name : pyops::registry::capabilities()) text += text.empty() ? name : " " + name;
+  return text.c_str();
+}
 PYOPS_EXPORT const char* pyops_cuda_architectures() {
 #if defined(PYOPS_CUDA_ARCHITECTURES)
   return PYOPS_CUDA_ARCHITECTURES;

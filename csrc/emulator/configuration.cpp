@@ -65,8 +65,6 @@ bool set(Configuration& c, const std::string& key, const std::string& value) {
   return true;
 }
 
-// The zero pages a race-mode configuration leaves behind are never consulted in plain mode, so the order of
-// construction (here) and of the race build's own switch (hooks.cpp) does not matter.
 Configuration from_environment() {
   Configuration c;
   for (const char* key :

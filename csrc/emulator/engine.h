@@ -25,7 +25,7 @@ enum class Schedule { forward, reverse, random, deep, deep_reverse };
 struct Configuration {
   Schedule schedule = Schedule::forward;
   uint64_t seed = 1;
-  bool race = false;
+  bool race = false;  // needs instrumented kernels
   bool poison = true;
   int threads = 1;
 #if defined(PYOPS_EMULATOR_ASAN)

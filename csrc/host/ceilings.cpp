@@ -174,7 +174,8 @@ Ceilings measure_ceilings(int threads, double seconds) {
   result.copy_stream = result.copy_memcpy;
 #endif
 
-  result.fma_fp32.emplace_back("baseline", fma_rate(threads, fma_share, 4, 12, &fma_baseline<12>));
+  if (runs("baseline"))
+    result.fma_fp32.emplace_back("baseline", fma_rate(threads, fma_share, 4, 12, &fma_baseline<12>));
 #if defined(__x86_64__)
   if (runs("avx2")) result.fma_fp32.emplace_back("avx2", fma_rate(threads, fma_share, 8, 12, &fma_avx2<12>));
   if (runs("avx512")) result.fma_fp32.emplace_back("avx512", fma_rate(threads, fma_share, 16, 12, &fma_avx512<12>));

@@ -1,6 +1,8 @@
 // What CPU this is. cpuid speaks for the instructions, Linux for caches and cores.
 
 #include <fstream>
+#include <map>
+#include <sstream>
 #include <string>
 #include <thread>
 
@@ -126,16 +128,14 @@ CpuFeatures cpu_features() {
 }
 
 std::vector<std::pair<std::string, bool>> cpu_variants() {
-  std::vector<std::pair<std::string, bool>> variants = {{"baseline", true}};
-#if defined(__x86_64__)
   // The same conditions as csrc/common/registry.cpp, which makes the choice.
   auto has = instructions();
-  const bool avx2 = has["avx2"] && has["fma"] && has["f16c"];
-  const std::string widest = PYOPS_WIDEST_CAPABILITY;
-  if (widest != "baseline") variants.emplace_back("avx2", avx2);
-  if (widest == "avx512")
-    variants.emplace_back("avx512", avx2 && has["avx512f"] && has["avx512bw"] && has["avx512dq"] && has["avx512vl"]);
-#endif
+  std::map<std::string, bool> runs = {{"baseline", true}};
+  runs["avx2"] = has["avx2"] && has["fma"] && has["f16c"];
+  runs["avx512"] = runs["avx2"] && has["avx512f"] && has["avx512bw"] && has["avx512dq"] && has["avx512vl"];
+  std::vector<std::pair<std::string, bool>> variants;
+  std::istringstream compiled(PYOPS_COMPILED_CAPABILITIES);
+  for (std::string name; compiled >> name;) variants.emplace_back(name, runs[name]);
   return variants;
 }
 

@@ -25,7 +25,7 @@ def collect() -> dict[str, Any]:
         versions: of pyops, python, torch, triton, numpy (None where absent).
         backends: per backend ``built``, ``usable`` and ``why_not`` (None where usable).
         forced_backend: its name, or None.
-        cpu: ``capability`` in use and ``supported``, torch's ``threads``; from the host module also ``model``,
+        cpu: ``capability`` in use, all ``capabilities`` of this build on this CPU, torch's ``threads``; from the host module also ``model``,
             ``logical_cores``, ``usable_cores``, ``instructions``, ``caches`` (bytes), ``variants``.
         gpus: name, compute capability and memory in bytes of each GPU that torch sees.
         cuda_architectures: compiled into libpyops.so.
@@ -36,7 +36,7 @@ def collect() -> dict[str, Any]:
     host, host_problem = _host_module()
     cpu: dict[str, Any] = {
         "capability": library.cpu_capability() or None,
-        "supported": library.supported_cpu_capability() or None,
+        "capabilities": list(library.cpu_capabilities()),
         "threads": torch.get_num_threads(),
     }
     if host is not None:
@@ -90,7 +90,7 @@ def _backends() -> dict[str, dict[str, Any]]:
         "cpu": (library.PACKAGE / "libpyops.so").exists(),
         "cuda": bool(library.cuda_architectures()),
         "triton": importlib.util.find_spec("triton") is not None,
-        "emulator": any(library.PACKAGE.glob("libpyops_emulator_*.so")),
+        "emulator": any(library.PACKAGE.glob("libpyops_emulator*.so")),
     }
     return {
         name: {"built": built[name], "usable": problem is None, "why_not": problem}
@@ -115,9 +115,8 @@ def _lines(info: dict[str, Any]) -> list[str]:
     lines.append(_row("forced", info["forced_backend"] or "nothing: each device runs its default backend"))
 
     if cpu["capability"] is not None:
-        lines.append(
-            _row("CPU kernels", f"{cpu['capability']} in use, up to {cpu['supported']} in this build on this CPU")
-        )
+        built = ", ".join(cpu["capabilities"])
+        lines.append(_row("CPU kernels", f"{cpu['capability']} in use; in this build, for this CPU: {built}"))
     if "model" in cpu:
         caches = [f"{name} {_size(size)}" for name, size in cpu["caches"].items()]
         lines.append(_row("CPU", " · ".join([cpu["model"], f"{cpu['usable_cores']} cores usable", *caches])))

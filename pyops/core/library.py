@@ -115,7 +115,7 @@ def _load(key: str, path: Path) -> str | None:
         _binaries[key] = ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}"
-    for function in ("signatures", "active_cpu_capability", "supported_cpu_capability", "cuda_architectures"):
+    for function in ("signatures", "active_cpu_capability", "cpu_capabilities", "cuda_architectures"):
         getattr(_binaries[key], f"pyops_{function}").restype = ctypes.c_char_p
     return None
 
@@ -130,11 +130,14 @@ _native_problem = (_sanitizer_problem() if _sanitized else None) or _load(
 )
 _emulator_problem: str | None = "not loaded yet"
 
+_runnable = tuple(_text("pyops", "cpu_capabilities").split())
 _wanted = os.environ.get("PYOPS_CPU_CAPABILITY")
-if _native_problem is None and _wanted is not None and _wanted != _text("pyops", "active_cpu_capability"):
+if _native_problem is None and not _runnable:
+    _native_problem = "libpyops.so was built for wider instruction sets than this CPU has: PYOPS_CPU_CAPABILITIES=all"
+elif _native_problem is None and _wanted is not None and _wanted not in _runnable:
     _native_problem = (
-        f"PYOPS_CPU_CAPABILITY: got {_wanted!r}, expected 'baseline', 'avx2' or 'avx512' up to what this CPU runs "
-        f"({_text('pyops', 'supported_cpu_capability')})"
+        f"PYOPS_CPU_CAPABILITY: got {_wanted!r}, expected what is in this build and runs on this CPU, "
+        + " or ".join(map(repr, _runnable))
     )
 
 
@@ -145,12 +148,12 @@ def environment_problem() -> str | None:
     return backend.problem()
 
 
-def emulator_flavour() -> str:
-    """``plain``, ``race`` or ``asan``: which build of the emulator PYOPS_EMULATOR asks for."""
-    flavour = os.environ.get("PYOPS_EMULATOR", "plain")
-    if flavour not in ("plain", "race", "asan"):
-        raise RuntimeError(f"PYOPS_EMULATOR: got {flavour!r}, expected 'plain', 'race' or 'asan'")
-    return flavour
+def emulator_mode() -> str:
+    """``plain``, ``race`` or ``asan``: the mode of the emulator that PYOPS_EMULATOR asks for."""
+    mode = os.environ.get("PYOPS_EMULATOR", "plain")
+    if mode not in ("plain", "race", "asan"):
+        raise RuntimeError(f"PYOPS_EMULATOR: got {mode!r}, expected 'plain', 'race' or 'asan'")
+    return mode
 
 
 def load_emulator() -> str | None:
@@ -158,11 +161,12 @@ def load_emulator() -> str | None:
     global _emulator_problem
     with _emulator_lock:
         if "emulator" not in _binaries:
-            flavour = emulator_flavour()
-            _emulator_problem = _sanitizer_problem() if flavour == "asan" else None
+            mode = emulator_mode()
+            _emulator_problem = _sanitizer_problem() if mode == "asan" else None
             if _emulator_problem is None:
-                _emulator_problem = _load("emulator", PACKAGE / f"libpyops_emulator_{flavour}.so")
-            if _emulator_problem is None and flavour == "race":
+                name = "libpyops_emulator_asan.so" if mode == "asan" else "libpyops_emulator.so"
+                _emulator_problem = _load("emulator", PACKAGE / name)
+            if _emulator_problem is None and mode == "race":
                 _binaries["emulator"].pyops_emulator_configure(b"race", b"1")
     return _emulator_problem
 
@@ -199,9 +203,9 @@ def cpu_capability() -> str:
     return _text("pyops", "active_cpu_capability")
 
 
-def supported_cpu_capability() -> str:
-    """Widest instruction set of the CPU kernels that this CPU runs."""
-    return _text("pyops", "supported_cpu_capability")
+def cpu_capabilities() -> tuple[str, ...]:
+    """Instruction sets of the CPU kernels of this build that this CPU runs, narrow to wide."""
+    return _runnable
 
 
 def cuda_architectures() -> str:
