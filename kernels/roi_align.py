@@ -28,6 +28,7 @@ def _axis(roi, at: tl.constexpr, bins, sampling_ratio, ALIGNED: tl.constexpr):
         start -= 0.5
         stop -= 0.5
     length = stop - start
+    finite = (length - length == 0) & (start - start == 0)
     if not ALIGNED:
         length = tl.where(length > 1.0, length, 1.0).to(start.dtype)
     bin_size = length / bins
@@ -35,7 +36,6 @@ def _axis(roi, at: tl.constexpr, bins, sampling_ratio, ALIGNED: tl.constexpr):
     if sampling_ratio <= 0:
         wanted = tl.where(bin_size < 1e9, bin_size, 1e9)
         grid = tl.ceil(tl.where(wanted > 0, wanted, 0.0)).to(tl.int64)
-    finite = (length - length == 0) & (start - start == 0)
     return start, bin_size, tl.where(finite, grid, 0)
 
 

@@ -85,7 +85,8 @@ def test_regions(here, op):
     how = how if "align" in op else st.just(())
 
     @properties
-    @given(few_boxes, st.tuples(st.integers(1, 3), st.integers(1, 2)), how, dtypes, st.booleans(), st.data())
+    # on CUDA the many bins are staged where there is something to stage
+    @given(few_boxes, st.sampled_from([(1, 1), (3, 2), (4, 8)]), how, dtypes, st.booleans(), st.data())
     def any_regions(b, size, how, dtype, last, data):
         if dtype == torch.float16:
             b = b.clamp(-6e4, 6e4)

@@ -214,14 +214,16 @@ def test_gradient_is_the_transpose(backend):
     assert again is None or not again.any()
 
 
-def test_not_finite_rois_give_zeros(backend):
+@pytest.mark.parametrize("aligned", [False, True])
+def test_not_finite_rois_give_zeros(backend, aligned):
     nan, inf = float("nan"), float("inf")
-    rois = torch.tensor([[0, nan, 0, 1, 1], [0, 0, 0, inf, 1], [0, -inf, -inf, inf, inf], [1, 0, 0, 2, 2.0]])
+    sides = [[nan, 0, 1, 1], [0, 0, 0, nan], [0, 0, inf, 1], [0, 0, -inf, 1], [-inf, -inf, inf, inf], [0, 0, 2, 2.0]]
+    image = torch.tensor([[0.0]] * 5 + [[1]])
     x = X.clone().requires_grad_()
     with forced(backend):
-        y = vision.roi_align(x, rois, 2)
+        y = vision.roi_align(x, torch.cat((image, torch.tensor(sides)), 1), 2, aligned=aligned)
         y.sum().backward()
-    assert not y[:3].any() and y[3].any()
+    assert not y[:5].any() and y[5].any()
     assert not x.grad[0].any() and x.grad[1].any()
 
 

@@ -35,6 +35,7 @@ struct Axis {
     const A offset = aligned ? A(0.5) : A(0);
     start = from - offset;
     A length = (to - offset) - start;
+    const bool finite = length - length == A(0) && start - start == A(0);
     if (!aligned) length = length > A(1) ? length : A(1);
     bin = quotient(length, static_cast<A>(bins));
     size = pixels;
@@ -44,7 +45,7 @@ struct Axis {
       const A floor = wanted > A(0) ? whole(wanted) : A(0);
       grid = static_cast<int64_t>(floor) + (wanted > floor ? 1 : 0);
     }
-    if (!(length - length == A(0)) || !(start - start == A(0))) grid = 0;
+    if (!finite) grid = 0;
   }
 
   PYOPS_ROI A position(int64_t p, int64_t i) const {

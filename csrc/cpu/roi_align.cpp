@@ -1,13 +1,11 @@
 // roi_align · CPU
 //   y[r,c,p,q] = mean over the samples of bin (p, q) of RoI r, bilinear in x[n_r, c]       (common/roi.h)
-// layout   x_l: [N, C, H_l, W_l] or, channels_last, [N, H_l, W_l, C] · y likewise over (P, Q) · rois: [R, 5] in pixels
-// of
-//          its level · levels: [R] or none, then all RoIs are of level 0
+// layout   x_l: [N, C, H_l, W_l] or, channels_last, [N, H_l, W_l, C] · y likewise over (P, Q)
+//          rois: [R, 5] in pixels of its level · levels: [R] or none, then all RoIs are of level 0
 // mapping  the mean is separable: taps (pixel, weight) per bin and axis, equal pixels merged. NCHW: lanes over width,
-// all
-//          taps of rows first, then of columns. NHWC: lanes over channels. Forward: threads over RoIs and blocks of
-//          channels. Backward: a thread owns a block of channels of one image and meets its RoIs in order, so no two
-//          threads write one address
+//          all taps of rows first, then of columns. NHWC: lanes over channels. Forward: threads over RoIs and blocks
+//          of channels. Backward: a thread owns a block of channels of one image and meets its RoIs in order, so no
+//          two threads write one address
 // memory   backward: dx alone; half types one more float block per thread
 // numerics sums in acc_t; positions in double: an error of theirs is an error of the shares, times the step in x
 #include "common/roi.h"

@@ -3,9 +3,8 @@
 // layout   boxes: [N, 4] as (x1, y1, x2, y2), segments contiguous, within a segment the best score first
 //          segments: [N], ascending · keep: [N] · mask: [panel / 32 words of i, panel columns j]
 // mapping  panels of 1024 boxes in order. (1) bits of the pairs i < j inside the panel, a word per thread; (2) one
-// block
-//          solves the panel: the warp of a diagonal word iterates ballots to the fixed point, the others apply the word
-//          to their own box; (3) later boxes meet the kept boxes of the panel only. The host waits for nothing
+//          block solves the panel: the warp of a diagonal word iterates ballots to the fixed point, the others apply
+//          the word to their own box; (3) later boxes meet the kept boxes of the panel only. The host waits for nothing
 // memory   128 KiB of bits whatever N is, and one byte per box
 // numerics A, each operation rounded alone, so every backend keeps the same boxes
 #include "cuda/device.cuh"

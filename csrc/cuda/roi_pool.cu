@@ -3,10 +3,10 @@
 //   mean   y[r,c,p,q] = mean of x[n_r, (c P + p) Q + q] over the bin (position sensitive)
 // layout   x: [N, C, H, W] or, channels_last, [N, H, W, C] · y, arg: likewise over (P, Q) · rois: [R, 5] rounded pixels
 // mapping  forward: a thread per output, lanes over channels when channels_last. Backward gathers: a block owns a tile
-// of
-//          pixels of one image, collects the RoIs that touch it in order, and each thread adds the bins whose maximum
-//          is its pixel; no atomics, so bitwise repeatable
-// memory   backward: dx is written once, nothing else is allocated
+//          of pixels of one image, collects the RoIs that touch it in order, and each thread adds the bins whose
+//          maximum is its pixel; no atomics, so bitwise repeatable
+// memory   forward: bins share at most a row and a column, so x is read about once and there is nothing to stage.
+//          Backward: dx is written once, nothing else is allocated
 // numerics comparisons are exact; the mean and dx in A
 #include "cuda/compact.cuh"
 

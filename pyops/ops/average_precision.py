@@ -84,7 +84,7 @@ def average_precision(
         true_boxes: for every image the ground truth Tensor[G, 4].
         true_labels: for every image int64 Tensor[G].
         iou_threshold: least IoU of a match, in (0, 1]; of several, the precisions are averaged. COCO's are
-            ``COCO_THRESHOLDS``.
+            ``pyops.ops.average_precision.COCO_THRESHOLDS``.
         method: ``"all"``, ``"voc11"`` or ``"coco"``, see above.
 
     Returns:

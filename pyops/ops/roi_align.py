@@ -54,9 +54,9 @@ def _weights(start, stop, bins, size, sampling_ratio, aligned):
     """[R, bins, size]: weight of every pixel in the mean over every bin, along one axis."""
     offset = 0.5 if aligned else 0.0
     start, stop = start - offset, stop - offset
+    finite = torch.isfinite(stop - start) & torch.isfinite(start)
     length = stop - start if aligned else (stop - start).clamp(min=1)
     step = length / bins
-    finite = torch.isfinite(length) & torch.isfinite(start)
     grid = torch.full_like(step, sampling_ratio) if sampling_ratio > 0 else step.ceil().clamp(0, 1e9)
     grid = torch.where(finite, grid, torch.zeros_like(grid))
     most = max(int(grid.max()), 1) if grid.numel() and sampling_ratio <= 0 else max(sampling_ratio, 1)
