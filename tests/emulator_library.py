@@ -1,4 +1,4 @@
-"""Builds and loads the emulator's test library: tests/emulator/*.cu for the CPU, with AddressSanitizer, or for a GPU."""
+"""Builds and loads the emulator's tests, tests/emulator/*.cu: for the CPU, with AddressSanitizer, or for a GPU."""
 
 import contextlib
 import ctypes
