@@ -26,7 +26,8 @@ def collect() -> dict[str, Any]:
         backends: per backend ``built``, ``usable`` and ``why_not`` (None where usable).
         forced_backend: its name, or None.
         cpu: ``capability`` in use, all ``capabilities`` of this build on this CPU, torch's ``threads``; from the host
-            module also ``model``, ``logical_cores``, ``usable_cores``, ``instructions``, ``caches`` (bytes), ``variants``.
+            module also ``model``, ``logical_cores``, ``usable_cores``, ``instructions``, ``caches`` (bytes) and
+            ``variants``.
         gpus: name, compute capability and memory in bytes of each GPU that torch sees.
         cuda_architectures: compiled into libpyops.so.
         hopper_kernels: whether the kernels for sm_90a alone are in it.
