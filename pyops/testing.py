@@ -387,6 +387,7 @@ _CHECKS: dict[str, tuple[Callable[[_Case, Sample], str], bool]] = {
     "gradgradcheck": (_gradgradcheck, True),
     "transforms": (_transforms, True),
     "compile": (_compiled, True),
+    "compiled_transforms": (_compiled_transforms, True),  # seconds each: on the first sample only
 }
 
 
@@ -459,14 +460,12 @@ def _verdict(case: _Case, check: str, label: str) -> CheckResult:
     for i, sample in enumerate(case.op.samples):
         if small_only and not sample.derivatives:
             continue
-        if not first and case.slow and function is _gradgradcheck:
+        if not first and (function is _compiled_transforms or (case.slow and function is _gradgradcheck)):
             break
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 problem = function(_in_turn(case, i) if case.slow and function is _accuracy else case, sample)
-                if first and function is _compiled and not problem:
-                    problem = _compiled_transforms(case, sample)
         except Exception as error:
             problem = f"{type(error).__name__}: {str(error).strip()[:600]}"
         if problem:

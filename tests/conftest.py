@@ -34,24 +34,41 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("backend", names)
 
 
-# Checks of what is written once for all backends (core/autograd.py): on the slow ones `make test` runs them for one op
-# of each kind, gradients of second order composite, stated, of several outputs; `make check` runs all.
-_OF_THE_RECIPE = {"autocast", "compile", "gradgradcheck", "transforms"}
-_ONE_OF_EACH_KIND = {"layer_norm", "roi_align", "lstm_cell"}
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# On Triton's interpreter, which needs half of the suite's time, `make test` runs each op's accuracy and a few cases of
-# each other test; `make thorough` runs the rest: its kernels are checked there as one runs after the other, in NumPy.
+# `make test` has a quarter of an hour. It runs each op's accuracy everywhere, and leaves to others:
+# to `make check` (slow), on the slow backends, what core/autograd.py does for all backends alike;
+# to `make thorough` and CI (thorough) the compiled transforms, most of which torch spends tracing, and on Triton's
+# interpreter, which runs one program after the other, in NumPy, what hardly depends on the kernel, and all but a few
+# cases of each other test.
+# One op of each kind has all checks in `make test`: gradients of second order composite, stated, of several outputs.
+_OF_THE_RECIPE = {"autocast", "compile", "compiled_transforms", "gradgradcheck", "transforms"}
 _OF_THE_WRAPPER = {"determinism", "gradcheck", "layout", "opcheck"}
+_ONE_OF_EACH_KIND = {"layer_norm", "roi_align", "lstm_cell"}
 _CASES = 4
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _left_out(item):
+    """The marker of a test that `make test` leaves out, or None."""
+    params = item.callspec.params
+    check, backend = params.get("check"), params.get("backend")
+    interpreted = _INTERPRETED and backend == "triton"
+    if interpreted and item.get_closest_marker("network") is not None and params["name"] != "packed":
+        return pytest.mark.slow
+    if check is None or params.get("op", item.module.__name__.rpartition("test_")[2]) in _ONE_OF_EACH_KIND:
+        return None
+    if check in _OF_THE_RECIPE and backend in ("emulator", "triton"):
+        return pytest.mark.slow
+    if check == "compiled_transforms" or (interpreted and check in _OF_THE_WRAPPER):
+        return pytest.mark.thorough
+    return None
 
 
 def _thin_out(items):
     """Mark as thorough all but `_CASES` cases of each test on Triton's interpreter, those spread over the list."""
     cases = {}
     for item in items:
-        given = getattr(item, "callspec", None)
-        if given is not None and given.params.get("backend") == "triton" and "check" not in given.params:
-            cases.setdefault((item.path, item.originalname, given.params.get("op")), []).append(item)
+        if item.callspec.params.get("backend") == "triton" and "check" not in item.callspec.params:
+            cases.setdefault((item.path, item.originalname, item.callspec.params.get("op")), []).append(item)
     for group in cases.values():
         kept = {i * len(group) // _CASES for i in range(_CASES)}
         for i, item in enumerate(group):
@@ -62,20 +79,12 @@ def _thin_out(items):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Mark what is left to slower runs; keep `test_race`, which repeats a check, for the race detector."""
+    parametrised = [item for item in items if hasattr(item, "callspec")]
     if _INTERPRETED:
-        _thin_out(items)
-    for item in items:
-        given = getattr(item, "callspec", None)
-        if given is None or given.params.get("backend") not in ("emulator", "triton"):
-            continue
-        op = given.params.get("op", item.module.__name__.rpartition("test_")[2])
-        if given.params.get("check") in _OF_THE_RECIPE and op not in _ONE_OF_EACH_KIND:
-            item.add_marker(pytest.mark.slow)
-        interpreted = _INTERPRETED and given.params["backend"] == "triton"
-        if interpreted and given.params.get("check") in _OF_THE_WRAPPER and op not in _ONE_OF_EACH_KIND:
-            item.add_marker(pytest.mark.thorough)
-        if interpreted and item.get_closest_marker("network") is not None and given.params["name"] != "packed":
-            item.add_marker(pytest.mark.slow)
+        _thin_out(parametrised)
+    for item in parametrised:
+        if (marker := _left_out(item)) is not None:
+            item.add_marker(marker)
     if library.emulator_mode() != "race":
         repeated = [item for item in items if item.originalname == "test_race"]
         items[:] = [item for item in items if item not in set(repeated)]
