@@ -110,7 +110,8 @@ struct Staged {
   static constexpr int vector = 16 / static_cast<int>(sizeof(T));
   static constexpr int V = ChannelsLast ? vector : 4;        // channels of a thread
   static constexpr int slice = ChannelsLast ? run * V : 16;  // channels of a block
-  static constexpr int blocks = ChannelsLast && sizeof(T) < 8 ? 6 : 4;        // of a multiprocessor; for more, registers would spill
+  // Of a multiprocessor; for more, registers would spill.
+  static constexpr int blocks = ChannelsLast && sizeof(T) < 8 ? 6 : 4;
 };
 
 template <class T, bool ChannelsLast>
