@@ -149,4 +149,36 @@ struct Sequence {
   }
 };
 
+// L layers of one direction of the same size, each on the output of the one before. Their arrays have a leading L and are
+// those of Sequences with D = 1; but gates [N, gates H] and dy [N, H] are the first and the last layer's alone, and y is
+// the last one's, below [L - 1, N, H] those of the others. Layer l > 0 makes its gates from w_ih [L - 1, gates H, H] and
+// b_ih [L - 1, gates H], or null.
+template <class Cell, class T>
+struct Stack {
+  Sequence<T> s;
+  int64_t L;
+  const T *w_ih, *b_ih;
+  T* below;
+
+  PYOPS_HOST_DEVICE Sequence<T> layer(int64_t l) const {
+    const int64_t states = l * s.steps.B * s.H, rows = l * s.steps.N * s.H;
+    const auto from = [](auto* p, int64_t offset) { return p != nullptr ? p + offset : p; };
+    Sequence<T> of = s;
+    of.gates = l == 0 ? s.gates : nullptr;
+    of.h0 += states, of.h_n = from(s.h_n, states), of.dh_n = from(s.dh_n, states), of.dh0 = from(s.dh0, states);
+    of.c0 = from(s.c0, states), of.c_n = from(s.c_n, states), of.dc_n = from(s.dc_n, states);
+    of.dc0 = from(s.dc0, states);
+    of.w_hh += l * Cell::gates * s.H * s.H;
+    of.y = l < L - 1 ? below + rows : s.y;
+    of.dy = l < L - 1 ? nullptr : s.dy;
+    of.saved = from(s.saved, Cell::saved * rows), of.cells = from(s.cells, rows);
+    of.dgates = from(s.dgates, Cell::gates * rows), of.dh_gates = from(s.dh_gates, Cell::gates * rows);
+    return of;
+  }
+  PYOPS_HOST_DEVICE const T* input_weights(int64_t l) const { return w_ih + (l - 1) * Cell::gates * s.H * s.H; }
+  PYOPS_HOST_DEVICE const T* input_bias(int64_t l) const {
+    return b_ih != nullptr ? b_ih + (l - 1) * Cell::gates * s.H : nullptr;
+  }
+};
+
 }  // namespace pyops::recurrent

@@ -281,8 +281,9 @@ __global__ void layer_norm_lstm_layer_bwd_kernel(NormalisedSequence<T> s, Normal
     const auto [t, later] = s.steps_backwards(d, i);
     const int64_t now = t >= 0 ? s.steps.count(t) : 0, then = s.steps.count(later);
     if (work.phase != 2)
-      gradients_of_states<false>(s, work, slice, place.d, resident, static_cast<const T*>(s.dh_gates), 4 * H, t, later,
-                                 [&](int64_t row, int64_t unit, A dh) { work.direct[(d * B + row) * H + unit] = dh; });
+      gradients_of_states<false, false>(
+          s, work, slice, place.d, resident, static_cast<const T*>(s.dh_gates), Neighbour<T>{}, 4 * H, t, later,
+          [&](int64_t row, int64_t unit, A dh) { work.direct[(d * B + row) * H + unit] = dh; });
     if (work.phase == 0) grid_sync(work.barrier);
     for (int64_t row = place.part; work.phase != 1 && row < (now > then ? now : then);
          row += work.blocks_per_direction) {
@@ -366,8 +367,8 @@ void normalised_layer_forward(const OpScope& op, const NormalisedSequence<T>& s)
   NormalisedWork<T> work{};
   work.c = op.out<A>(c, "c", {c.numel()}), work.y = op.out<A>(y, "y", {y.numel()});
   work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
-  run_sequence(layer_norm_lstm_layer_fwd_kernel<T>, s, work, 4 * H, H * static_cast<int64_t>(sizeof(T)), s.steps.T, 2,
-               sizeof(NormalisedShared<T>), stream);
+  run_sequence(layer_norm_lstm_layer_fwd_kernel<T>, s, work, D, 4 * H, H * static_cast<int64_t>(sizeof(T)), s.steps.T,
+               2, sizeof(NormalisedShared<T>), stream);
 }
 
 template <class T>
@@ -385,7 +386,7 @@ void normalised_layer_backward(const OpScope& op, const NormalisedSequence<T>& s
   if (N > 0) {
     transpose(s.w_hh, transposed, D, 4 * H, H, stream);
     work.w_hh_t = transposed;
-    run_sequence(layer_norm_lstm_layer_bwd_kernel<T>, s, work, H, 4 * H * static_cast<int64_t>(sizeof(T)),
+    run_sequence(layer_norm_lstm_layer_bwd_kernel<T>, s, work, D, H, 4 * H * static_cast<int64_t>(sizeof(T)),
                  s.steps.T + 1, 2, sizeof(NormalisedShared<T>), stream);
   } else if (B > 0) {
     copy(s.dh_n, s.dh0, D * B * H, stream);

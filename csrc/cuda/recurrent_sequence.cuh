@@ -123,25 +123,38 @@ PYOPS_DEVICE void each_tile(Slice slice, int64_t rows, int units_per_tile, F&& i
     item(slice.begin + i / groups * units_per_tile, i % groups * tile_rows);
 }
 
-// put(row, unit, weight(unit) · state(row)) for the units of the slice and `rows` rows, by tiles of both; K numbers each, a
-// null state is 0.
+// Of the tile at (unit, row0): weight(unit) · state(row), K numbers each; a null state is 0.
+template <class T, class Weight, class State>
+PYOPS_DEVICE accumulate_t<T> tile_product(int64_t unit, int64_t units, int64_t row0, int64_t rows, int64_t K,
+                                          Weight&& weight, State&& state) {
+  const T *w[tile_weights], *h[tile_rows];
+#pragma unroll
+  for (int i = 0; i < tile_weights; ++i) w[i] = unit + i < units ? weight(unit + i) : nullptr;
+#pragma unroll
+  for (int r = 0; r < tile_rows; ++r) h[r] = row0 + r < rows ? state(row0 + r) : nullptr;
+  return tile_dot<T>(w, h, K);
+}
+
+// put(row, unit, weight(unit) · state(row)) for the units of the slice and `rows` rows, by tiles of both.
 template <class T, class Weight, class State, class Put>
 PYOPS_DEVICE void each_product(Slice slice, int64_t rows, int64_t K, Weight&& weight, State&& state, Put&& put) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   each_tile(slice, rows, tile_weights, [&](int64_t unit, int64_t row0) {
-    const T *w[tile_weights], *h[tile_rows];
-#pragma unroll
-    for (int i = 0; i < tile_weights; ++i) w[i] = unit + i < slice.end ? weight(unit + i) : nullptr;
-#pragma unroll
-    for (int r = 0; r < tile_rows; ++r) h[r] = row0 + r < rows ? state(row0 + r) : nullptr;
-    const auto sum = tile_dot<T>(w, h, K);
+    const auto sum = tile_product<T>(unit, slice.end, row0, rows, K, weight, state);
     const int64_t row = row0 + lane % tile_rows;
     unit += lane / tile_rows;
     if (row < rows && unit < slice.end) put(row, unit, sum);
   });
 }
 
-template <class Cell, class T>
+// What layers of a stack exchange; null for a layer that stands alone. Forward: the output of the layer below and the
+// weights for it. Backward: the gradients of the gates of the layer above and its weights, transposed.
+template <class T>
+struct Neighbour {
+  const T *rows, *weights, *bias;
+};
+
+template <class Cell, class T, bool stacked = false>
 struct ForwardStep {
   using A = accumulate_t<T>;
   static constexpr int G = Cell::gates;
@@ -151,11 +164,27 @@ struct ForwardStep {
   Slice slice;
   int d;
   const T* shared;  // null: weights are read from memory
+  Neighbour<T> below{};
 
   PYOPS_DEVICE const T* weights(int64_t unit, int gate) const {
     if (unit >= slice.end) return nullptr;
     if (shared != nullptr) return shared + ((unit - slice.begin) * G + gate) * s.P;
     return s.w_hh + ((static_cast<int64_t>(d) * G + gate) * s.H + unit) * s.P;
+  }
+  // Those for the layer below stand behind the others.
+  PYOPS_DEVICE const T* input_weights(int64_t unit, int gate) const {
+    if (unit >= slice.end) return nullptr;
+    if (shared != nullptr) return shared + ((slice.size() + unit - slice.begin) * G + gate) * s.H;
+    return below.weights + (gate * s.H + unit) * s.H;
+  }
+  // Gates of one unit: lanes 0 to 7 collect those of their row. One gate: every lane has its own unit.
+  PYOPS_DEVICE void of_lane(A sum, A (&to)[G]) const {
+    if constexpr (G == 1) {
+      to[0] = sum;
+    } else {
+#pragma unroll
+      for (int k = 0; k < G; ++k) to[k] = __shfl_sync(0xffffffffu, sum, k * tile_rows + threadIdx.x % tile_rows);
+    }
   }
   PYOPS_DEVICE void last_state(int64_t t, int64_t row, int64_t unit, T value) const {
     if (row >= s.steps.count(s.after(d, t))) s.h_n[(d * s.steps.B + row) * s.P + unit] = value;
@@ -170,27 +199,36 @@ struct ForwardStep {
       for (int i = 0; i < tile_weights; ++i) w[i] = G == 1 ? weights(unit + i, 0) : i < G ? weights(unit, i) : nullptr;
 #pragma unroll
       for (int r = 0; r < tile_rows; ++r) h[r] = row0 + r < rows ? s.state_before(d, t, row0 + r) : nullptr;
-      const A sum = tile_dot<T>(w, h, s.P);
-      // Gates of one unit: lanes 0 to 7 collect those of their row. One gate: every lane has its own unit.
-      A b[G];
-      const int64_t row = row0 + lane % tile_rows;
-      if constexpr (G == 1) {
-        b[0] = sum, unit += lane / tile_rows;
-      } else {
+      A a[G]{}, b[G];
+      of_lane(tile_dot<T>(w, h, s.P), b);
+      if constexpr (stacked) {
+        if (below.rows != nullptr) {
 #pragma unroll
-        for (int k = 0; k < G; ++k) b[k] = __shfl_sync(0xffffffffu, sum, k * tile_rows + lane % tile_rows);
-        if (lane >= tile_rows) return;
+          for (int i = 0; i < tile_weights; ++i)
+            w[i] = G == 1 ? input_weights(unit + i, 0) : i < G ? input_weights(unit, i) : nullptr;
+#pragma unroll
+          for (int r = 0; r < tile_rows; ++r) h[r] = row0 + r < rows ? below.rows + (first + row0 + r) * s.H : nullptr;
+          of_lane(tile_dot<T>(w, h, s.H), a);
+        }
       }
-      if (row < rows && unit < slice.end) update(t, row, first + row, unit, b);
+      const int64_t row = row0 + lane % tile_rows;
+      if constexpr (G == 1) unit += lane / tile_rows;
+      if (G > 1 && lane >= tile_rows) return;
+      if (row < rows && unit < slice.end) update(t, row, first + row, unit, a, b);
     });
   }
 
-  PYOPS_DEVICE void update(int64_t t, int64_t row, int64_t n, int64_t unit, A (&b)[G]) const {
+  PYOPS_DEVICE void update(int64_t t, int64_t row, int64_t n, int64_t unit, A (&a)[G], A (&b)[G]) const {
     const int64_t at = n * s.D + d, own = (d * s.steps.B + row) * s.H + unit;
     const bool starts = s.row_at(s.before(d, t), row) < 0;
-    A a[G], h{}, c{}, saved[recurrent::saved_slots<Cell>]{};
+    A h{}, c{}, saved[recurrent::saved_slots<Cell>]{};
 #pragma unroll
-    for (int k = 0; k < G; ++k) a[k] = to_acc(s.gates[(at * G + k) * s.H + unit]);
+    for (int k = 0; k < G; ++k) {
+      if (!stacked || below.rows == nullptr)
+        a[k] = to_acc(s.gates[(at * G + k) * s.H + unit]);
+      else if (below.bias != nullptr)
+        a[k] += to_acc(below.bias[k * s.H + unit]);
+    }
     if constexpr (Cell::splits) {
       h = to_acc(s.state_before(d, t, row)[unit]);
       if (s.b_n != nullptr) b[G - 1] += to_acc(s.b_n[d * s.H + unit]);
@@ -248,34 +286,47 @@ __global__ void sequence_forward_kernel(recurrent::Sequence<T> s, SequenceWork<T
 }
 
 // The gradients of the states that step t made (t = -1: of the initial states, which go out): what the next step `later`
-// sent, gradients [N, D, K], comes through w_hh, what the output sent is added, and put(row, unit, dh) takes it on.
-template <bool splits, class T, class Put>
+// sent, gradients [N, D, K], comes through w_hh, what the output sent, or in a stack the layer above, is added, and
+// put(row, unit, dh) takes it on.
+template <bool splits, bool stacked, class T, class Put>
 PYOPS_DEVICE void gradients_of_states(const recurrent::Sequence<T>& s, const SequenceWork<T>& work, Slice slice, int d,
-                                      const T* shared, const T* sent, int64_t K, int64_t t, int64_t later, Put&& put) {
+                                      const T* shared, const T* sent, const Neighbour<T>& above, int64_t K, int64_t t,
+                                      int64_t later, Put&& put) {
   using A = accumulate_t<T>;
   const int64_t now = t >= 0 ? s.steps.count(t) : 0, then = s.steps.count(later), rows = now > then ? now : then;
-  each_product<T>(
-      slice, rows, K,
-      [&](int64_t unit) {
-        return shared != nullptr ? shared + (unit - slice.begin) * K
-                                 : work.w_hh_t + (static_cast<int64_t>(d) * s.P + unit) * K;
-      },
-      [&](int64_t row) { return row < then ? sent + ((s.steps.first(later) + row) * s.D + d) * K : nullptr; },
-      [&](int64_t row, int64_t unit, A dh) {
-        const int64_t own = (d * s.steps.B + row) * s.P + unit;
-        if (row >= then) dh = s.dh_n != nullptr ? A(to_acc(s.dh_n[own])) : A(0);
-        if constexpr (splits)
-          if (row < then) dh += work.direct[own];
-        if (row >= now) {
-          s.dh0[own] = from_acc<T>(dh);
-          return;
-        }
-        if (s.dy != nullptr) dh += to_acc(s.dy[((s.steps.first(t) + row) * s.D + d) * s.P + unit]);
-        put(row, unit, dh);
-      });
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  each_tile(slice, rows, tile_weights, [&](int64_t unit, int64_t row0) {
+    A dh = tile_product<T>(
+        unit, slice.end, row0, rows, K,
+        [&](int64_t unit) {
+          return shared != nullptr ? shared + (unit - slice.begin) * K
+                                   : work.w_hh_t + (static_cast<int64_t>(d) * s.P + unit) * K;
+        },
+        [&](int64_t row) { return row < then ? sent + ((s.steps.first(later) + row) * s.D + d) * K : nullptr; });
+    A from_above{};
+    if constexpr (stacked)
+      if (above.rows != nullptr)
+        from_above = tile_product<T>(
+            unit, slice.end, row0, now, K,
+            [&](int64_t unit) {
+              return shared != nullptr ? shared + (slice.size() + unit - slice.begin) * K : above.weights + unit * K;
+            },
+            [&](int64_t row) { return above.rows + (s.steps.first(t) + row) * K; });
+    const int64_t row = row0 + lane % tile_rows, own = (d * s.steps.B + row) * s.P + (unit += lane / tile_rows);
+    if (row >= rows || unit >= slice.end) return;
+    if (row >= then) dh = s.dh_n != nullptr ? A(to_acc(s.dh_n[own])) : A(0);
+    if constexpr (splits)
+      if (row < then) dh += work.direct[own];
+    if (row >= now) {
+      s.dh0[own] = from_acc<T>(dh);
+      return;
+    }
+    if (s.dy != nullptr) dh += to_acc(s.dy[((s.steps.first(t) + row) * s.D + d) * s.P + unit]);
+    put(row, unit, dh + from_above);
+  });
 }
 
-template <class Cell, class T>
+template <class Cell, class T, bool stacked = false>
 struct BackwardStep {
   using A = accumulate_t<T>;
   static constexpr int G = Cell::gates;
@@ -284,16 +335,18 @@ struct BackwardStep {
   Slice slice;
   int d;
   const T* shared;
+  Neighbour<T> above{};
 
   // Step t, or -1 after the last: what step `later` sent goes through w_hh to the states that step t made.
   PYOPS_DEVICE void states(int64_t t, int64_t later) const {
-    gradients_of_states<Cell::splits>(s, work, slice, d, shared, Cell::splits ? s.dh_gates : s.dgates, G * s.H, t,
-                                      later, [&](int64_t row, int64_t unit, A dh) {
-                                        if (s.w_hr != nullptr)
-                                          s.dh[((s.steps.first(t) + row) * s.D + d) * s.P + unit] = from_acc<T>(dh);
-                                        else
-                                          cell(t, row, unit, dh);
-                                      });
+    gradients_of_states<Cell::splits, stacked>(
+        s, work, slice, d, shared, static_cast<const T*>(Cell::splits ? s.dh_gates : s.dgates), above, G * s.H, t,
+        later, [&](int64_t row, int64_t unit, A dh) {
+          if (s.w_hr != nullptr)
+            s.dh[((s.steps.first(t) + row) * s.D + d) * s.P + unit] = from_acc<T>(dh);
+          else
+            cell(t, row, unit, dh);
+        });
     if constexpr (Cell::has_cell)
       if (s.w_hr == nullptr) ended(t, later);
   }
@@ -382,20 +435,20 @@ void transpose(const T* from, T* to, int64_t D, int64_t rows, int64_t columns, c
          from, to, D, rows, columns);
 }
 
-// One persistent launch where the weights of `units` units, `bytes` each, fit beside what else the kernel shares; else a
-// launch for each of the one or two parts of a step.
+// One persistent launch where the weights of `units` units of each of D directions (or layers), `bytes` each, fit beside
+// what else the kernel shares; else a launch for each of the one or two parts of a step.
 template <class Kernel, class Layer, class Work>
-void run_sequence(Kernel kernel, const Layer& s, Work work, int64_t units, int64_t bytes, int64_t steps, int parts,
-                  size_t other_bytes, cudaStream_t stream) {
+void run_sequence(Kernel kernel, const Layer& s, Work work, int64_t D, int64_t units, int64_t bytes, int64_t steps,
+                  int parts, size_t other_bytes, cudaStream_t stream) {
   if (steps == 0) return;
-  const auto grid = [&] { return dim3(static_cast<unsigned>(work.blocks_per_direction * s.D)); };
-  const int64_t most = std::max<int64_t>(multiprocessor_count() / s.D, 1);
+  const auto grid = [&] { return dim3(static_cast<unsigned>(work.blocks_per_direction * D)); };
+  const int64_t most = std::max<int64_t>(multiprocessor_count() / D, 1);
   // No more blocks than keep every warp busy with a tile.
   work.blocks_per_direction = static_cast<int>(std::min(most, ceil_div(units, 4)));
   const size_t shared = other_bytes + static_cast<size_t>(ceil_div(units, work.blocks_per_direction) * bytes);
   work.begin = 0, work.end = steps, work.phase = 0;
   if (shared <= static_cast<size_t>(shared_memory_limit()) &&
-      work.blocks_per_direction * s.D <= max_cooperative_blocks(kernel, sequence_threads, shared)) {
+      work.blocks_per_direction * D <= max_cooperative_blocks(kernel, sequence_threads, shared)) {
     zero_memory(work.barrier, sizeof(unsigned), stream);
     launch(kernel,
            {.grid = grid(), .block = dim3(sequence_threads), .smem = shared, .stream = stream, .cooperative = true}, s,
@@ -442,7 +495,7 @@ void layer_forward(const OpScope& op, const recurrent::Sequence<T>& s) {
   SequenceWork<T> work{};
   work.c = op.out<A>(c, "c", {c.numel()}), work.m = op.out<T>(m, "m", {m.numel()});
   work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
-  run_sequence(sequence_forward_kernel<Cell, T>, s, work, s.H, Cell::gates * s.P * static_cast<int64_t>(sizeof(T)),
+  run_sequence(sequence_forward_kernel<Cell, T>, s, work, D, s.H, Cell::gates * s.P * static_cast<int64_t>(sizeof(T)),
                s.steps.T, s.w_hr != nullptr ? 2 : 1, 0, stream);
 }
 
@@ -467,7 +520,7 @@ void layer_backward(const OpScope& op, const recurrent::Sequence<T>& s) {
   transpose(s.w_hh, pw, D, K, s.P, stream);
   if (s.w_hr != nullptr) transpose(s.w_hr, pr, D, s.P, s.H, stream);
   work.w_hh_t = pw, work.w_hr_t = pr;
-  run_sequence(sequence_backward_kernel<Cell, T>, s, work, s.P, K * static_cast<int64_t>(sizeof(T)), s.steps.T + 1,
+  run_sequence(sequence_backward_kernel<Cell, T>, s, work, D, s.P, K * static_cast<int64_t>(sizeof(T)), s.steps.T + 1,
                s.w_hr != nullptr ? 2 : 1, 0, stream);
 }
 

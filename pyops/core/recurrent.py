@@ -371,6 +371,73 @@ def run_network(
     return output, tuple(torch.cat(s) if net.num_layers > 1 else s[0] for s in zip(*finals))
 
 
+# In the time of a grid's barrier, about 1.5 µs, a multiprocessor does some 2^18 multiply-adds.
+_BARRIER_PRODUCTS = 2**18
+
+
+def runs_as_stack(namespace: str, net: Network, gates: int, hidden: int) -> bool:
+    """Whether the layers run side by side, in CUDA's C++ kernels.
+
+    One after the other, L layers wait at L barriers where side by side they wait at one, but multiply their inputs,
+    which else one product of tensor cores does, in the step: as many multiply-adds as those of the states. So a layer's
+    products of a step must take less time than a barrier, and both weights of all layers must fit into shared memory. A
+    prediction: no GPU has run both.
+    """
+    x = net.input
+    if net.num_layers < 2 or net.bidirectional or net.batch_sizes is not None or x.numel() == 0:
+        return False
+    if (
+        (net.dropout > 0 and net.train)
+        or not (x.is_cuda or namespace == "pyops_emulator")
+        or namespace == "pyops_triton"
+    ):
+        return False
+    if not x.is_cuda:
+        return True  # the emulator, whose kernels are here to be tested
+    processors, shared = _multiprocessors(x.device)
+    batch = x.shape[0 if net.batch_first else 1]
+    units = -(-hidden // max(processors // net.num_layers, 1))
+    fits = 2 * units * gates * hidden * x.element_size() <= shared and net.num_layers <= processors
+    return fits and gates * hidden * hidden * batch < _BARRIER_PRODUCTS * processors
+
+
+@torch._dynamo.assume_constant_result
+def _multiprocessors(device: torch.device) -> tuple[int, int]:
+    """How many there are, and the bytes of shared memory that a block may take."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
+def run_stack(
+    net: Network,
+    states: Sequence[Tensor],
+    per_direction: int,
+    bias: Callable[[Sequence[Tensor]], Tensor | None],
+    stack: Callable[..., tuple[Tensor, Tensors]],
+) -> tuple[Tensor, Tensors]:
+    """As ``run_network``, all layers at once.
+
+    Args:
+        net, states, per_direction, bias: as in ``run_network``.
+        stack: ``(gates [N, ...] of the first layer, states [L, B, ...], w_ih [L - 1, ...], biases [L - 1, ...] or None,
+            w_hh [L, ...]) -> (y [N, H], states)``, w_ih and biases those of the other layers.
+    """
+    x = net.input.transpose(0, 1) if net.batch_first else net.input
+    layers = [net.weights(k, per_direction)[0] for k in range(net.num_layers)]
+    biases = [bias(w) for w in layers]
+    gates = torch.nn.functional.linear(x.reshape(-1, x.shape[2]), layers[0][0], biases[0]).to(states[0].dtype)
+    others = [b for b in biases[1:] if b is not None]
+    y, finals = stack(
+        gates.contiguous(),
+        tuple(s.contiguous() for s in states),
+        torch.stack([w[0] for w in layers[1:]]),
+        torch.stack(others) if others else None,
+        torch.stack([w[1] for w in layers]),
+    )
+    output = y.reshape(*x.shape[:2], y.shape[1])
+    return output.transpose(0, 1) if net.batch_first else output, finals
+
+
 def stacked(weights: Sequence[Sequence[Tensor]], position: int) -> Tensor:
     """One parameter of all directions as [D, ...], contiguous."""
     if len(weights) == 1:

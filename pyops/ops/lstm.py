@@ -158,6 +158,73 @@ _apply_layer = differentiable(
     )
 )  # fmt: skip
 
+# A stack of layers side by side; the letters are those of csrc/common/recurrent.h
+
+
+def _stack_fwd_fake(gates, h0, c0, w_ih, b_ih, w_hh, keep):
+    (rows, wide), (layers, _, hidden) = gates.shape, h0.shape
+    y, below = gates.new_empty(rows, hidden), gates.new_empty(layers - 1, rows, hidden)
+    saved = gates.new_empty((layers, rows, wide) if keep else 0)
+    cells = gates.new_empty((layers, rows, hidden) if keep else 0)
+    return y, torch.empty_like(h0), torch.empty_like(c0), below, saved, cells
+
+
+def _stack_bwd_fake(dy, dh_n, dc_n, h0, c0, w_ih, w_hh, saved, cells):
+    return torch.empty_like(saved), torch.empty_like(h0), torch.empty_like(c0)
+
+
+# Triton has no barrier of all its programs: recurrent.runs_as_stack never asks it.
+_stack_fwd = library.declare(
+    "lstm_stack_fwd(Tensor gates, Tensor h0, Tensor c0, Tensor w_ih, Tensor? b_ih, Tensor w_hh, bool keep)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _stack_fwd_fake,
+    None,
+)
+_stack_bwd = library.declare(
+    "lstm_stack_bwd(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh,"
+    " Tensor saved, Tensor cells) -> (Tensor, Tensor, Tensor)",
+    _stack_bwd_fake,
+    None,
+)
+
+
+def _stack_reference(gates, h0, c0, w_ih, b_ih, w_hh, keep):
+    y, finals = gates, []
+    for k in range(h0.shape[0]):
+        if k > 0:
+            gates = torch.nn.functional.linear(y, w_ih[k - 1], None if b_ih is None else b_ih[k - 1])
+        states = h0[k : k + 1], c0[k : k + 1]
+        of_layer, final = recurrent.step_by_step(_step_reference, gates[:, None], states, None, [(w_hh[k], None)])
+        y = of_layer[:, 0]
+        finals.append(final)
+    h_n, c_n = (torch.cat(s) for s in zip(*finals))
+    return y, h_n, c_n, *_stack_fwd_fake(gates, h0, c0, w_ih, b_ih, w_hh, keep)[3:]
+
+
+def _stack_finish(results, inputs, kept, needs):
+    """The gradients of the weights: of all steps of all layers one batched product each."""
+    dgates, dh0, dc0 = results
+    _, h0, _, w_ih, b_ih, w_hh = inputs
+    y, below = kept[:2]
+    dw_ih, dw_hh, db_ih = torch.empty_like(w_ih), torch.empty_like(w_hh), dgates.new_empty(0)
+    if needs[3]:
+        dw_ih = dgates[1:].mT @ below
+    if needs[4] and b_ih is not None:
+        db_ih = dgates[1:].sum(1)
+    if needs[5]:
+        before = torch.cat((h0, torch.cat((below, y[None]))[:, : y.shape[0] - h0.shape[1]]), 1)
+        dw_hh = dgates.mT @ before
+    return dgates[0], dh0, dc0, dw_ih, db_ih, dw_hh
+
+
+_apply_stack = differentiable(
+    Formula(
+        _stack_fwd, _stack_bwd, 6, 6,
+        lambda dy, inputs, kept, constants, needs: (*dy, *inputs[1:4], inputs[5], *kept[2:]),
+        _stack_reference, outputs=3, keep=(0, 3, 4, 5), finish=_stack_finish,
+    )
+)  # fmt: skip
+
 
 def lstm(
     input: Tensor,
@@ -198,9 +265,11 @@ def lstm(
         ValueError: a dropout that is no probability.
 
     The product of the inputs of all steps is one matrix product, so is the gradient of each weight; between them one
-    kernel runs over all steps. Gates are computed in float32 (float64 for float64), h is rounded to the dtype in each
-    step, c is not within a call. Bitwise deterministic. Gradients of every order (from the second on step by step in
-    torch), forward mode, vmap (by torch) and torch.compile; under autocast in its low precision.
+    kernel runs over all steps. On CUDA, small layers of one direction, without dropout between them, run side by side:
+    each a step behind the one below, whose outputs it then multiplies step by step. Gates are computed in float32
+    (float64 for float64), h is rounded to the dtype in each step, c is not within a call. Bitwise deterministic.
+    Gradients of every order (from the second on step by step in torch), forward mode, vmap (by torch) and
+    torch.compile; under autocast in its low precision.
     """
     net = recurrent.Network.of(
         isinstance(hx, Tensor),
@@ -224,6 +293,16 @@ def lstm(
         return y, (h_n, c_n)
 
     bias = lambda w: recurrent.joined(w[2], w[3]) if net.has_biases else None
+    if not projects and recurrent.runs_as_stack(namespace, net, 4, h.shape[2]):
+
+        def stack(gates, states, *weights):
+            y, h_n, c_n, *_ = _apply_stack(
+                namespace, gates, *states, *weights, recurrent.keeps(gates, *states, *weights)
+            )
+            return y, (h_n, c_n)
+
+        output, (h_n, c_n) = recurrent.run_stack(net, (h, c), per, bias, stack)
+        return output, h_n, c_n
     output, (h_n, c_n) = recurrent.run_network(net, (h, c), per + projects, bias, layer)
     if projects:
         output, h_n = autocast.lower(output, h_n)
@@ -286,5 +365,6 @@ checked(
     Sample("several vectors of units, batch first", _network((4, 3, 3), 37, batch_first=True)),
     Sample("two layers, two directions, projection", _network((3, 9, 4), 6, 2, 2, project=4)),
     Sample("no bias, one step", _network((1, 2, 3), 5, bias=False)),
+    Sample("two layers, rows beyond a tile", _network((2, 9, 4), 6, 2)),
     Sample("no rows", _network((3, 0, 2), 4)),
 )

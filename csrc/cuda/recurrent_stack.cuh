@@ -1,0 +1,102 @@
+// A stack of layers as one launch: blocks are dealt out to the layers, and layer l takes a step while layer l - 1 takes
+// the next one, so L layers of T steps meet T + L - 1 times where one after the other they would L T times.
+//
+// A block keeps the weights of its units for the states of its own layer and for the output of the layer below (backward:
+// for the gradients of the layer above). What a layer reads of another one was written before the last barrier.
+#pragma once
+
+#include "cuda/recurrent_sequence.cuh"
+
+namespace pyops {
+
+template <class T>
+struct StackWork : SequenceWork<T> {
+  const T* w_ih_t;  // backward: [L - 1, H, gates H]
+};
+
+template <class Cell, class T>
+__global__ void stack_forward_kernel(recurrent::Stack<Cell, T> stack, StackWork<T> work) {
+  constexpr int G = Cell::gates;
+  const Place place(work.blocks_per_direction);
+  const int64_t l = place.d, H = stack.s.H, B = stack.s.steps.B;
+  const Slice slice = Slice::of(H, work.blocks_per_direction, place.part);
+  const recurrent::Sequence<T> s = stack.layer(l);
+  Neighbour<T> below{};
+  if (l > 0) below = {stack.layer(l - 1).y, stack.input_weights(l), stack.input_bias(l)};
+  T* shared = nullptr;
+  if (work.phase == 0) {
+    shared = &shared_storage<T>();
+    keep_weights(shared, s.w_hh, slice, G, H, H);
+    if (l > 0) keep_weights(shared + slice.size() * G * H, below.weights, slice, G, H, H);
+  }
+  work.c += l * B * H;
+  const ForwardStep<Cell, T, true> step{s, work, slice, 0, shared, below};
+  for (int64_t i = work.begin; i < work.end; ++i) {
+    const int64_t t = i - l;
+    if (t >= 0 && t < s.steps.T) step.cells(t);
+    if (work.phase == 0) grid_sync(work.barrier);
+  }
+}
+
+template <class Cell, class T>
+__global__ void stack_backward_kernel(recurrent::Stack<Cell, T> stack, StackWork<T> work) {
+  const Place place(work.blocks_per_direction);
+  const int64_t l = place.d, H = stack.s.H, B = stack.s.steps.B, K = Cell::gates * H;
+  const Slice slice = Slice::of(H, work.blocks_per_direction, place.part);
+  const recurrent::Sequence<T> s = stack.layer(l);
+  Neighbour<T> above{};
+  if (l < stack.L - 1) above = {stack.layer(l + 1).dgates, work.w_ih_t + l * H * K, nullptr};
+  work.w_hh_t += l * H * K;
+  T* shared = nullptr;
+  if (work.phase == 0) {
+    shared = &shared_storage<T>();
+    keep_weights(shared, work.w_hh_t, slice, 1, H, K);
+    if (l < stack.L - 1) keep_weights(shared + slice.size() * K, above.weights, slice, 1, H, K);
+  }
+  if (Cell::has_cell) work.c += l * B * H;
+  if (Cell::splits) work.direct += l * B * H;
+  const BackwardStep<Cell, T, true> step{s, work, slice, 0, shared, above};
+  for (int64_t i = work.begin; i < work.end; ++i) {
+    const int64_t own = i - (stack.L - 1 - l);  // the last layer is the first
+    if (own >= 0 && own <= s.steps.T) {
+      const auto [t, later] = s.steps_backwards(0, own);
+      step.states(t, later);
+    }
+    if (work.phase == 0) grid_sync(work.barrier);
+  }
+}
+
+template <class Cell, class T>
+void stack_forward(const OpScope& op, const recurrent::Stack<Cell, T>& stack) {
+  using A = accumulate_t<T>;
+  const auto stream = static_cast<cudaStream_t>(op.stream());
+  const int64_t B = stack.s.steps.B, H = stack.s.H, L = stack.L, K = Cell::gates * H;
+  if (B == 0) return;
+  Tensor c = op.empty<A>({Cell::has_cell ? L * B * H : 0}), barrier = op.empty<int32_t>({1});
+  StackWork<T> work{};
+  work.c = op.out<A>(c, "c", {c.numel()});
+  work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
+  run_sequence(stack_forward_kernel<Cell, T>, stack, work, L, H, 2 * K * static_cast<int64_t>(sizeof(T)),
+               stack.s.steps.T + L - 1, 1, 0, stream);
+}
+
+template <class Cell, class T>
+void stack_backward(const OpScope& op, const recurrent::Stack<Cell, T>& stack) {
+  using A = accumulate_t<T>;
+  const auto stream = static_cast<cudaStream_t>(op.stream());
+  const int64_t B = stack.s.steps.B, H = stack.s.H, L = stack.L, K = Cell::gates * H;
+  if (B == 0) return;
+  Tensor c = op.empty<A>({Cell::has_cell ? L * B * H : 0}), direct = op.empty<A>({Cell::splits ? L * B * H : 0});
+  Tensor w_hh_t = op.empty<T>({L * H * K}), w_ih_t = op.empty<T>({(L - 1) * H * K}), barrier = op.empty<int32_t>({1});
+  StackWork<T> work{};
+  work.c = op.out<A>(c, "dc", {c.numel()}), work.direct = op.out<A>(direct, "direct", {direct.numel()});
+  work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
+  T *hidden = op.out<T>(w_hh_t, "w_hh_t", {L * H * K}), *input = op.out<T>(w_ih_t, "w_ih_t", {(L - 1) * H * K});
+  transpose(stack.s.w_hh, hidden, L, K, H, stream);
+  transpose(stack.w_ih, input, L - 1, K, H, stream);
+  work.w_hh_t = hidden, work.w_ih_t = input;
+  run_sequence(stack_backward_kernel<Cell, T>, stack, work, L, H, 2 * K * static_cast<int64_t>(sizeof(T)),
+               stack.s.steps.T + L, 1, 0, stream);
+}
+
+}  // namespace pyops
