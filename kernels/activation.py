@@ -2,7 +2,7 @@
   activation   y = f(x),  dx = dy * f'(x);  f by number, as in csrc/common/activation.h
   gated        y = a * f(b),  da = dy * f(b),  db = dy * a * f'(b)
   prelu        y = x > 0 ? x : w[c] * x,  dx = x > 0 ? dy : w[c] * dy,  dw[c] = sum over x <= 0 of dy * x
-layout   activation: [N] flat · gated: x [M, 2, N], y [M, N] · prelu: x [N, C, S], w [C]
+layout   activation: N elements of any shape · gated: x [M, 2, N], y [M, N] · prelu: x [N, C, S], w [C]
 mapping  a program takes BLOCK elements; dw: a program per channel
 memory   every input read once, every output written once; prelu's dw reads x and dy once more
 numerics in fp32 (fp64 for fp64)

@@ -1,7 +1,7 @@
 """elementwise_loss · Triton
   y[b] = Σ_{i in block b} l(x[i], t[i]);  dx[i] = dy[b] l_x(x[i], t[i]),  dt[i] = dy[b] l_t(x[i], t[i]);
   l by number, as in csrc/common/elementwise_loss.h; blocks of one element: no sum
-layout   x, t, c, dx, dt: [n] · y, dy: [ceil(n / block)]
+layout   x, t, c, dx, dt: n elements of any shape · y, dy: [ceil(n / block)]
 mapping  a program takes one block of a sum, or TILE elements
 memory   every input read once, every output written once; a sum writes one number for a block
 numerics in fp32 (fp64 for fp64); y in that type where it is a sum
@@ -161,7 +161,7 @@ def elementwise_loss_bwd(
     need_dx: bool, need_dt: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     n = x.numel()
-    dx, dt = x.new_empty(n if need_dx else 0), x.new_empty(n if need_dt else 0)
+    dx, dt = (torch.empty_like(x) if need else x.new_empty(0) for need in (need_dx, need_dt))
     if n:
         elementwise_loss_bwd_kernel[(cdiv(n, TILE),)](
             dy, x, t, c, dx if need_dx else None, dt if need_dt else None, n, KIND=kind, A=a, BLOCK=block, TILE=TILE

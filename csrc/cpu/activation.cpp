@@ -2,7 +2,7 @@
 //   activation   y = f(x),  dx = dy * f'(x);  f by number, common/activation.h
 //   gated        y = a * f(b),  da = dy * f(b),  db = dy * a * f'(b)
 //   prelu        y = x > 0 ? x : w[c] * x,  dx = x > 0 ? dy : w[c] * dy,  dw[c] = sum over x <= 0 of dy * x
-// layout   activation: [N] flat · gated: x [M, 2, N], y [M, N] · prelu: x [N, C, S], w [C]
+// layout   activation: N elements of any shape · gated: x [M, 2, N], y [M, N] · prelu: x [N, C, S], w [C]
 // mapping  a thread takes blocks of elements (prelu: planes); lanes over neighbouring elements
 // memory   every input read once, every output written once
 // numerics vector polynomials of cpu/math.h, about one ulp in float and double; half types in float. dw: double sums,
@@ -164,13 +164,13 @@ Tensor activation_fwd(const Tensor& x, int64_t kind, double a, double b, double 
   const int64_t N = x.numel();
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
-    Tensor y = op.empty<scalar_t>({N});
+    Tensor y = op.empty<scalar_t>(ShapeRef(x));
     elementwise(
-        N, op.out<scalar_t>(y, "y", {N}),
+        N, op.out<scalar_t>(y, "y", ShapeRef(x)),
         [&](acc_t* to, const acc_t* from, int64_t n, bool streamed) {
           activation_block<acc_t>(int(kind), {a, b, c}, to, from, n, streamed);
         },
-        op.in<scalar_t>(x, "x", {N}));
+        op.in<scalar_t>(x, "x", ShapeRef(x)));
     return y;
   });
 }
@@ -181,7 +181,7 @@ void activation_inplace(Tensor x, int64_t kind, double a, double b, double c) {
   const int64_t N = x.numel();
   dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
-    auto* p = op.out<scalar_t>(x, "x", {N});
+    auto* p = op.out<scalar_t>(x, "x", ShapeRef(x));
     elementwise(
         N, p,
         [&](acc_t* to, const acc_t* from, int64_t n, bool streamed) {
@@ -197,13 +197,13 @@ Tensor activation_bwd(const Tensor& dy, const Tensor& x, int64_t kind, double a,
   const int64_t N = x.numel();
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
-    Tensor dx = op.empty<scalar_t>({N});
+    Tensor dx = op.empty<scalar_t>(ShapeRef(x));
     elementwise(
-        N, op.out<scalar_t>(dx, "dx", {N}),
+        N, op.out<scalar_t>(dx, "dx", ShapeRef(x)),
         [&](acc_t* to, const acc_t* g, const acc_t* from, int64_t n, bool streamed) {
           activation_gradient_block<acc_t>(int(kind), {a, b, c}, to, g, from, n, streamed);
         },
-        op.in<scalar_t>(dy, "dy", {N}), op.in<scalar_t>(x, "x", {N}));
+        op.in<scalar_t>(dy, "dy", ShapeRef(x)), op.in<scalar_t>(x, "x", ShapeRef(x)));
     return dx;
   });
 }

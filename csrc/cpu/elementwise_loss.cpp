@@ -1,7 +1,7 @@
 // elementwise_loss · CPU
 //   y[b] = Σ_{i in block b} l(x[i], t[i]);  dx[i] = dy[b] l_x(x[i], t[i]),  dt[i] = dy[b] l_t(x[i], t[i]);
 //   l by number, common/elementwise_loss.h; blocks of one element: no sum
-// layout   x, t, c, dx, dt: [n] · y, dy: [ceil(n / block)]
+// layout   x, t, c, dx, dt: n elements of any shape · y, dy: [ceil(n / block)]
 // mapping  a thread takes blocks; lanes over elements
 // memory   every input read once, every output written once; a sum writes one number for a block
 // numerics acc_t, sums of a block in fixed order; y in acc_t where it is a sum
@@ -134,11 +134,11 @@ Tensor elementwise_loss_fwd(const Tensor& x, const Tensor& t, const OptionalTens
   const int64_t n = x.numel(), blocks = ceil_div(n, block);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
-    auto *px = op.in<scalar_t>(x, "x", {n}), *pt = op.in<scalar_t>(t, "t", {n});
-    auto* pc = op.in_optional<scalar_t>(c, "c", {n});
+    auto *px = op.in<scalar_t>(x, "x", ShapeRef(x)), *pt = op.in<scalar_t>(t, "t", ShapeRef(x));
+    auto* pc = op.in_optional<scalar_t>(c, "c", ShapeRef(x));
     if (block == 1) {
-      Tensor y = op.empty<scalar_t>({n});
-      loss_forward(px, pt, pc, op.out<scalar_t>(y, "y", {n}), static_cast<acc_t*>(nullptr), n, kind, a, block);
+      Tensor y = op.empty<scalar_t>(ShapeRef(x));
+      loss_forward(px, pt, pc, op.out<scalar_t>(y, "y", ShapeRef(x)), static_cast<acc_t*>(nullptr), n, kind, a, block);
       return y;
     }
     Tensor y = op.empty<acc_t>({blocks});
@@ -152,16 +152,17 @@ std::tuple<Tensor, Tensor> elementwise_loss_bwd(const Tensor& dy, const Tensor& 
                                                 bool need_dx, bool need_dt) {
   OpScope op("elementwise_loss_bwd", dy);
   op.check(block >= 1 && kind >= 0 && kind < 8, "block must be positive and kind in [0, 8)");
-  const int64_t n = x.numel(), blocks = ceil_div(n, block), kx = need_dx ? n : 0, kt = need_dt ? n : 0;
+  const int64_t n = x.numel(), blocks = ceil_div(n, block);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
-    Tensor dx = op.empty<scalar_t>({kx}), dt = op.empty<scalar_t>({kt});
-    auto *pdx = op.out<scalar_t>(dx, "dx", {kx}), *pdt = op.out<scalar_t>(dt, "dt", {kt});
-    const scalar_t* each = block == 1 ? op.in<scalar_t>(dy, "dy", {n}) : nullptr;
+    Tensor dx = need_dx ? op.empty<scalar_t>(ShapeRef(x)) : op.empty<scalar_t>({0});
+    Tensor dt = need_dt ? op.empty<scalar_t>(ShapeRef(x)) : op.empty<scalar_t>({0});
+    auto* pdx = need_dx ? op.out<scalar_t>(dx, "dx", ShapeRef(x)) : nullptr;
+    auto* pdt = need_dt ? op.out<scalar_t>(dt, "dt", ShapeRef(x)) : nullptr;
+    const scalar_t* each = block == 1 ? op.in<scalar_t>(dy, "dy", ShapeRef(x)) : nullptr;
     const acc_t* sums = block == 1 ? nullptr : op.in<acc_t>(dy, "dy", {blocks});
-    loss_backward(each, sums, op.in<scalar_t>(x, "x", {n}), op.in<scalar_t>(t, "t", {n}),
-                  op.in_optional<scalar_t>(c, "c", {n}), need_dx ? pdx : nullptr, need_dt ? pdt : nullptr, n, kind, a,
-                  block);
+    loss_backward(each, sums, op.in<scalar_t>(x, "x", ShapeRef(x)), op.in<scalar_t>(t, "t", ShapeRef(x)),
+                  op.in_optional<scalar_t>(c, "c", ShapeRef(x)), pdx, pdt, n, kind, a, block);
     return std::tuple(dx, dt);
   });
 }

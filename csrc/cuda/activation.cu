@@ -2,7 +2,7 @@
 //   activation   y = f(x),  dx = dy * f'(x);  f by number, common/activation.h
 //   gated        y = a * f(b),  da = dy * f(b),  db = dy * a * f'(b)
 //   prelu        y = x > 0 ? x : w[c] * x,  dx = x > 0 ? dy : w[c] * dy,  dw[c] = sum over x <= 0 of dy * x
-// layout   activation: [N] flat · gated: x [M, 2, N], y [M, N] · prelu: x [N, C, S], w [C]
+// layout   activation: N elements of any shape · gated: x [M, 2, N], y [M, N] · prelu: x [N, C, S], w [C]
 // mapping  activation, gated: a thread takes one 16-byte vector, grid-stride; the switch over f is uniform over the
 // grid
 //          prelu: a thread takes an element; dw: one block per channel
@@ -107,8 +107,8 @@ Tensor activation_fwd(const Tensor& x, int64_t kind, double a, double b, double 
   activation::check_kind(op, kind);
   const int64_t N = x.numel();
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
-    Tensor y = op.empty<T>({N});
-    run_activation<T>(nullptr, op.in<T>(x, "x", {N}), op.out<T>(y, "y", {N}), N, kind, {a, b, c},
+    Tensor y = op.empty<T>(ShapeRef(x));
+    run_activation<T>(nullptr, op.in<T>(x, "x", ShapeRef(x)), op.out<T>(y, "y", ShapeRef(x)), N, kind, {a, b, c},
                       static_cast<cudaStream_t>(op.stream()));
     return y;
   });
@@ -119,7 +119,7 @@ void activation_inplace(Tensor x, int64_t kind, double a, double b, double c) {
   activation::check_kind(op, kind);
   const int64_t N = x.numel();
   dispatch_floating(op, x.scalar_type(), [&]<class T>() {
-    T* p = op.out<T>(x, "x", {N});
+    T* p = op.out<T>(x, "x", ShapeRef(x));
     run_activation<T>(nullptr, p, p, N, kind, {a, b, c}, static_cast<cudaStream_t>(op.stream()));
   });
 }
@@ -129,9 +129,9 @@ Tensor activation_bwd(const Tensor& dy, const Tensor& x, int64_t kind, double a,
   activation::check_kind(op, kind);
   const int64_t N = x.numel();
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
-    Tensor dx = op.empty<T>({N});
-    run_activation<T>(op.in<T>(dy, "dy", {N}), op.in<T>(x, "x", {N}), op.out<T>(dx, "dx", {N}), N, kind, {a, b, c},
-                      static_cast<cudaStream_t>(op.stream()));
+    Tensor dx = op.empty<T>(ShapeRef(x));
+    run_activation<T>(op.in<T>(dy, "dy", ShapeRef(x)), op.in<T>(x, "x", ShapeRef(x)), op.out<T>(dx, "dx", ShapeRef(x)),
+                      N, kind, {a, b, c}, static_cast<cudaStream_t>(op.stream()));
     return dx;
   });
 }

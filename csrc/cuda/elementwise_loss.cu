@@ -1,7 +1,7 @@
 // elementwise_loss · CUDA
 //   y[b] = Σ_{i in block b} l(x[i], t[i]);  dx[i] = dy[b] l_x(x[i], t[i]),  dt[i] = dy[b] l_t(x[i], t[i]);
 //   l by number, common/elementwise_loss.h; blocks of one element: no sum
-// layout   x, t, c, dx, dt: [n] · y, dy: [ceil(n / block)]
+// layout   x, t, c, dx, dt: n elements of any shape · y, dy: [ceil(n / block)]
 // mapping  sums: 256 threads for each block, several elements a thread; else a thread takes an element, grid-stride;
 // the
 //          switch over l is uniform over the grid
@@ -80,10 +80,12 @@ Tensor elementwise_loss_fwd(const Tensor& x, const Tensor& t, const OptionalTens
   const auto stream = static_cast<cudaStream_t>(op.stream());
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     using A = accumulate_t<T>;
-    const T *px = op.in<T>(x, "x", {n}), *pt = op.in<T>(t, "t", {n}), *pc = op.in_optional<T>(c, "c", {n});
+    const T *px = op.in<T>(x, "x", ShapeRef(x)), *pt = op.in<T>(t, "t", ShapeRef(x)),
+            *pc = op.in_optional<T>(c, "c", ShapeRef(x));
     if (block == 1) {
-      Tensor y = op.empty<T>({n});
-      launch(elementwise_loss_fwd_kernel<T>, grid_stride(n, stream), px, pt, pc, op.out<T>(y, "y", {n}), n, kind, a);
+      Tensor y = op.empty<T>(ShapeRef(x));
+      launch(elementwise_loss_fwd_kernel<T>, grid_stride(n, stream), px, pt, pc, op.out<T>(y, "y", ShapeRef(x)), n,
+             kind, a);
       return y;
     }
     Tensor y = op.empty<A>({blocks});
@@ -102,17 +104,19 @@ std::tuple<Tensor, Tensor> elementwise_loss_bwd(const Tensor& dy, const Tensor& 
                                                 bool need_dx, bool need_dt) {
   OpScope op("elementwise_loss_bwd", dy);
   op.check(block >= 1 && kind >= 0 && kind < 8, "block must be positive and kind in [0, 8)");
-  const int64_t n = x.numel(), blocks = ceil_div(n, block), kx = need_dx ? n : 0, kt = need_dt ? n : 0;
+  const int64_t n = x.numel(), blocks = ceil_div(n, block);
   const auto stream = static_cast<cudaStream_t>(op.stream());
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     using A = accumulate_t<T>;
-    Tensor dx = op.empty<T>({kx}), dt = op.empty<T>({kt});
-    T *ox = op.out<T>(dx, "dx", {kx}), *ot = op.out<T>(dt, "dt", {kt});
-    T *pdx = need_dx ? ox : nullptr, *pdt = need_dt ? ot : nullptr;
-    const T *px = op.in<T>(x, "x", {n}), *pt = op.in<T>(t, "t", {n}), *pc = op.in_optional<T>(c, "c", {n});
+    Tensor dx = need_dx ? op.empty<T>(ShapeRef(x)) : op.empty<T>({0});
+    Tensor dt = need_dt ? op.empty<T>(ShapeRef(x)) : op.empty<T>({0});
+    T* pdx = need_dx ? op.out<T>(dx, "dx", ShapeRef(x)) : nullptr;
+    T* pdt = need_dt ? op.out<T>(dt, "dt", ShapeRef(x)) : nullptr;
+    const T *px = op.in<T>(x, "x", ShapeRef(x)), *pt = op.in<T>(t, "t", ShapeRef(x)),
+            *pc = op.in_optional<T>(c, "c", ShapeRef(x));
     if (block == 1)
-      launch(elementwise_loss_bwd_kernel<T, T>, grid_stride(n, stream), op.in<T>(dy, "dy", {n}), px, pt, pc, pdx, pdt,
-             n, kind, a, block);
+      launch(elementwise_loss_bwd_kernel<T, T>, grid_stride(n, stream), op.in<T>(dy, "dy", ShapeRef(x)), px, pt, pc,
+             pdx, pdt, n, kind, a, block);
     else
       launch(elementwise_loss_bwd_kernel<T, A>, grid_stride(n, stream), op.in<A>(dy, "dy", {blocks}), px, pt, pc, pdx,
              pdt, n, kind, a, block);

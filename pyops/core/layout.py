@@ -6,7 +6,7 @@ A view costs a microsecond, and as much again in the backward pass: none is made
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -67,12 +67,12 @@ def flatten_dense(x: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor
     return moved.view(-1), lambda y: from_memory_order(y.view(moved.shape), order)
 
 
-def in_memory_order(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+def in_memory_order(x: torch.Tensor) -> tuple[torch.Tensor, Sequence[int]]:
     """``(moved, order)``: x as a contiguous tensor, and which of its dimensions stands where there.
 
-    A copy only where x has gaps or overlaps; then its order stays.
+    A copy only where x has gaps or overlaps; then the order stays, as it does where x is contiguous: a range.
     """
-    dims = list(range(x.dim()))
+    dims = range(x.dim())
     if x.is_contiguous():
         return x, dims
     strides = x.stride()
@@ -81,10 +81,9 @@ def in_memory_order(x: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     return (moved, order) if moved.is_contiguous() else (x.contiguous(), dims)
 
 
-def from_memory_order(y: torch.Tensor, order: list[int]) -> torch.Tensor:
+def from_memory_order(y: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     """The inverse of ``in_memory_order``, for what has the shape of ``moved``."""
-    inverse = sorted(order, key=order.__getitem__)
-    return y if inverse == sorted(order) else y.permute(inverse)
+    return y if isinstance(order, range) else y.permute(sorted(range(len(order)), key=order.__getitem__))
 
 
 def memory_order(x: torch.Tensor) -> list[int]:

@@ -61,9 +61,8 @@ _prelu_bwd = library.declare(
 
 
 def _fold(forward, batch, dims, inputs, constants):
-    """A batch of flat inputs is a longer one."""
-    x = inputs[0].movedim(dims[0], 0)
-    return forward(x.reshape(-1), *constants).view(x.shape), 0
+    """A batch of inputs is a larger one."""
+    return forward(inputs[0].movedim(dims[0], 0).contiguous(), *constants), 0
 
 
 def _gated_fold(forward, batch, dims, inputs, constants):
@@ -107,15 +106,15 @@ def _call(op: str, name: str, x: torch.Tensor, inplace: bool, a: float = 0.0, b:
     namespace = backend.namespace_for(op, x)
     arguments = FUNCTIONS[name][0], float(a), float(b), float(c)
     if not inplace:
-        flat, restore = flatten_dense(x)
-        return restore(_apply(namespace, flat, *arguments))
+        moved, order = in_memory_order(x)
+        return from_memory_order(_apply(namespace, moved, *arguments), order)
     if (torch.is_grad_enabled() and x.requires_grad) or not x.is_contiguous() or torch.compiler.is_compiling():
         # The gradient needs the old x, which is about to be lost.
-        flat, restore = flatten_dense(x.clone())
-        return x.copy_(restore(_apply(namespace, flat, *arguments)))
+        moved, order = in_memory_order(x.clone())
+        return x.copy_(from_memory_order(_apply(namespace, moved, *arguments), order))
     if torch._C._are_functorch_transforms_active():
         return x.copy_(_call(op, name, x.clone(), False, a, b, c))
-    _inplace(namespace, x.view(-1), *arguments)
+    _inplace(namespace, x, *arguments)
     return x
 
 

@@ -5,7 +5,7 @@
     smooth l1  |x - t| - β/2; below β (x - t)²/(2β)   kl          t (log t - x); 0 where t is 0
     huber      δ (|x - t| - δ/2); below δ (x - t)²/2  kl, log t   exp(t) (t - x)
 
-    x, t: [n]; y: [n], or the sums of blocks of BLOCK elements, which the reduction adds
+    x, t: n elements; y: as many, or the sums of blocks of BLOCK elements, which the reduction adds
 
 Every loss is one row of ``_LOSSES``: its number in csrc/common/elementwise_loss.h and, in plain torch, its truth.
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,11 +74,11 @@ _TRUTH = dict(_LOSSES.values())
 def _fwd_fake(x, t, c, kind, a, block):
     if block == 1:
         return torch.empty_like(x)
-    return x.new_empty((x.shape[0] + block - 1) // block, dtype=check.accumulate_dtype(x.dtype))
+    return x.new_empty((x.numel() + block - 1) // block, dtype=check.accumulate_dtype(x.dtype))
 
 
 def _bwd_fake(dy, x, t, c, kind, a, block, need_dx, need_dt):
-    return tuple(x.new_empty(x.shape[0] if need else 0) for need in (need_dx, need_dt))
+    return tuple(torch.empty_like(x) if need else x.new_empty(0) for need in (need_dx, need_dt))
 
 
 _fwd = library.declare(
@@ -97,9 +97,9 @@ def _reference(x, t, c, kind, a, block):
     y = _TRUTH[kind](x.to(wide), t.to(wide), c if c is None else c.to(wide), a)
     if block == 1:
         return (y.to(x.dtype),)
-    n = y.shape[0]
+    n = y.numel()
     blocks = (n + block - 1) // block
-    return (_torch.pad(y, (0, blocks * block - n)).view(blocks, block).sum(1),)
+    return (_torch.pad(y.reshape(-1), (0, blocks * block - n)).view(blocks, block).sum(1),)
 
 
 def _arguments(dy, inputs: Tensors, kept: Tensors, constants: Tensors, needs) -> Tensors:
@@ -110,9 +110,9 @@ def _fold(forward, batch, dims, inputs, constants):
     """Elements are alone: a batch is more of them, unless they are summed."""
     if constants[-1] != 1:
         return None
-    x, t, c = (v if v is None or d is None else v.movedim(d, 0) for v, d in zip(inputs, dims))
-    x, t, c = (v if v is None else v.expand(batch, v.shape[-1]).reshape(-1) for v in (x, t, c))
-    return forward(x, t, c, *constants).view(batch, -1), 0
+    given = zip(inputs, dims)
+    x, t, c = (v if v is None else v.expand(batch, *v.shape) if d is None else v.movedim(d, 0) for v, d in given)
+    return forward(*(v if v is None else v.contiguous() for v in (x, t, c)), *constants), 0
 
 
 _apply = differentiable(Formula(_fwd, _bwd, 3, 2, _arguments, _reference, _fold))
@@ -160,9 +160,9 @@ def _as_dtype(t: Any, dtype: torch.dtype) -> torch.Tensor:
     return t if t.dtype == dtype else t.to(dtype)  # type: ignore[no-any-return]
 
 
-def _flat(t: torch.Tensor, order: list[int]) -> torch.Tensor:
-    """t as a row, its dimensions taken in this order."""
-    return (t if t.is_contiguous() and order == sorted(order) else t.permute(order).contiguous()).view(-1)
+def _as_lies(t: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """t contiguous, its dimensions taken in this order."""
+    return t.contiguous() if isinstance(order, range) else t.permute(order).contiguous()
 
 
 def _loss(
@@ -172,15 +172,15 @@ def _loss(
     """The reduced loss; ``weight`` multiplies the elements, ``over`` is what a mean divides by, if not their number."""
     kind, namespace = _LOSSES[name][0], backend.namespace_for(op, x)
     moved, order = in_memory_order(x)
-    flat = moved.view(-1), _flat(t, order), None if c is None else _flat(c.to(x.dtype).expand(x.shape), order)
+    inputs = moved, _as_lies(t, order), None if c is None else _as_lies(c.to(x.dtype).expand(x.shape), order)
     if reduction == "none" or weight is not None:
-        y = from_memory_order(_apply(namespace, *flat, kind, a, 1).view(moved.shape), order)
+        y = from_memory_order(_apply(namespace, *inputs, kind, a, 1), order)
         y = y if weight is None else y * weight
         if reduction == "none":
             return y
         total = y.sum(dtype=check.accumulate_dtype(y.dtype))
     else:
-        sums = _apply(namespace, *flat, kind, a, BLOCK)
+        sums = _apply(namespace, *inputs, kind, a, BLOCK)
         total = sums.reshape(()) if 0 < x.numel() <= BLOCK else sums.sum()
     if reduction != "sum":
         # torch's mean of no elements is NaN
