@@ -17,8 +17,8 @@ RACE := PYOPS_EMULATOR=race $(PYTEST) tests -m race --backend emulator
 $(VENV)/.installed: requirements/dev.txt requirements/emulator.txt
 	@$(PYTHON) -c "import sys; sys.exit('pyops needs Python 3.10 or newer, this is ' + sys.version) if sys.version_info < (3, 10) else None"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -r requirements/dev.txt
-	@test -n "$(CUDA_HEADERS)" || $(PIP) install -q -r requirements/emulator.txt
+	$(PIP) install -q --no-compile -r requirements/dev.txt
+	@test -n "$(CUDA_HEADERS)" || $(PIP) install -q --no-compile -r requirements/emulator.txt
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.installed requirements/demo.txt requirements/demo-no-deps.txt

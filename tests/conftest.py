@@ -35,12 +35,12 @@ def pytest_generate_tests(metafunc):
 
 
 # `make test` has a quarter of an hour. It runs each op's accuracy everywhere, and leaves to others:
-# to `make check` (slow), on the slow backends, what core/autograd.py does for all backends alike;
+# to `make check` (slow), on the emulator and Triton, what core/autograd.py does for all backends alike;
 # to `make thorough` and CI (thorough) the compiled transforms, most of which torch spends tracing, and on Triton's
 # interpreter, which runs one program after the other, in NumPy, what hardly depends on the kernel, and all but a few
 # cases of each other test.
-# One op of each kind has all checks in `make test`: gradients of second order composite, stated, of several outputs.
-_OF_THE_RECIPE = {"autocast", "compile", "compiled_transforms", "gradgradcheck", "transforms"}
+# One op of each kind (gradients of second order composite, stated, of several outputs) has all other checks there.
+_OF_THE_RECIPE = {"autocast", "compile", "gradgradcheck", "transforms"}
 _OF_THE_WRAPPER = {"determinism", "gradcheck", "layout", "opcheck"}
 _ONE_OF_EACH_KIND = {"layer_norm", "roi_align", "lstm_cell"}
 _CASES = 4
@@ -53,6 +53,8 @@ def _left_out(item):
     check, backend = params.get("check"), params.get("backend")
     interpreted = _INTERPRETED and backend == "triton"
     if interpreted and item.get_closest_marker("network") is not None and params["name"] != "packed":
+        return pytest.mark.slow
+    if check == "compiled_transforms" and backend in ("emulator", "triton"):
         return pytest.mark.slow
     if check is None or params.get("op", item.module.__name__.rpartition("test_")[2]) in _ONE_OF_EACH_KIND:
         return None

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from pyops import functional as F
 from pyops import testing
 from pyops.core import backend as backends
-from pyops.core import library
+from pyops.core import library, tracing
 from pyops.core.autograd import Formula, differentiable
 from pyops.core.samples import all_checked
 from pyops.testing import Maker, Sample, check_op
@@ -175,6 +175,13 @@ def test_compiled_transforms_equal_eager(transform):
     whole = transform != "jvp of grad"
     compiled = torch.compile(lambda v: functions[transform](v), fullgraph=whole, backend="aot_eager")
     torch.testing.assert_close(compiled(v), functions[transform](v))
+
+
+def test_a_constant_of_tracing_is_marked_as_torch_marks_it():
+    def ours(): ...
+    def theirs(): ...
+
+    assert vars(tracing.constant(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}
 
 
 @pytest.mark.slow

@@ -33,6 +33,12 @@ def test_info_json_is_one_object_with_the_truth_about_every_backend():
     assert found["forced_backend"] is None and found["environment"] == {}
 
 
+def test_import_leaves_the_compiler_of_torch_alone():
+    """It takes as long to import as torch itself."""
+    code = "import sys, pyops; print('torch' in sys.modules, 'torch._dynamo' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "True False\n"
+
+
 def test_info_reports_a_forced_backend_and_capability():
     narrowest = library.cpu_capabilities()[0]
     done = run("info", "--json", PYOPS_BACKEND="cpu", PYOPS_CPU_CAPABILITY=narrowest)

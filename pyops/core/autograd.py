@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from . import tracing
 from .library import NAMESPACES, Op, fragment
 
 Tensors = tuple[Any, ...]
@@ -356,7 +357,7 @@ def _forward_mode_active() -> bool:
     return forward_ad._current_level >= 0
 
 
-@torch._dynamo.assume_constant_result
+@tracing.constant
 def _transforms_traced() -> bool:
     """Is a torch.func transform open where dynamo traces? Asked then: dynamo opens them for real, and guards."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from . import activations, backend, blocking, library, multilinear, tuning
+from . import activations, backend, blocking, library, multilinear, tracing, tuning
 from .multilinear import Multilinear, Tensors
 
 # Order of the constants of an op: stride, padding, dilation, groups, channels_last, algorithm.
@@ -400,7 +400,7 @@ def _tf32_allowed() -> bool:
     return torch.backends.cudnn.allow_tf32
 
 
-@torch.compiler.assume_constant_result
+@tracing.constant
 def _only_exact() -> bool:
     """Whether torch is asked for more than Winograd's algorithm gives."""
     # what torch.backends.mkldnn.conv.fp32_precision reads, at a tenth of its cost

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
 from . import backend as backends
+from . import tracing
 from .check import FLOATING
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -325,7 +326,7 @@ def table(rows: list[list[str]]) -> str:
 _reports = threading.local()
 
 
-@torch._dynamo.assume_constant_result
+@tracing.constant
 def _note_traced(op: str, device_type: str, reason: str | None) -> None:
     """Runs while torch.compile traces, never in the compiled code: the report is no part of the graph."""
     for report in getattr(_reports, "active", ()):

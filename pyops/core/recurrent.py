@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autocast, check, masking
+from . import autocast, check, masking, tracing
 from .autograd import Tensors, derivative_levels_active
 
 
@@ -401,7 +401,7 @@ def runs_as_stack(namespace: str, net: Network, gates: int, hidden: int) -> bool
     return fits and gates * hidden * hidden * batch < _BARRIER_PRODUCTS * processors
 
 
-@torch._dynamo.assume_constant_result
+@tracing.constant
 def _multiprocessors(device: torch.device) -> tuple[int, int]:
     """How many there are, and the bytes of shared memory that a block may take."""
     properties = torch.cuda.get_device_properties(device)
