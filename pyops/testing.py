@@ -425,8 +425,7 @@ def check_op(
         only: names of checks to run (see ``checks()``); all by default.
         slow: for backends whose calls cost milliseconds: numerical derivatives along random directions only, second
             ones on the first sample only, without undefined and batched gradients, which do not reach the kernels;
-            determinism and opcheck on the small samples only; accuracy in float32 and one other dtype of each sample,
-            in turn.
+            determinism and opcheck on the small samples only; accuracy of each sample in one dtype, in turn.
         label: shown as the backend.
 
     Returns:
@@ -445,11 +444,10 @@ def check_op(
 
 
 def _in_turn(case: _Case, i: int) -> _Case:
-    """The case in float32 and one other dtype, sample by sample, if there are samples enough for every dtype."""
-    others = [dtype for dtype in case.dtypes if dtype != torch.float32]
-    if not others or len(others) > len(case.op.samples):
+    """The case in one dtype, sample by sample, if there are samples enough for every dtype."""
+    if len(case.dtypes) > len(case.op.samples):
         return case
-    return replace(case, dtypes=tuple(d for d in case.dtypes if d in (torch.float32, others[i % len(others)])))
+    return replace(case, dtypes=(case.dtypes[i % len(case.dtypes)],))
 
 
 def _verdict(case: _Case, check: str, label: str) -> CheckResult:

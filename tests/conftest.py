@@ -44,6 +44,13 @@ _OF_THE_RECIPE = {"autocast", "compile", "gradgradcheck", "transforms"}
 _OF_THE_WRAPPER = {"determinism", "gradcheck", "layout", "opcheck"}
 _ONE_OF_EACH_KIND = {"layer_norm", "roi_align", "lstm_cell"}
 _CASES = 4
+# Up to twenty seconds there for one case, of kernels that other tests run too.
+_LONG_ON_THE_INTERPRETER = {
+    "test_few_wide_rows",
+    "test_gradient_is_the_transpose",
+    "test_pyramid_equals_level_by_level",
+    "test_windows_too_large_for_split_rows",
+}
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -54,6 +61,8 @@ def _left_out(item):
     interpreted = _INTERPRETED and backend == "triton"
     if interpreted and item.get_closest_marker("network") is not None and params["name"] != "packed":
         return pytest.mark.slow
+    if interpreted and item.originalname in _LONG_ON_THE_INTERPRETER:
+        return pytest.mark.thorough
     if check == "compiled_transforms" and backend in ("emulator", "triton"):
         return pytest.mark.slow
     if check is None or params.get("op", item.module.__name__.rpartition("test_")[2]) in _ONE_OF_EACH_KIND:
