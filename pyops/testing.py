@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -376,18 +376,26 @@ def _opcheck(case: _Case, sample: Sample) -> str:
     return ""
 
 
-# check name -> (function, does it need the small samples made for numerical derivatives?)
-_CHECKS: dict[str, tuple[Callable[[_Case, Sample], str], bool]] = {
-    "accuracy": (_accuracy, False),
-    "layout": (_layout, False),
-    "determinism": (_determinism, False),
-    "autocast": (_autocast, False),
-    "opcheck": (_opcheck, False),
-    "gradcheck": (_gradcheck, True),
-    "gradgradcheck": (_gradgradcheck, True),
-    "transforms": (_transforms, True),
-    "compile": (_compiled, True),
-    "compiled_transforms": (_compiled_transforms, True),  # seconds each: on the first sample only
+class _Check(NamedTuple):
+    """A check, and when it is content with fewer samples: "always", or "slow", where calls are (see check_op)."""
+
+    function: Callable[[_Case, Sample], str]
+    small: str = ""  # with those made for numerical derivatives
+    first: str = ""  # with the first of them
+    one_dtype: str = ""  # with one dtype for each
+
+
+_CHECKS = {
+    "accuracy": _Check(_accuracy, one_dtype="slow"),
+    "layout": _Check(_layout),
+    "determinism": _Check(_determinism, small="slow"),
+    "autocast": _Check(_autocast),
+    "opcheck": _Check(_opcheck, small="slow"),
+    "gradcheck": _Check(_gradcheck, small="always"),
+    "gradgradcheck": _Check(_gradgradcheck, small="always", first="slow"),
+    "transforms": _Check(_transforms, small="always"),
+    "compile": _Check(_compiled, small="always"),
+    "compiled_transforms": _Check(_compiled_transforms, small="always", first="always"),  # seconds each
 }
 
 
@@ -443,32 +451,32 @@ def check_op(
     return [_verdict(case, check, label or device) for check in chosen]
 
 
-def _in_turn(case: _Case, i: int) -> _Case:
-    """The case in one dtype, sample by sample, if there are samples enough for every dtype."""
-    if len(case.dtypes) > len(case.op.samples):
-        return case
-    return replace(case, dtypes=(case.dtypes[i % len(case.dtypes)],))
+def _runs(check: _Check, case: _Case) -> Iterator[tuple[_Case, Sample]]:
+    """What the check is called with."""
+
+    def holds(when: str) -> bool:
+        return when == "always" or (when == "slow" and case.slow)
+
+    samples = case.op.samples
+    if holds(check.small):
+        small = tuple(sample for sample in samples if sample.derivatives)
+        samples = small if small or check.small == "always" else samples
+    # in turn, if there are samples enough for every dtype
+    in_turn = holds(check.one_dtype) and len(case.dtypes) <= len(samples)
+    for i, sample in enumerate(samples[:1] if holds(check.first) else samples):
+        yield replace(case, dtypes=(case.dtypes[i % len(case.dtypes)],)) if in_turn else case, sample
 
 
 def _verdict(case: _Case, check: str, label: str) -> CheckResult:
-    function, small_only = _CHECKS[check]
-    if case.slow and function in (_determinism, _opcheck):
-        small_only = any(sample.derivatives for sample in case.op.samples)
-    first = True
-    for i, sample in enumerate(case.op.samples):
-        if small_only and not sample.derivatives:
-            continue
-        if not first and (function is _compiled_transforms or (case.slow and function is _gradgradcheck)):
-            break
+    for of_sample, sample in _runs(_CHECKS[check], case):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                problem = function(_in_turn(case, i) if case.slow and function is _accuracy else case, sample)
+                problem = _CHECKS[check].function(of_sample, sample)
         except Exception as error:
             problem = f"{type(error).__name__}: {str(error).strip()[:600]}"
         if problem:
             return CheckResult(case.op.name, label, check, False, f"[{sample.name}] {problem}")
-        first = False
     return CheckResult(case.op.name, label, check, True)
 
 

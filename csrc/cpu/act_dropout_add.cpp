@@ -63,7 +63,7 @@ void act_dropout_add_backward(Activation f, const Dropout<acc_t>& d, const scala
       (V::load(dy + at + i, lanes) * V::load(s.factor + i, lanes)).store(s.value + i, lanes);
     });
     activation_gradient_block<acc_t>(f.kind, f.p, s.factor, s.value, widened(x + at, n, s.wide), n, false);
-    narrowed(dx + at, s.factor, n);
+    narrow(dx + at, s.factor, n);
   });
 }
 

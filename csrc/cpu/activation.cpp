@@ -81,7 +81,7 @@ void gated_backward(int kind, const scalar_t* dy, const scalar_t* x, scalar_t* d
       (g * V::load(a + j, lanes)).store(product + j, lanes);
     });
     activation_gradient_block<acc_t>(kind, {}, gate, product, pb, n, false);
-    narrowed(db, gate, n);
+    narrow(db, gate, n);
   });
 }
 

@@ -57,7 +57,7 @@ struct Epilogue {
       add_residual(v, at, n);
     });
     activate(tile, size);
-    each([&](const acc_t* v, int64_t n, int64_t at, int64_t, int64_t) { narrowed(y + at, v, n); });
+    each([&](const acc_t* v, int64_t n, int64_t at, int64_t, int64_t) { narrow(y + at, v, n); });
   }
 };
 

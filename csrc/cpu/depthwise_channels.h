@@ -89,7 +89,7 @@ void channels_last(const Space& s, int64_t N, int64_t K, int64_t in_channels, in
         if (epilogue.plain()) continue;
         scalar_t* to = out + ow * K;
         epilogue.finish(wide.get(), to - y, used * K);
-        narrowed(to, wide.get(), used * K);
+        narrow(to, wide.get(), used * K);
       }
     }
   });

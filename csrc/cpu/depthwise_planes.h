@@ -205,7 +205,7 @@ void planes(const Space& s, int64_t N, int64_t C, int64_t multiplier, bool trans
                         const acc_t* from = result + i * 2 * V::width;
                         scalar_t* to = target(i);
                         if (step == 1)
-                          narrowed(to, from, count);
+                          narrow(to, from, count);
                         else
                           for (int64_t e = 0; e < count; ++e) to[e * step] = scalar_t(from[e]);
                       }

@@ -19,10 +19,6 @@ PYOPS_INLINE const acc_t* widened(const T* x, int64_t n, acc_t* scratch) {
     return scratch;
   }
 }
-template <class acc_t, class T>
-PYOPS_INLINE void narrowed(T* y, const acc_t* from, int64_t n) {
-  each_vector<acc_t>(n, [&](int64_t i, auto lanes) { Vec<acc_t>::load(from + i, lanes).store(y + i, lanes); });
-}
 
 // y[i] = f(i, lanes) over n <= elementwise_block elements; past the caches when `streamed`.
 template <class acc_t, class F>
@@ -41,18 +37,18 @@ PYOPS_INLINE void compute_block(acc_t* y, int64_t n, bool streamed, F&& f) {
 template <class T, class Block, class... In>
 void elementwise(int64_t N, T* y, Block&& block, const In*... in) {
   using acc_t = accumulate_t<T>;
-  constexpr bool narrow = !std::is_same_v<T, acc_t>;
+  constexpr bool is_narrow = !std::is_same_v<T, acc_t>;
   // Whole registers go past the caches only to an aligned address, and never to where an input is read.
-  const bool streamed = !narrow && is_streamed(N, sizeof(T)) && reinterpret_cast<uintptr_t>(y) % vector_bytes == 0 &&
+  const bool streamed = !is_narrow && is_streamed(N, sizeof(T)) && reinterpret_cast<uintptr_t>(y) % vector_bytes == 0 &&
                         ((static_cast<const void*>(in) != y) && ...);
   parallel_for(ceil_div(N, elementwise_block), elementwise_grain / elementwise_block, [&](int64_t begin, int64_t end) {
-    alignas(64) acc_t scratch[sizeof...(In) + 1][narrow ? elementwise_block : 1];
+    alignas(64) acc_t scratch[sizeof...(In) + 1][is_narrow ? elementwise_block : 1];
     for (int64_t b = begin; b < end; ++b) {
       const int64_t i = b * elementwise_block, n = N - i < elementwise_block ? N - i : elementwise_block;
       [&]<size_t... k>(std::index_sequence<k...>) {
-        if constexpr (narrow) {
+        if constexpr (is_narrow) {
           block(scratch[0], widened<acc_t>(in + i, n, scratch[k + 1])..., n, false);
-          narrowed(y + i, scratch[0], n);
+          narrow(y + i, scratch[0], n);
         } else {
           block(y + i, widened<acc_t>(in + i, n, scratch[k + 1])..., n, streamed);
         }

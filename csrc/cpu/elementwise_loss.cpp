@@ -98,7 +98,7 @@ void loss_forward(const scalar_t* x, const scalar_t* t, const scalar_t* c, scala
     }
     if constexpr (!std::is_same_v<scalar_t, acc_t>) {
       loss_values(kind, a, b, scratch.row[3]);
-      narrowed(y + i, scratch.row[3], count);
+      narrow(y + i, scratch.row[3], count);
     } else {
       loss_values(kind, a, b, y + i);
     }
@@ -117,8 +117,8 @@ void loss_backward(const scalar_t* dy, const acc_t* of_sums, const scalar_t* x, 
     if constexpr (!std::is_same_v<scalar_t, acc_t>) {
       loss_slopes(kind, a, b, g, each, dx == nullptr ? nullptr : scratch.row[4],
                   dt == nullptr ? nullptr : scratch.row[5]);
-      if (dx != nullptr) narrowed(dx + i, scratch.row[4], count);
-      if (dt != nullptr) narrowed(dt + i, scratch.row[5], count);
+      if (dx != nullptr) narrow(dx + i, scratch.row[4], count);
+      if (dt != nullptr) narrow(dt + i, scratch.row[5], count);
     } else {
       loss_slopes(kind, a, b, g, each, dx == nullptr ? nullptr : dx + i, dt == nullptr ? nullptr : dt + i);
     }

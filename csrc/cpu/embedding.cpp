@@ -79,7 +79,7 @@ void gather_sums(const scalar_t* x, const int64_t* index, const int64_t* offsets
           }
           for (int64_t i = 0; i < n; ++i) sums[i] = acc_t(totals[i]);
         }
-        narrowed(y + v * D + column, sums, n);
+        narrow(y + v * D + column, sums, n);
       }
   });
 }

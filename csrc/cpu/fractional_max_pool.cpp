@@ -70,7 +70,7 @@ void backward(const scalar_t* dy, const int64_t* index, scalar_t* dx, const Shap
       std::memset(plane, 0, size_t(size) * sizeof(acc_t));
       for (int64_t k = p * s.outputs(); k < (p + 1) * s.outputs(); ++k)
         if (uint64_t(index[k]) < uint64_t(size)) plane[index[k]] += acc_t(dy[k]);
-      if constexpr (!in_place) narrowed(dx + p * size, plane, size);
+      if constexpr (!in_place) narrow(dx + p * size, plane, size);
     }
   });
 }

@@ -101,8 +101,8 @@ struct RowOfGradients {
   const S *dh, *dc;
 };
 
-// A row backwards: writes dc, da [4 H] and dz [H], and gives put(at, lanes, n(x), n(y), dx, dy) for the elements of x and
-// y; `gates` [4 H] is scratch. dc may be in.dc.
+// A row backwards: writes dc, da [4 H] and dz [H], and gives put(at, lanes, dx, dy) for the elements of x and y; `gates`
+// [4 H] is scratch. dc may be in.dc.
 template <class T, class S, class C, class acc_t, class Put>
 void row_backward(const NormalisedParameters<T>& p, const RowScales<acc_t>& of, const RowOfGradients<T, S>& in, C* dc,
                   acc_t* da, acc_t* dz, acc_t* gates, const Put& put) {
@@ -150,7 +150,7 @@ void row_backward(const NormalisedParameters<T>& p, const RowScales<acc_t>& of, 
   const RowGradient<acc_t> to_x(through_x, 4 * H, of.x.rstd), to_y(through_y, 4 * H, of.y.rstd);
   each_vector<acc_t>(4 * H, [&](int64_t i, auto lanes) {
     const V g = V::load(da + i, lanes), nx = of.x(in.x, i, lanes), ny = of.y(in.y, i, lanes);
-    put(i, lanes, nx, ny, to_x(g * V::load(p.gain_x + i, lanes), nx), to_y(g * V::load(p.gain_y + i, lanes), ny));
+    put(i, lanes, to_x(g * V::load(p.gain_x + i, lanes), nx), to_y(g * V::load(p.gain_y + i, lanes), ny));
   });
 }
 
@@ -182,8 +182,7 @@ void normalised_gates_backward(const NormalisedGates<T>& in, const NormalisedGat
                                     at(out.next_c),     at(out.dh),         at(out.dc)};
       T *dx = out.dx + row * 4 * H, *dy = out.dy + row * 4 * H;
       row_backward(in, RowScales<acc_t>::load(out.statistics + row * 6), of, out.dstate + row * H, out.da + row * 4 * H,
-                   out.dz + row * H, gates.get(),
-                   [&](int64_t i, auto lanes, const V&, const V&, const V& to_x, const V& to_y) {
+                   out.dz + row * H, gates.get(), [&](int64_t i, auto lanes, const V& to_x, const V& to_y) {
                      to_x.store(dx + i, lanes);
                      to_y.store(dy + i, lanes);
                    });
@@ -223,13 +222,10 @@ class NormalisedForward {
  private:
   void product(int64_t i, const RowRange& rows, int64_t first, int64_t last) {
     const int64_t H = s_.H, end = std::min(rows.end, s_.steps.count(s_.step(d_, i)));
-    for (int64_t p = first; p < last; ++p)
-      multiply_rows<4>(states_.h(i), H, recurrent_.panel(p), H, rows.begin, end, [&](int64_t row, const acc_t* sum) {
-        for (int v = 0; v < 4; ++v)
-          one_vector<acc_t>((p * 4 + v) * V::width, 4 * H, [&](int64_t unit, auto lanes) {
-            V::load(sum + v * V::width).store(y_.get() + row * 4 * H + unit, lanes);
-          });
-      });
+    multiply_panels(states_.h(i), recurrent_, 4 * H, first, last, rows.begin, end,
+                    [&](int64_t row, int64_t unit, auto lanes, const V& value) {
+                      value.store(y_.get() + row * 4 * H + unit, lanes);
+                    });
   }
   void cells(int64_t i, const RowRange& rows) {
     const int64_t t = s_.step(d_, i), base = s_.steps.first(t), H = s_.H;
@@ -256,51 +252,10 @@ class NormalisedForward {
   Buffer<acc_t> y_, o_;
 };
 
-// The sums over rows that are gradients of gains and biases: [4 H, 4 H, 4 H, H, H]. After some rows their sum goes to the
-// others, lest rounding grow with the length of the sequence.
+// What the gradients of gains and biases are sums of: da [N, D, 4 H], dz [N, D, H].
 template <class T>
-class ParameterSums {
-  using acc_t = accumulate_t<T>;
-  using V = Vec<acc_t>;
-  static constexpr int64_t rows_at_once = 256;
-
- public:
-  explicit ParameterSums(int64_t H) : H_(H), size_(14 * H), sums_(2 * size_, acc_t(0)) {}
-
-  acc_t* gain_x() { return sums_.get(); }
-  acc_t* gain_y() { return gain_x() + 4 * H_; }
-  acc_t* bias() { return gain_y() + 4 * H_; }
-  acc_t* gain_c() { return bias() + 4 * H_; }
-  acc_t* bias_c() { return gain_c() + H_; }
-
-  template <class Lanes>
-  static PYOPS_INLINE void add(acc_t* to, Lanes lanes, const V& value) {
-    (V::load(to, lanes) + value).store(to, lanes);
-  }
-  void count_row() {
-    if (++rows_ % rows_at_once == 0) flush();
-  }
-  // The sums over all rows so far.
-  acc_t* total() {
-    flush();
-    return sums_.get() + size_;
-  }
-  void add(ParameterSums& other) {
-    const acc_t* more = other.total();
-    each_vector<acc_t>(size_, [&](int64_t i, auto lanes) { add(sums_.get() + i, lanes, V::load(more + i, lanes)); });
-  }
-
- private:
-  void flush() {
-    acc_t* part = sums_.get();
-    each_vector<acc_t>(size_, [&](int64_t i, auto lanes) {
-      add(part + size_ + i, lanes, V::load(part + i, lanes));
-      V().store(part + i, lanes);
-    });
-  }
-
-  int64_t H_, size_, rows_ = 0;
-  Buffer<acc_t> sums_;
+struct NormalisedWork : NormalisedSequence<T> {
+  accumulate_t<T>*da, *dz;
 };
 
 template <class T>
@@ -311,16 +266,14 @@ class NormalisedBackward {
  public:
   static constexpr bool backwards = true;
 
-  NormalisedBackward(const NormalisedSequence<T>& s, int64_t d)
+  NormalisedBackward(const NormalisedWork<T>& s, int64_t d)
       : s_(s),
         d_(d),
         parameters_(s.parameters.of(d)),
         recurrent_(plain_panels<acc_t>(s.w_hh + d * 4 * s.H * s.H, 4 * s.H, s.H, s.H, 1)),
         gradients_(s, d, true),
-        to_y_(s.steps.B * 4 * s.H) {
-    for (int64_t k = 0; k < RowChunks(s.steps.B, s.D).chunks; ++k)
-      sums_.push_back(std::make_unique<ParameterSums<T>>(s.H));
-  }
+        to_y_(s.steps.B * 4 * s.H),
+        gates_(s.steps.B * 4 * s.H) {}
 
   int64_t work() const { return s_.H * 16 * V::width; }
   void begin(const RowRange&) {}
@@ -329,67 +282,99 @@ class NormalisedBackward {
     gradients_.receive(i, rows);
     cells(i, rows);
     share(recurrent_.count(), [&](int64_t first, int64_t last) {
-      gradients_.template send<false>(i, to_y_.get(), 4 * s_.H, recurrent_, rows, first, last);
+      gradients_.template send<false>(i, to_y_.get(), recurrent_, rows, first, last);
     });
   }
   void end(const RowRange& rows) { gradients_.emit(rows); }
-
-  // The gradients of gains and biases, after all rows have ended.
-  void parameter_gradients() {
-    ParameterSums<T> all(s_.H);
-    for (auto& part : sums_) all.add(*part);
-    const acc_t* from = all.total();
-    for (T* to : {s_.dgain_x, s_.dgain_y, s_.dbias}) {
-      if (to != nullptr) narrow(to + d_ * 4 * s_.H, from, 4 * s_.H);
-      from += 4 * s_.H;
-    }
-    for (T* to : {s_.dgain_c, s_.dbias_c}) {
-      if (to != nullptr) narrow(to + d_ * s_.H, from, s_.H);
-      from += s_.H;
-    }
-  }
 
  private:
   void cells(int64_t i, const RowRange& rows) {
     const int64_t t = s_.step(d_, i), base = s_.steps.first(t), H = s_.H, D = s_.D;
     const int64_t end = std::min(rows.end, s_.steps.count(t));
-    ParameterSums<T>& sums = *sums_[size_t(rows.chunk)];
-    Buffer<acc_t> da(4 * H), dz(H), gates(4 * H);
     for (int64_t row = rows.begin; row < end; ++row) {
       const int64_t at = (base + row) * D + d_, earlier = s_.row_at(s_.before(d_, t), row);
       const T* c = earlier >= 0 ? s_.cells + (earlier * D + d_) * H : s_.c0 + (d_ * s_.steps.B + row) * H;
       const RowOfGradients<T, acc_t> of{s_.gates + at * 4 * H, s_.saved + at * 4 * H, c,
                                         s_.cells + at * H,     gradients_.h(row),     gradients_.c(row)};
-      const auto scales = RowScales<acc_t>::load(s_.statistics + at * 6);
       T *dx = s_.dgates + at * 4 * H, *dy = s_.dh_gates + at * 4 * H;
       acc_t* to_send = to_y_.get() + row * 4 * H;
-      row_backward(parameters_, scales, of, gradients_.c(row), da.get(), dz.get(), gates.get(),
-                   [&](int64_t k, auto lanes, const V& nx, const V& ny, const V& to_x, const V& to_y) {
+      row_backward(parameters_, RowScales<acc_t>::load(s_.statistics + at * 6), of, gradients_.c(row),
+                   s_.da + at * 4 * H, s_.dz + at * H, gates_.get() + row * 4 * H,
+                   [&](int64_t k, auto lanes, const V& to_x, const V& to_y) {
                      to_x.store(dx + k, lanes);
                      to_y.store(dy + k, lanes);
                      to_y.store(to_send + k, lanes);
-                     const V g = V::load(da.get() + k, lanes);
-                     sums.add(sums.gain_x() + k, lanes, g * nx);
-                     sums.add(sums.gain_y() + k, lanes, g * ny);
-                     sums.add(sums.bias() + k, lanes, g);
                    });
-      each_vector<acc_t>(H, [&](int64_t k, auto lanes) {
-        const V g = V::load(dz.get() + k, lanes);
-        sums.add(sums.gain_c() + k, lanes, g * scales.c(of.next_c, k, lanes));
-        sums.add(sums.bias_c() + k, lanes, g);
-      });
-      sums.count_row();
     }
   }
 
-  const NormalisedSequence<T>& s_;
+  const NormalisedWork<T>& s_;
   int64_t d_;
   NormalisedParameters<T> parameters_;
   Panels<acc_t, 4> recurrent_;
   SequenceGradients<T> gradients_;
-  Buffer<acc_t> to_y_;
-  std::vector<std::unique_ptr<ParameterSums<T>>> sums_;
+  Buffer<acc_t> to_y_, gates_;
 };
+
+// to[k][column] = the sum over n < N of term k of row(n)(column, lanes, terms); nothing where to[k] is null. A thread has
+// its columns alone and takes rows in order, so that the number of threads changes nothing; rounding grows with the root
+// of a block of rows.
+template <int terms, class T, class Row>
+void sums_of_columns(int64_t N, int64_t columns, T* const (&to)[terms], const Row& row) {
+  using acc_t = accumulate_t<T>;
+  using V = Vec<acc_t>;
+  constexpr int64_t width = 64, block = 256;
+  const auto add = [](acc_t* sum, auto lanes, const V& value) { (V::load(sum, lanes) + value).store(sum, lanes); };
+  parallel_for(
+      ceil_div(columns, width), ceil_div(int64_t{512}, std::max<int64_t>(N, 1)), [&](int64_t begin, int64_t end) {
+        for (int64_t first = begin * width; first < std::min(columns, end * width); first += width) {
+          const int64_t count = std::min(width, columns - first);
+          alignas(64) acc_t total[terms][width] = {};
+          for (int64_t n0 = 0; n0 < N; n0 += block) {
+            alignas(64) acc_t part[terms][width] = {};
+            for (int64_t n = n0; n < std::min(N, n0 + block); ++n) {
+              const auto of_row = row(n);
+              each_vector<acc_t>(count, [&](int64_t i, auto lanes) {
+                V term[terms];
+                of_row(first + i, lanes, term);
+                for (int k = 0; k < terms; ++k) add(part[k] + i, lanes, term[k]);
+              });
+            }
+            for (int k = 0; k < terms; ++k)
+              each_vector<acc_t>(count,
+                                 [&](int64_t i, auto lanes) { add(total[k] + i, lanes, V::load(part[k] + i, lanes)); });
+          }
+          for (int k = 0; k < terms; ++k)
+            if (to[k] != nullptr) narrow(to[k] + first, total[k], count);
+        }
+      });
+}
+
+template <class T>
+void parameter_gradients(const NormalisedWork<T>& s, int64_t d) {
+  using acc_t = accumulate_t<T>;
+  using V = Vec<acc_t>;
+  const int64_t H = s.H;
+  const auto of_direction = [&](T* p, int64_t columns) { return p != nullptr ? p + d * columns : nullptr; };
+  T* const of_gates[] = {of_direction(s.dgain_x, 4 * H), of_direction(s.dgain_y, 4 * H), of_direction(s.dbias, 4 * H)};
+  sums_of_columns(s.steps.N, 4 * H, of_gates, [&](int64_t n) {
+    const int64_t at = n * s.D + d;
+    return [of = RowScales<acc_t>::load(s.statistics + at * 6), x = s.gates + at * 4 * H, y = s.saved + at * 4 * H,
+            da = s.da + at * 4 * H](int64_t i, auto lanes, V(&term)[3]) {
+      const V g = V::load(da + i, lanes);
+      term[0] = g * of.x(x, i, lanes), term[1] = g * of.y(y, i, lanes), term[2] = g;
+    };
+  });
+  T* const of_cells[] = {of_direction(s.dgain_c, H), of_direction(s.dbias_c, H)};
+  sums_of_columns(s.steps.N, H, of_cells, [&](int64_t n) {
+    const int64_t at = n * s.D + d;
+    return [of = RowScales<acc_t>::load(s.statistics + at * 6), c = s.cells + at * H, dz = s.dz + at * H](
+               int64_t i, auto lanes, V(&term)[2]) {
+      const V g = V::load(dz + i, lanes);
+      term[0] = g * of.c(c, i, lanes), term[1] = g;
+    };
+  });
+}
 
 template <class T>
 void normalised_layer_forward(const OpScope&, const NormalisedSequence<T>& s) {
@@ -398,9 +383,11 @@ void normalised_layer_forward(const OpScope&, const NormalisedSequence<T>& s) {
 
 template <class T>
 void normalised_layer_backward(const OpScope&, const NormalisedSequence<T>& s) {
-  const auto runs = runs_of<NormalisedBackward<T>>(s);
-  if (s.steps.B > 0) through_steps(s.steps.T, s.steps.B, runs);
-  for (const auto& run : runs) run->parameter_gradients();
+  const int64_t rows = s.steps.N * s.D;
+  Buffer<accumulate_t<T>> da(rows * 4 * s.H), dz(rows * s.H);
+  const NormalisedWork<T> work{s, da.get(), dz.get()};
+  if (s.steps.B > 0) through_steps(s.steps.T, s.steps.B, runs_of<NormalisedBackward<T>>(work));
+  for (int64_t d = 0; d < s.D; ++d) parameter_gradients(work, d);
 }
 
 }  // namespace pyops::PYOPS_CPU_CAPABILITY

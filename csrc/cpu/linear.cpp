@@ -63,7 +63,7 @@ void bias_act_block(const Lines& g, const Block& b, int kind, Parameters p, cons
     activation_block<acc_t>(kind, p, to, t, b.size(), streamed && aligned);
   } else {
     activation_block<acc_t>(kind, p, t, t, b.size(), false);
-    narrowed(to, t, b.size());
+    narrow(to, t, b.size());
   }
 }
 
@@ -85,7 +85,7 @@ void bias_act_forward(const Lines& g, int kind, Parameters p, const scalar_t* x,
 // The gradient of one block: dx is written, and what is returned is the same in acc_t.
 template <class scalar_t, class acc_t>
 struct Gradient {
-  static constexpr bool narrow = !std::is_same_v<scalar_t, acc_t>;
+  static constexpr bool is_narrow = !std::is_same_v<scalar_t, acc_t>;
   Lines g;
   int kind;
   Parameters p;
@@ -96,9 +96,9 @@ struct Gradient {
     const int64_t at = b.line * g.length + b.offset;
     add_bias(g, b, x, bias, scratch[0]);
     acc_t* to = scratch[1];
-    if constexpr (!narrow) to = dx + at;
+    if constexpr (!is_narrow) to = dx + at;
     activation_gradient_block<acc_t>(kind, p, to, widened(dy + at, b.size(), scratch[2]), scratch[0], b.size(), false);
-    if constexpr (narrow) narrowed(dx + at, to, b.size());
+    if constexpr (is_narrow) narrow(dx + at, to, b.size());
     return to;
   }
 };

@@ -96,11 +96,6 @@ class Parameter {
   Buffer<acc_t> copy_;
 };
 
-template <class weight_t, class acc_t>
-void narrow(weight_t* to, const acc_t* from, int64_t n) {
-  each_vector<acc_t>(n, [&](int64_t i, auto lanes) { Vec<acc_t>::load(from + i, lanes).store(to + i, lanes); });
-}
-
 // Calls f.template operator()<a, b, c>().
 template <class F>
 void dispatch_flags(bool a, bool b, bool c, F&& f) {

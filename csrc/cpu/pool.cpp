@@ -239,7 +239,7 @@ void each_gradient_plane(scalar_t* dx, const Shape& s, int64_t scratch, const F&
       if constexpr (in_place) plane = dx + p * size;
       std::memset(plane, 0, size_t(size) * sizeof(acc_t));
       f(p, plane, rows.get());
-      if constexpr (!in_place) narrowed(dx + p * size, plane, size);
+      if constexpr (!in_place) narrow(dx + p * size, plane, size);
     }
   });
 }

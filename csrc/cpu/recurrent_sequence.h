@@ -49,6 +49,7 @@ class Panels {
     });
   }
   int64_t count() const { return count_; }
+  int64_t K() const { return K_; }
   const acc_t* panel(int64_t p) const { return data_.get() + p * K_ * width; }
 
  private:
@@ -165,9 +166,22 @@ Panels<acc_t, 4> plain_panels(const T* w, int64_t K, int64_t columns, int64_t st
   });
 }
 
-// Rows of the batch that go through a step together; `chunk` counts those that have a thread of their own.
+// put(row, column, lanes, value) for rows [begin, end) of a [rows, K] times panels [first, last) of plain_panels.
+template <class acc_t, class Put>
+PYOPS_INLINE void multiply_panels(const acc_t* a, const Panels<acc_t, 4>& panels, int64_t columns, int64_t first,
+                                  int64_t last, int64_t begin, int64_t end, const Put& put) {
+  using V = Vec<acc_t>;
+  for (int64_t p = first; p < last; ++p)
+    multiply_rows<4>(a, panels.K(), panels.panel(p), panels.K(), begin, end, [&](int64_t row, const acc_t* sum) {
+      for (int v = 0; v < 4; ++v)
+        one_vector<acc_t>((p * 4 + v) * V::width, columns,
+                          [&](int64_t column, auto lanes) { put(row, column, lanes, V::load(sum + v * V::width)); });
+    });
+}
+
+// Rows of the batch that go through a step together.
 struct RowRange {
-  int64_t chunk, begin, end;
+  int64_t begin, end;
 };
 
 // The states of one direction between two steps, in the type of sums.
@@ -212,16 +226,12 @@ class SequenceStates {
     first = std::max(first, rows.begin), last = std::min(last, rows.end);
     const acc_t* from = h(i + 1);
     for (int64_t row = first; row < last; ++row) {
-      narrow_run(s_.h_n + (d_ * B + row) * s_.P, from + row * s_.P, s_.P);
-      if (s_.c_n != nullptr) narrow_run(s_.c_n + (d_ * B + row) * s_.H, c(row), s_.H);
+      narrow(s_.h_n + (d_ * B + row) * s_.P, from + row * s_.P, s_.P);
+      if (s_.c_n != nullptr) narrow(s_.c_n + (d_ * B + row) * s_.H, c(row), s_.H);
     }
   }
 
  private:
-  static void narrow_run(T* to, const acc_t* from, int64_t n) {
-    each_vector<acc_t>(n, [&](int64_t j, auto lanes) { V::load(from + j, lanes).store(to + j, lanes); });
-  }
-
   const recurrent::Sequence<T>& s_;
   int64_t d_;
   Buffer<acc_t> h_, c_;
@@ -279,13 +289,10 @@ class SequenceForward {
   }
   void project(int64_t i, const RowRange& rows, int64_t first, int64_t last) {
     const int64_t t = s_.step(d_, i), base = s_.steps.first(t), end = std::min(rows.end, s_.steps.count(t));
-    for (int64_t p = first; p < last; ++p)
-      multiply_rows<4>(m_.get(), s_.H, projection_.panel(p), s_.H, rows.begin, end, [&](int64_t row, const acc_t* sum) {
-        for (int v = 0; v < 4; ++v)
-          one_vector<acc_t>((p * 4 + v) * W, s_.P, [&](int64_t unit, auto lanes) {
-            states_.put(i, row, base + row, unit, lanes, V::load(sum + v * W));
-          });
-      });
+    multiply_panels(m_.get(), projection_, s_.P, first, last, rows.begin, end,
+                    [&](int64_t row, int64_t unit, auto lanes, const V& value) {
+                      states_.put(i, row, base + row, unit, lanes, value);
+                    });
   }
 
   template <class Lanes>
@@ -356,30 +363,24 @@ class SequenceGradients {
   // To the states before: panels [first, last) of the product of da [B, K] with the recurrent weights. `added`: beside
   // what passes by the product, z dh of a GRU.
   template <bool added>
-  void send(int64_t i, const acc_t* da, int64_t K, const Panels<acc_t, 4>& weights, const RowRange& rows, int64_t first,
+  void send(int64_t i, const acc_t* da, const Panels<acc_t, 4>& weights, const RowRange& rows, int64_t first,
             int64_t last) {
     const int64_t end = std::min(rows.end, s_.steps.count(s_.step(d_, i)));
-    for (int64_t p = first; p < last; ++p)
-      multiply_rows<4>(da, K, weights.panel(p), K, rows.begin, end, [&](int64_t row, const acc_t* sum) {
-        for (int v = 0; v < 4; ++v)
-          one_vector<acc_t>((p * 4 + v) * V::width, s_.P, [&](int64_t unit, auto lanes) {
-            acc_t* to = h(row) + unit;
-            V value = V::load(sum + v * V::width);
-            if constexpr (added) value += V::load(to, lanes);
-            value.store(to, lanes);
-          });
-      });
+    multiply_panels(da, weights, s_.P, first, last, rows.begin, end,
+                    [&](int64_t row, int64_t unit, auto lanes, const V& value) {
+                      acc_t* to = h(row) + unit;
+                      if constexpr (added)
+                        (value + V::load(to, lanes)).store(to, lanes);
+                      else
+                        value.store(to, lanes);
+                    });
   }
   // Gradients of the initial states, after all steps.
   void emit(const RowRange& rows) {
     const int64_t B = s_.steps.B, P = s_.P, H = s_.H;
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      each_vector<acc_t>(
-          P, [&](int64_t j, auto lanes) { V::load(h(row) + j, lanes).store(s_.dh0 + (d_ * B + row) * P + j, lanes); });
-      if (s_.dc0 != nullptr)
-        each_vector<acc_t>(H, [&](int64_t j, auto lanes) {
-          V::load(c(row) + j, lanes).store(s_.dc0 + (d_ * B + row) * H + j, lanes);
-        });
+      narrow(s_.dh0 + (d_ * B + row) * P, h(row), P);
+      if (s_.dc0 != nullptr) narrow(s_.dc0 + (d_ * B + row) * H, c(row), H);
     }
   }
 
@@ -419,7 +420,7 @@ class SequenceBackward {
       share(projection_.count(), [&](int64_t first, int64_t last) { unproject(i, rows, first, last); });
     cells(i, rows);
     share(recurrent_.count(), [&](int64_t first, int64_t last) {
-      gradients_.template send<Cell::splits>(i, da_.get(), G * s_.H, recurrent_, rows, first, last);
+      gradients_.template send<Cell::splits>(i, da_.get(), recurrent_, rows, first, last);
     });
   }
   void end(const RowRange& rows) { gradients_.emit(rows); }
@@ -427,14 +428,10 @@ class SequenceBackward {
  private:
   void unproject(int64_t i, const RowRange& rows, int64_t first, int64_t last) {
     const int64_t end = std::min(rows.end, s_.steps.count(s_.step(d_, i)));
-    for (int64_t p = first; p < last; ++p)
-      multiply_rows<4>(gradients_.h(0), s_.P, projection_.panel(p), s_.P, rows.begin, end,
-                       [&](int64_t row, const acc_t* sum) {
-                         for (int v = 0; v < 4; ++v)
-                           one_vector<acc_t>((p * 4 + v) * W, s_.H, [&](int64_t unit, auto lanes) {
-                             V::load(sum + v * W).store(dm_.get() + row * s_.H + unit, lanes);
-                           });
-                       });
+    multiply_panels(gradients_.h(0), projection_, s_.H, first, last, rows.begin, end,
+                    [&](int64_t row, int64_t unit, auto lanes, const V& value) {
+                      value.store(dm_.get() + row * s_.H + unit, lanes);
+                    });
   }
   void cells(int64_t i, const RowRange& rows) {
     const int64_t t = s_.step(d_, i), base = s_.steps.first(t), H = s_.H, D = s_.D;
@@ -474,41 +471,31 @@ class SequenceBackward {
   Buffer<acc_t> dm_, da_;
 };
 
-// Chunks of rows, one for each thread, all through all steps; or, where rows are few, all threads on each step.
-struct RowChunks {
-  int64_t chunks, B;
-  bool by_rows;
-  RowChunks(int64_t rows, int64_t D) : B(rows) {
-    const int64_t threads = thread_count();
-    chunks = std::min(ceil_div(threads, D), ceil_div(rows, 2));
-    by_rows = threads == 1 || chunks * D >= threads;
-    if (!by_rows) chunks = 1;
-  }
-  RowRange range(int64_t chunk) const { return {chunk, B * chunk / chunks, B * (chunk + 1) / chunks}; }
-};
 // Multiply-adds worth a thread's while.
 inline constexpr int64_t sequence_grain = 65536;
 
-// Takes the runs, one for each direction, through all steps. A step shares by share(count, part(first, last)) what the
-// threads can do together where none of them has rows of its own.
+// Takes the runs, one for each direction, through all steps: each thread a chunk of the rows, or, where rows are few, all
+// threads each step, of which they share by share(count, part(first, last)) what they can do together.
 template <class Run>
 void through_steps(int64_t steps, int64_t B, const std::vector<std::unique_ptr<Run>>& runs) {
-  const int64_t D = int64_t(runs.size());
-  const RowChunks rows(B, D);
+  const int64_t D = int64_t(runs.size()), threads = thread_count();
+  const int64_t chunks = std::min(ceil_div(threads, D), ceil_div(B, 2));
   const auto take = [&](Run& run, const RowRange& range, const auto& share) {
     run.begin(range);
     for (int64_t k = 0; k < steps; ++k) run.step(Run::backwards ? steps - 1 - k : k, range, share);
     run.end(range);
   };
-  if (rows.by_rows)
-    return parallel_for(D * rows.chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k)
-        take(*runs[k / rows.chunks], rows.range(k % rows.chunks),
+  if (threads == 1 || chunks * D >= threads)
+    return parallel_for(D * chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t chunk = k % chunks;
+        take(*runs[k / chunks], {B * chunk / chunks, B * (chunk + 1) / chunks},
              [](int64_t count, const auto& part) { part(int64_t{0}, count); });
+      }
     });
   for (auto& run : runs) {
     const int64_t grain = ceil_div(sequence_grain, run->work() * B);
-    take(*run, rows.range(0), [&](int64_t count, const auto& part) { parallel_for(count, grain, part); });
+    take(*run, {0, B}, [&](int64_t count, const auto& part) { parallel_for(count, grain, part); });
   }
 }
 

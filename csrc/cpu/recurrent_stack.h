@@ -16,15 +16,11 @@ void rows_times_panels(const T* from, int64_t M, int64_t K, const Panels<acc_t, 
     for (int64_t first = begin * block; first < std::min(M, end * block); first += block) {
       const int64_t rows = std::min(block, M - first);
       widen<acc_t>(wide.get(), from + first * K, rows * K, acc_t(0));
-      for (int64_t p = 0; p < panels.count(); ++p)
-        multiply_rows<4>(wide.get(), K, panels.panel(p), K, 0, rows, [&](int64_t row, const acc_t* sum) {
-          for (int v = 0; v < 4; ++v)
-            one_vector<acc_t>((p * 4 + v) * V::width, columns, [&](int64_t unit, auto lanes) {
-              V value = V::load(sum + v * V::width);
-              if (bias != nullptr) value += V::load(bias + unit, lanes);
-              value.store(to + (first + row) * columns + unit, lanes);
-            });
-        });
+      multiply_panels(wide.get(), panels, columns, 0, panels.count(), 0, rows,
+                      [&](int64_t row, int64_t unit, auto lanes, V value) {
+                        if (bias != nullptr) value += V::load(bias + unit, lanes);
+                        value.store(to + (first + row) * columns + unit, lanes);
+                      });
     }
   });
 }

@@ -462,5 +462,10 @@ void widen(acc_t* to, const T* from, int64_t n, acc_t absent) {
     (from ? Vec<acc_t>::load(from + i, lanes) : Vec<acc_t>(absent)).store(to + i, lanes);
   });
 }
+// Rounds sums to the type of a result.
+template <class acc_t, class T>
+PYOPS_INLINE void narrow(T* to, const acc_t* from, int64_t n) {
+  each_vector<acc_t>(n, [&](int64_t i, auto lanes) { Vec<acc_t>::load(from + i, lanes).store(to + i, lanes); });
+}
 
 }  // namespace pyops::PYOPS_CPU_CAPABILITY

@@ -266,7 +266,7 @@ def cross_entropy(
         return loss.to(x.dtype).reshape(shape)
     total = loss.sum()
     # torch's mean of no elements is NaN
-    return (total if reduction == "sum" else total / (loss.numel() or math.nan * 1)).to(x.dtype)
+    return (total if reduction == "sum" else total / (loss.numel() or math.nan)).to(x.dtype)
 
 
 def nll_loss(

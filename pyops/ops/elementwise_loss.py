@@ -386,9 +386,8 @@ def kl_div(
     op = "kl_div"
     how = _reduction(op, reduction, size_average, reduce, ("batchmean",))
     check.floating(op, "input", input)
-    over = (
-        input.shape[0] if how == "batchmean" and input.dim() else None
-    )  # as torch, of the input before it is broadcast
+    # as torch, of the input before it is broadcast
+    over = input.shape[0] if how == "batchmean" and input.dim() else None
     if isinstance(target, torch.Tensor) and target.shape != input.shape and target.device == input.device:
         try:
             input, target = torch.broadcast_tensors(input, target)

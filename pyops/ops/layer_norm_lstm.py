@@ -281,8 +281,8 @@ def layer_norm_lstm(
         RuntimeError, TypeError, ValueError: as pyops.functional.lstm.
 
     The product of the inputs of all steps is one matrix product, so is the gradient of each weight; between them one
-    kernel runs over all steps. h is rounded to the dtype in each step, c is not within a call. Bitwise deterministic
-    for one number of threads. Gradients of every order (from the second on step by step in torch), forward mode, vmap
+    kernel runs over all steps. h is rounded to the dtype in each step, c is not within a call. Bitwise deterministic.
+    Gradients of every order (from the second on step by step in torch), forward mode, vmap
     (by torch) and torch.compile. Under autocast in its low precision on a GPU; on the CPU the products of the inputs
     alone are. Formula: ``layer_norm_lstm_cell``.
     """
