@@ -2,6 +2,7 @@
   y[r,c,p,q] = mean over the samples of bin (p, q) of RoI r, bilinear in x[n_r, c]
 layout   x_l: [N, C, H_l, W_l] or, channels_last, [N, H_l, W_l, C] · y likewise over (P, Q) · rois: [R, 5] in pixels of
          its level · levels: [R] or none
+position sensitive: bin (p, q) of channel c reads plane (c P + p) Q + q
 mapping  forward: a program per bin and block of channels. Backward: a program per row of pixels and block of channels,
          which meets the RoIs in order and gathers; no atomics. A launch per level passes over the RoIs of others
 memory   backward: dx is written once
@@ -66,8 +67,10 @@ def _neighbours(position, size):
 @triton.jit
 def roi_align_fwd_kernel(
     x, rois, levels, y, level, N, C, H, W, P, Q, sampling_ratio,
-    x_n, x_c, x_h, x_w, y_r, y_c, y_p, y_q, ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_n, x_c, x_h, x_w, y_r, y_c, y_p, y_q,
+    ALIGNED: tl.constexpr, SENSITIVE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """C: channels of y."""
     acc_t: tl.constexpr = rois.dtype.element_ty
     unit = tl.program_id(0).to(tl.int64)
     r = unit // (P * Q)
@@ -79,8 +82,11 @@ def roi_align_fwd_kernel(
     if mine:
         roi = rois + r * 5
         image = tl.load(roi).to(tl.int64)
-        c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        base = x + image * x_n + c * x_c
+        c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+        plane = c
+        if SENSITIVE:
+            plane = c * (P * Q) + unit % (P * Q)
+        base = x + image * x_n + plane * x_c
         y_start, y_bin, y_grid = _axis(roi, 2, P, sampling_ratio, ALIGNED)
         x_start, x_bin, x_grid = _axis(roi, 1, Q, sampling_ratio, ALIGNED)
         y_start += p * y_bin
@@ -119,14 +125,19 @@ def _weight(start, bin_size, grid, pixel, size, low, high):
 @triton.jit
 def roi_align_bwd_kernel(
     dy, rois, levels, dx, level, R, C, H, W, P, Q, sampling_ratio,
-    x_n, x_c, x_h, x_w, y_r, y_c, y_p, y_q, ALIGNED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+    x_n, x_c, x_h, x_w, y_r, y_c, y_p, y_q,
+    ALIGNED: tl.constexpr, SENSITIVE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
+    """C: channels of x."""
     acc_t: tl.constexpr = rois.dtype.element_ty
     n = tl.program_id(0).to(tl.int64) // H
     row = tl.program_id(0).to(tl.int64) % H
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     first = tl.program_id(2) * BLOCK_W
     column = first + tl.arange(0, BLOCK_W)
+    channel = c
+    if SENSITIVE:
+        channel = c // (P * Q)
     total = tl.zeros((BLOCK_C, BLOCK_W), acc_t)
     for k in range(R):
         r = tl.cast(k, tl.int64)
@@ -144,7 +155,10 @@ def roi_align_bwd_kernel(
                 if tl.sum(wy, 0) != 0:
                     for q in range(Q):
                         wx = _weight(x_start + q * x_bin, x_bin, x_grid, column, W, first, first + BLOCK_W)
-                        d = tl.load(dy + r * y_r + c * y_c + p * y_p + q * y_q, mask=c < C, other=0.0).to(acc_t)
+                        own = c < C
+                        if SENSITIVE:
+                            own &= c % (P * Q) == p * Q + q
+                        d = tl.load(dy + r * y_r + channel * y_c + p * y_p + q * y_q, mask=own, other=0.0).to(acc_t)
                         total += d[:, None] * (wy * wx)[None, :]
     to = dx + n * x_n + row * x_h + c[:, None] * x_c + column[None, :] * x_w
     tl.store(to, total.to(dx.dtype.element_ty), mask=(c < C)[:, None] & (column < W)[None, :])
@@ -169,14 +183,6 @@ def _guard(x: torch.Tensor, rois: torch.Tensor, levels: torch.Tensor | None, cou
         torch._assert_async(((levels >= 0) & (levels < count)).all(), "argument 'levels': got a level out of range")
 
 
-def _diagonal(y: torch.Tensor, bins: int) -> torch.Tensor:
-    """Position-sensitive [R, K, P, Q] as a [R, K P Q, P, Q] tensor whose every channel has its own bin only."""
-    r, k, p, q = y.shape
-    full = y.new_zeros(r, k, bins, bins)
-    full.diagonal(dim1=2, dim2=3).copy_(y.reshape(r, k, bins))
-    return full.reshape(r, k * bins, p, q)
-
-
 def roi_align_fwd(
     x0: torch.Tensor, x1: torch.Tensor | None, x2: torch.Tensor | None, x3: torch.Tensor | None,
     x4: torch.Tensor | None, rois: torch.Tensor, levels: torch.Tensor | None,
@@ -184,7 +190,7 @@ def roi_align_fwd(
 ) -> torch.Tensor:  # fmt: skip
     maps = [x for x in (x0, x1, x2, x3, x4) if x is not None]
     r = rois.shape[0]
-    c = _sizes(x0, channels_last)[0]
+    c = _sizes(x0, channels_last)[0] // (p * q if position_sensitive else 1)
     y = x0.new_empty((r, p, q, c) if channels_last else (r, c, p, q))
     _guard(x0, rois, levels, len(maps))
     block = min(power_of_two(max(c, 1)), 256)
@@ -193,11 +199,8 @@ def roi_align_fwd(
         roi_align_fwd_kernel[(r * p * q, cdiv(c, block))](
             x, rois, levels, y, level, x.shape[0], c, h, w, p, q, sampling_ratio,
             *_strides(x, channels_last), *_strides(y, channels_last),
-            ALIGNED=aligned, BLOCK_C=block, num_warps=max(block // 128, 1),
+            ALIGNED=aligned, SENSITIVE=position_sensitive, BLOCK_C=block, num_warps=max(block // 128, 1),
         )  # fmt: skip
-    if position_sensitive:
-        bins = p * q
-        y = y.reshape(r, c // bins, bins, bins).diagonal(dim1=2, dim2=3).reshape(r, c // bins, p, q).contiguous()
     return y
 
 
@@ -208,8 +211,6 @@ def roi_align_bwd(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     maps = [x for x in (x0, x1, x2, x3, x4) if x is not None]
     _guard(x0, rois, levels, len(maps))
-    if position_sensitive:
-        dy = _diagonal(dy, p * q)
     results = []
     for level, x in enumerate(maps):
         dx = torch.empty_like(x)
@@ -221,7 +222,7 @@ def roi_align_bwd(
         roi_align_bwd_kernel[(x.shape[0] * h, cdiv(c, block_c), cdiv(w, block_w))](
             dy, rois, levels, dx, level, rois.shape[0], c, h, w, p, q, sampling_ratio,
             *_strides(dx, channels_last), *_strides(dy, channels_last),
-            ALIGNED=aligned, BLOCK_C=block_c, BLOCK_W=block_w, num_warps=4,
+            ALIGNED=aligned, SENSITIVE=position_sensitive, BLOCK_C=block_c, BLOCK_W=block_w, num_warps=4,
         )  # fmt: skip
     return (*results, *(x0.new_empty(0) for _ in range(LEVELS - len(maps))))
 
@@ -235,8 +236,10 @@ def specimens() -> list[Specimen]:
         a = accumulate_dtype(torch.float64 if t == "fp64" else torch.float32)
         rois = {"rois": "*fp64" if a == torch.float64 else "*fp32", "levels": "*i64"}
         forward = {"x": f"*{t}", "y": f"*{t}", "N": "i32"} | rois | sizes | strides
-        found.append(Specimen(roi_align_fwd_kernel, forward, {"ALIGNED": True, "BLOCK_C": 256}, 2, t != "fp64"))
         backward = {"dy": f"*{t}", "dx": f"*{t}", "R": "i32"} | rois | sizes | strides
-        constants = {"ALIGNED": False, "BLOCK_C": 32, "BLOCK_W": 32}
-        found.append(Specimen(roi_align_bwd_kernel, backward, constants, 4, False))
+        for sensitive in (False, True):
+            constants = {"ALIGNED": True, "SENSITIVE": sensitive, "BLOCK_C": 256}
+            found.append(Specimen(roi_align_fwd_kernel, forward, constants, 2, t != "fp64"))
+            constants = {"ALIGNED": sensitive, "SENSITIVE": sensitive, "BLOCK_C": 32, "BLOCK_W": 32}
+            found.append(Specimen(roi_align_bwd_kernel, backward, constants, 4, False))
     return found

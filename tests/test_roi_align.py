@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyops import backend as forced
 from pyops import testing, vision
@@ -266,6 +267,43 @@ def test_a_list_for_more_images_than_bfloat16_can_count(op):
     x = torch.arange(300.0).bfloat16().reshape(300, 1, 1, 1).expand(300, 1, 2, 2)
     y = getattr(vision, op)(x, [torch.tensor([[0.0, 0, 1, 1]]).bfloat16()] * 300, 1)
     assert torch.equal(y.flatten(), x[:, 0, 0, 0])
+
+
+class Copies(TorchDispatchMode):
+    """Which of torch's functions make a tensor as large as the map."""
+
+    def __init__(self, pixels):
+        super().__init__()
+        self.pixels, self.found = pixels, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        y = function(*args, **(kwargs or {}))
+        large = isinstance(y, torch.Tensor) and y.numel() >= self.pixels
+        if large and function.namespace == "aten" and not function.is_view:
+            self.found.append(str(function))
+        return y
+
+
+@pytest.mark.parametrize("op", ["roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"])
+def test_channels_last_is_read_and_written_as_it_lies(backend, op):
+    """No copy in another layout, forward or backward, and the numbers of the other layout."""
+    if backend == "triton" and "pool" in op:
+        pytest.skip("RoI Pool has no Triton kernel")
+    function = getattr(vision, op)
+    plain = torch.randn(2, 12, 9, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = plain.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with forced(backend):
+        expected = function(plain, ROIS, (2, 3))
+        dy = torch.randn_like(expected)
+        (slope,) = torch.autograd.grad(expected, plain, dy)
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        with Copies(x.numel()) as copies:
+            y = function(x, ROIS, (2, 3))
+            (dx,) = torch.autograd.grad(y, x, dy)
+    assert copies.found == []
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(dx, slope)
+    assert dx.stride() == x.stride() and y.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("op", ["roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"])

@@ -5,7 +5,8 @@
 // mapping  the mean is separable: taps (pixel, weight) per bin and axis, equal pixels merged. NCHW: lanes over width,
 //          all taps of rows first, then of columns. NHWC: lanes over channels. Forward: threads over RoIs and blocks
 //          of channels. Backward: a thread owns a block of channels of one image and meets its RoIs in order, so no
-//          two threads write one address
+//          two threads write one address. Position sensitive: a bin's channels lie P Q planes apart in either layout;
+//          backward on NHWC a thread owns rows of pixels
 // memory   backward: dx alone; half types one more float block per thread
 // numerics sums in acc_t; positions in double: an error of theirs is an error of the shares, times the step in x
 #include "common/roi.h"
@@ -194,6 +195,59 @@ void pixels_bwd(const scalar_t* __restrict__ dy, acc_t* __restrict__ dx, const R
         }
 }
 
+// Position sensitive: bin b = p Q + q of channel k reads plane k P Q + b. Elements from one to the next of
+struct Steps {
+  int64_t plane, pixel;  // x
+  int64_t channel, bin;  // y
+};
+inline Steps steps_of(const Problem& s, const Map& map, bool channels_last) {
+  const int64_t bins = s.P * s.Q;
+  return channels_last ? Steps{1, s.C, 1, s.C / bins} : Steps{map.H * map.W, 1, bins, 1};
+}
+
+// Channels [0, count) of every bin, `together` of them at a time.
+template <class scalar_t, class acc_t>
+void sensitive_fwd(const scalar_t* __restrict__ x, scalar_t* __restrict__ out, const Region<acc_t>& g,
+                   const Steps& step, int64_t W, int64_t P, int64_t Q, int64_t count) {
+  constexpr int64_t together = 8;
+  const int64_t to_channel = P * Q * step.plane;
+  for (int64_t p = 0; p < P; ++p)
+    for (int64_t q = 0; q < Q; ++q)
+      for (int64_t c = 0; c < count; c += together) {
+        const scalar_t* from = x + c * to_channel + (p * Q + q) * step.plane;
+        const int64_t n = std::min(together, count - c);
+        std::array<acc_t, together> sum{};
+        for (int64_t j = g.y.begin[size_t(p)]; j < g.y.begin[size_t(p) + 1]; ++j)
+          for (int64_t k = g.x.begin[size_t(q)]; k < g.x.begin[size_t(q) + 1]; ++k) {
+            const acc_t w = g.y.weight[size_t(j)] * g.x.weight[size_t(k)];
+            const scalar_t* pixel = from + (g.y.pixel[size_t(j)] * W + g.x.pixel[size_t(k)]) * step.pixel;
+            for (int64_t v = 0; v < n; ++v) sum[size_t(v)] += w * acc_t(pixel[v * to_channel]);
+          }
+        scalar_t* to = out + (p * Q + q) * step.bin + c * step.channel;
+        for (int64_t v = 0; v < n; ++v) to[v * step.channel] = scalar_t(sum[size_t(v)]);
+      }
+}
+
+// Adds the gradient of all channels to the pixels of rows [row0, row1), channels last; dx begins at row0.
+template <class scalar_t, class acc_t>
+void sensitive_rows_bwd(const scalar_t* __restrict__ dy, acc_t* __restrict__ dx, const Region<acc_t>& g, int64_t W,
+                        int64_t row0, int64_t row1, int64_t P, int64_t Q, int64_t C) {
+  const int64_t bins = P * Q, channels = C / bins;
+  for (int64_t p = 0; p < P; ++p)
+    for (int64_t j = g.y.begin[size_t(p)]; j < g.y.begin[size_t(p) + 1]; ++j) {
+      const int64_t row = g.y.pixel[size_t(j)];
+      if (row < row0 || row >= row1) continue;
+      for (int64_t q = 0; q < Q; ++q) {
+        const scalar_t* from = dy + (p * Q + q) * channels;
+        for (int64_t k = g.x.begin[size_t(q)]; k < g.x.begin[size_t(q) + 1]; ++k) {
+          acc_t* to = dx + ((row - row0) * W + g.x.pixel[size_t(k)]) * C + p * Q + q;
+          const acc_t w = g.y.weight[size_t(j)] * g.x.weight[size_t(k)];
+          for (int64_t c = 0; c < channels; ++c) to[c * bins] += w * acc_t(from[c]);
+        }
+      }
+    }
+}
+
 template <class scalar_t>
 struct Levels {
   std::array<const scalar_t*, max_levels> x{};
@@ -231,28 +285,22 @@ void align_fwd(const Levels<scalar_t>& levels, const accumulate_t<scalar_t>* roi
       const Map map = s.maps[size_t(level)];
       if (item == begin || c0 == 0) g.build(rois + r * 5, map, s);
       const scalar_t* x = levels.x[size_t(level)];
+      if (position_sensitive) {
+        const Steps step = steps_of(s, map, channels_last);
+        sensitive_fwd(x + n * s.C * map.H * map.W + c0 * bins * step.plane, y + r * channels * bins + c0 * step.channel,
+                      g, step, map.W, s.P, s.Q, c1 - c0);
+        continue;
+      }
       if (channels_last) {
         pixels_fwd(x + n * map.H * map.W * s.C + c0, y + r * bins * s.C + c0, g, map.W, s.P, s.Q, s.C, c1 - c0);
         continue;
       }
       for (int64_t c = c0; c < c1; ++c) {
         scalar_t* out = y + (r * channels + c) * bins;
-        if (g.empty()) {
+        if (g.empty())
           std::fill(out, out + bins, scalar_t(acc_t(0)));
-        } else if (!position_sensitive) {
+        else
           plane_fwd(x + (n * s.C + c) * map.H * map.W, out, g, map.W, s.P, s.Q);
-        } else {
-          for (int64_t p = 0; p < s.P; ++p)
-            for (int64_t q = 0; q < s.Q; ++q) {
-              const scalar_t* plane = x + (n * s.C + c * bins + p * s.Q + q) * map.H * map.W;
-              acc_t sum = 0;
-              for (int64_t j = g.y.begin[size_t(p)]; j < g.y.begin[size_t(p) + 1]; ++j)
-                for (int64_t k = g.x.begin[size_t(q)]; k < g.x.begin[size_t(q) + 1]; ++k)
-                  sum += g.y.weight[size_t(j)] * g.x.weight[size_t(k)] *
-                         acc_t(plane[g.y.pixel[size_t(j)] * map.W + g.x.pixel[size_t(k)]]);
-              out[p * s.Q + q] = scalar_t(sum);
-            }
-        }
       }
     }
   });
@@ -287,6 +335,46 @@ void block_bwd(const scalar_t* dy, const acc_t* rois, const std::vector<int64_t>
   }
 }
 
+// Position sensitive, channels last: a thread owns rows of pixels with all their channels, which lie together.
+template <class scalar_t>
+void sensitive_bwd(const scalar_t* dy, const accumulate_t<scalar_t>* rois,
+                   const std::vector<std::vector<int64_t>>& of_place, const Levels<scalar_t>& levels,
+                   const Problem& s) {
+  using acc_t = accumulate_t<scalar_t>;
+  constexpr int64_t in_cache = 1 << 16;
+  for (int level = 0; level < levels.count; ++level) {
+    const Map map = s.maps[size_t(level)];
+    const int64_t line = map.W * s.C, most = in_cache / std::max<int64_t>(line, 1);
+    const int64_t height = std::clamp<int64_t>(most, 1, ceil_div(std::max<int64_t>(map.H, 1), 8));
+    const int64_t bands = ceil_div(map.H, height);
+    parallel_for(s.N * bands, 1, [&](int64_t begin, int64_t end) {
+      Region<acc_t> g;
+      std::vector<acc_t> wide;
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t n = item / bands, row0 = item % bands * height, row1 = std::min(map.H, row0 + height);
+        const int64_t count = (row1 - row0) * line;
+        scalar_t* band = levels.dx[size_t(level)] + (n * map.H + row0) * line;
+        acc_t* sums;
+        if constexpr (std::is_same_v<scalar_t, acc_t>) {
+          std::fill(band, band + count, scalar_t(0));
+          sums = band;
+        } else {
+          wide.assign(size_t(count), acc_t(0));
+          sums = wide.data();
+        }
+        for (const int64_t r : of_place[size_t(level * s.N + n)]) {
+          g.build(rois + r * 5, map, s);
+          if (g.empty() || g.y.high < row0 || g.y.low >= row1) continue;
+          sensitive_rows_bwd(dy + r * s.C, sums, g, map.W, row0, row1, s.P, s.Q, s.C);
+        }
+        if constexpr (!std::is_same_v<scalar_t, acc_t>)
+          each_vector<acc_t>(count,
+                             [&](int64_t i, auto lanes) { Vec<acc_t>::load(sums + i, lanes).store(band + i, lanes); });
+      }
+    });
+  }
+}
+
 template <class scalar_t>
 void align_bwd(const scalar_t* dy, const accumulate_t<scalar_t>* rois,
                const std::vector<std::pair<int, int64_t>>& place, const Levels<scalar_t>& levels, const Problem& s,
@@ -295,6 +383,7 @@ void align_bwd(const scalar_t* dy, const accumulate_t<scalar_t>* rois,
   std::vector<std::vector<int64_t>> of_place(size_t(levels.count * s.N));
   for (int64_t r = 0; r < s.R; ++r)
     of_place[size_t(place[size_t(r)].first * s.N + place[size_t(r)].second)].push_back(r);
+  if (position_sensitive && channels_last) return sensitive_bwd(dy, rois, of_place, levels, s);
   const int64_t size = std::min<int64_t>(channels_last ? channel_block : 16, std::max<int64_t>(s.C, 1));
   const int64_t blocks = ceil_div(s.C, size);
   parallel_for(int64_t(levels.count) * s.N * blocks, 1, [&](int64_t begin, int64_t end) {
@@ -373,7 +462,7 @@ Tensor roi_align_fwd(const Tensor& x0, const OptionalTensor& x1, const OptionalT
   OpScope op("roi_align_fwd", x0);
   const Inputs in(x0, x1, x2, x3, x4);
   const Problem s = problem_of(op, in, rois, P, Q, sampling_ratio, aligned, channels_last);
-  op.check(!position_sensitive || (s.C % (P * Q) == 0 && !channels_last), "C must be a multiple of P * Q, NCHW");
+  op.check(!position_sensitive || s.C % (P * Q) == 0, "C must be a multiple of P * Q");
   return dispatch_floating(op, x0.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
     const int64_t C = position_sensitive ? s.C / (P * Q) : s.C;
@@ -396,7 +485,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> roi_align_bwd(
   OpScope op("roi_align_bwd", dy);
   const Inputs in(x0, x1, x2, x3, x4);
   const Problem s = problem_of(op, in, rois, P, Q, sampling_ratio, aligned, channels_last);
-  op.check(!position_sensitive || (s.C % (P * Q) == 0 && !channels_last), "C must be a multiple of P * Q, NCHW");
+  op.check(!position_sensitive || s.C % (P * Q) == 0, "C must be a multiple of P * Q");
   return dispatch_floating(op, dy.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
     const int64_t C = position_sensitive ? s.C / (P * Q) : s.C;

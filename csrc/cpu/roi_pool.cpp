@@ -3,8 +3,7 @@
 //   mean   y[r,c,p,q] = mean of x[n_r, (c P + p) Q + q] over the bin (position sensitive)
 // layout   x: [N, C, H, W] or, channels_last, [N, H, W, C] · y, arg: likewise over (P, Q) · rois: [R, 5] rounded pixels
 // mapping  forward: threads over RoIs; lanes over channels when channels_last. Backward: a thread owns a block of
-// channels
-//          of one image and meets its RoIs in order
+//          channels of one image, or for the mean on channels last some of its rows, and meets the RoIs in order
 // memory   backward: dx alone; half types one more float block per thread
 // numerics comparisons are exact; the mean and dx in acc_t
 #include <algorithm>
@@ -38,11 +37,47 @@ inline std::vector<int64_t> images_of(const OpScope& op, const int64_t* rois, co
   return image;
 }
 
+// Mean: bin b = p Q + q of channel k reads plane k P Q + b. Elements from one to the next of
+struct Steps {
+  int64_t plane, pixel;  // x
+  int64_t channel, bin;  // y
+  explicit Steps(const Problem& s)
+      : plane(s.channels_last ? 1 : s.H * s.W),
+        pixel(s.channels_last ? s.C : 1),
+        channel(s.channels_last ? 1 : s.P * s.Q),
+        bin(s.channels_last ? s.channels() : 1) {}
+};
+
+// All channels of one bin, whose first plane is x; sum: one for each.
+template <class scalar_t, class acc_t>
+void mean_fwd(const scalar_t* __restrict__ x, scalar_t* __restrict__ y, const Steps& step, const Problem& s, int64_t h0,
+              int64_t h1, int64_t w0, int64_t w1, acc_t* __restrict__ sum) {
+  const int64_t channels = s.channels(), to_channel = s.P * s.Q * step.plane;
+  const acc_t count = acc_t(std::max<int64_t>((h1 - h0) * (w1 - w0), 1));
+  if (!s.channels_last) {
+    for (int64_t c = 0; c < channels; ++c) {
+      acc_t total = 0;
+      for (int64_t h = h0; h < h1; ++h)
+        for (int64_t w = w0; w < w1; ++w) total += acc_t(x[c * to_channel + h * s.W + w]);
+      y[c * step.channel] = scalar_t(total / count);
+    }
+    return;
+  }
+  std::fill(sum, sum + channels, acc_t(0));
+  for (int64_t h = h0; h < h1; ++h)
+    for (int64_t w = w0; w < w1; ++w) {
+      const scalar_t* from = x + (h * s.W + w) * step.pixel;
+      for (int64_t c = 0; c < channels; ++c) sum[c] += acc_t(from[c * to_channel]);
+    }
+  for (int64_t c = 0; c < channels; ++c) y[c * step.channel] = scalar_t(sum[c] / count);
+}
+
 template <class scalar_t>
 void pool_fwd(const scalar_t* x, const int64_t* rois, const std::vector<int64_t>& image, scalar_t* y, int32_t* arg,
               const Problem& s) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t bins = s.P * s.Q, channels = s.channels(), HW = s.H * s.W;
+  const Steps step(s);
   parallel_for(s.R, 1, [&](int64_t begin, int64_t end) {
     std::vector<acc_t> best(size_t(s.C), acc_t(0));
     std::vector<int32_t> at(size_t(s.C), -1);
@@ -57,14 +92,8 @@ void pool_fwd(const scalar_t* x, const int64_t* rois, const std::vector<int64_t>
           ys.range(p, h0, h1);
           xs.range(q, w0, w1);
           if (s.mean) {
-            for (int64_t c = 0; c < channels; ++c) {
-              const scalar_t* plane = map + (c * bins + bin) * HW;
-              acc_t sum = 0;
-              for (int64_t h = h0; h < h1; ++h)
-                for (int64_t w = w0; w < w1; ++w) sum += acc_t(plane[h * s.W + w]);
-              const int64_t count = std::max<int64_t>((h1 - h0) * (w1 - w0), 1);
-              y[(r * channels + c) * bins + bin] = scalar_t(sum / acc_t(count));
-            }
+            mean_fwd(map + bin * step.plane, y + r * channels * bins + bin * step.bin, step, s, h0, h1, w0, w1,
+                     best.data());
             continue;
           }
           if (s.channels_last) {
@@ -143,12 +172,59 @@ void pool_block_bwd(const scalar_t* dy, const int32_t* arg, const int64_t* rois,
   }
 }
 
+// Mean, channels last: a thread owns rows of pixels with all their channels, which lie together.
+template <class scalar_t>
+void mean_bwd(const scalar_t* dy, const int64_t* rois, const std::vector<std::vector<int64_t>>& of_image, scalar_t* dx,
+              const Problem& s) {
+  using acc_t = accumulate_t<scalar_t>;
+  constexpr int64_t in_cache = 1 << 16;
+  const int64_t bins = s.P * s.Q, channels = s.channels(), line = s.W * s.C;
+  const int64_t height = std::clamp<int64_t>(in_cache / std::max<int64_t>(line, 1), 1, ceil_div(s.H, 8) + 1);
+  const int64_t bands = ceil_div(s.H, height);
+  parallel_for(s.N * bands, 1, [&](int64_t begin, int64_t end) {
+    std::vector<acc_t> sums, share(size_t(channels), acc_t(0));
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t n = item / bands, row0 = item % bands * height, row1 = std::min(s.H, row0 + height);
+      sums.assign(size_t((row1 - row0) * line), acc_t(0));
+      for (const int64_t r : of_image[size_t(n)]) {
+        const pool::Bins<acc_t> ys(rois[5 * r + 2], rois[5 * r + 4], s.P, s.H, true);
+        const pool::Bins<acc_t> xs(rois[5 * r + 1], rois[5 * r + 3], s.Q, s.W, true);
+        if (!ys.touches(row0, row1 - 1)) continue;
+        for (int64_t p = 0; p < s.P; ++p) {
+          int64_t h0, h1;
+          ys.range(p, h0, h1);
+          const int64_t from = std::max(h0, row0), to = std::min(h1, row1);
+          if (from >= to) continue;
+          for (int64_t q = 0; q < s.Q; ++q) {
+            int64_t w0, w1;
+            xs.range(q, w0, w1);
+            if (w0 >= w1) continue;
+            const int64_t bin = p * s.Q + q;
+            const acc_t count = acc_t((h1 - h0) * (w1 - w0));
+            for (int64_t c = 0; c < channels; ++c)
+              share[size_t(c)] = acc_t(dy[(r * bins + bin) * channels + c]) / count;
+            for (int64_t h = from; h < to; ++h)
+              for (int64_t w = w0; w < w1; ++w) {
+                acc_t* pixel = sums.data() + (h - row0) * line + w * s.C + bin;
+                for (int64_t c = 0; c < channels; ++c) pixel[c * bins] += share[size_t(c)];
+              }
+          }
+        }
+      }
+      each_vector<acc_t>((row1 - row0) * line, [&](int64_t i, auto lanes) {
+        Vec<acc_t>::load(sums.data() + i, lanes).store(dx + (n * s.H + row0) * line + i, lanes);
+      });
+    }
+  });
+}
+
 template <class scalar_t>
 void pool_bwd(const scalar_t* dy, const int32_t* arg, const int64_t* rois, const std::vector<int64_t>& image,
               scalar_t* dx, const Problem& s) {
   using acc_t = accumulate_t<scalar_t>;
   std::vector<std::vector<int64_t>> of_image(static_cast<size_t>(s.N));
   for (int64_t r = 0; r < s.R; ++r) of_image[size_t(image[size_t(r)])].push_back(r);
+  if (s.mean && s.channels_last) return mean_bwd(dy, rois, of_image, dx, s);
   const int64_t blocks = ceil_div(s.C, channel_block), HW = s.H * s.W;
   parallel_for(s.N * blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<acc_t> block;
@@ -175,7 +251,7 @@ inline Problem problem_of(const OpScope& op, const Tensor& x, const Tensor& rois
   const int h = channels_last ? 1 : 2;
   const Problem s{x.size(0),    x.size(channels_last ? 3 : 1), x.size(h), x.size(h + 1), rois.size(0), P, Q, mean,
                   channels_last};
-  op.check(!mean || (s.C % (P * Q) == 0 && !channels_last), "C must be a multiple of P * Q, NCHW");
+  op.check(!mean || s.C % (P * Q) == 0, "C must be a multiple of P * Q");
   op.check(s.H * s.W < (int64_t{1} << 31), "the map must have less than 2^31 pixels");
   return s;
 }

@@ -4,7 +4,8 @@
 //          rois: [R, 5] in pixels of its level · levels: [R] or none; every level in one launch, backward too
 // mapping  forward: a block per RoI and slice of channels, its pixels staged in shared memory where that is less to read
 //          (roi_align_staged.cuh). With few bins, or position sensitive, straight from the map: NHWC a warp per bin,
-//          lanes over vectors of channels, NCHW a thread per bin over 8 channels.
+//          lanes over vectors of channels, NCHW a thread per bin over 8 channels; so too position sensitive in either
+//          layout, as the channels of a bin lie P Q planes apart.
 //          Backward gathers: a block owns a tile of pixels of one image, collects the RoIs that touch it in order, and
 //          sums wy[p] wx[q] dy from tables of weights in shared memory; no atomics, so bitwise repeatable
 // memory   backward: dx is written once, nothing else is allocated
@@ -52,8 +53,9 @@ __global__ void __launch_bounds__(128)
   }
 }
 
-// A thread per bin and 8 channels; position sensitive: bin (p, q) of channel c reads plane (c P + p) Q + q.
-template <class T, bool PositionSensitive>
+// A thread per bin and 8 channels; position sensitive: bin (p, q) of channel c reads plane (c P + p) Q + q. Only then
+// may it be channels last.
+template <class T, bool ChannelsLast, bool PositionSensitive>
 __global__ void __launch_bounds__(128)
     roi_align_fwd_nchw_kernel(Maps<const T> maps, const accumulate_t<T>* __restrict__ rois,
                               const int64_t* __restrict__ levels, T* __restrict__ y, Shape s, int64_t channels,
@@ -67,14 +69,17 @@ __global__ void __launch_bounds__(128)
   const Place at = place_of(rois, levels, r, s, maps.count);
   const int64_t H = maps.H[at.level], W = maps.W[at.level], HW = H * W;
   const Axis<A> ya = y_axis(rois, r, s, H), xa = x_axis(rois, r, s, W);
-  const int64_t stride = PositionSensitive ? bins * HW : HW;
-  const T* x = maps.x[at.level] + (at.image * s.C + (PositionSensitive ? c0 * bins + bin : c0)) * HW;
+  const int64_t plane = ChannelsLast ? 1 : HW, pixel = ChannelsLast ? s.C : 1;
+  const int64_t stride = PositionSensitive ? bins * plane : plane;
+  const T* x = maps.x[at.level] + at.image * s.C * HW + (PositionSensitive ? c0 * bins + bin : c0) * plane;
   const Vec<A, planes> mean = bin_mean<planes>(ya, xa, p, q, [&](int64_t row, int64_t column) {
-    return channels_at<Memory::map, planes, false>(x + row * W + column, stride, count);
+    return channels_at<Memory::map, planes, false>(x + (row * W + column) * pixel, stride, count);
   });
 #pragma unroll
   for (int k = 0; k < planes; ++k)
-    if (k < count) y[(r * channels + c0 + k) * bins + bin] = from_acc<T>(mean[k]);
+    if (k < count)
+      y[ChannelsLast ? (r * bins + bin) * channels + c0 + k : (r * channels + c0 + k) * bins + bin] =
+          from_acc<T>(mean[k]);
 }
 
 constexpr int gather_threads = 256, tile_rows = 8, chunk = 16;  // chunk: bins per axis in the tables at once
@@ -96,14 +101,16 @@ PYOPS_DEVICE bool touches(const Axis<A>& axis, int64_t bins, int64_t first, int6
 }
 
 // A block owns a tile of 8 rows by Columns pixels of one image of one level, warp w its row w. Channels last: a lane
-// owns V channels and keeps Columns = 8 pixels; else a lane owns one of Columns = 32 pixels and keeps V channels.
+// owns V channels and keeps Columns = 8 pixels; else a lane owns one of Columns = 32 pixels and keeps V channels, as it
+// does position sensitive in either layout.
 // Two blocks to a multiprocessor are asked for: left to itself, ptxas spills registers to fit more.
 template <class T, int V, bool ChannelsLast, bool PositionSensitive>
 __global__ void __launch_bounds__(gather_threads, 2)
     roi_align_bwd_kernel(const T* __restrict__ dy, const accumulate_t<T>* __restrict__ rois,
                          const int64_t* __restrict__ levels, Maps<T> maps, Shape s, Tiles tiles, int64_t channels) {
   using A = accumulate_t<T>;
-  constexpr int columns = ChannelsLast ? 8 : 32, owned = ChannelsLast ? columns * V : V;
+  constexpr bool over_channels = ChannelsLast && !PositionSensitive;  // the lanes
+  constexpr int columns = over_channels ? 8 : 32, owned = over_channels ? columns * V : V;
   auto& shared = shared_storage<GatherShared<A, columns>>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int level = tiles.level_of(blockIdx.x, maps.count);
@@ -113,7 +120,7 @@ __global__ void __launch_bounds__(gather_threads, 2)
   const int64_t row0 = static_cast<int64_t>(tile / tiles_x) * tile_rows;
   const int64_t column0 = static_cast<int64_t>(tile % tiles_x) * columns;
   const int64_t c0 =
-      ChannelsLast ? (static_cast<int64_t>(blockIdx.y) * 32 + lane) * V : static_cast<int64_t>(blockIdx.y) * V;
+      over_channels ? (static_cast<int64_t>(blockIdx.y) * 32 + lane) * V : static_cast<int64_t>(blockIdx.y) * V;
   // Position sensitive: plane c0 + v = k bins + b belongs to channel k and bin b alone; bins divides C < 2^20.
   const int c0_channel = PositionSensitive ? static_cast<int>(c0) / static_cast<int>(bins) : 0;
   const int c0_bin = static_cast<int>(c0 - c0_channel * bins);
@@ -149,7 +156,7 @@ __global__ void __launch_bounds__(gather_threads, 2)
             if (wy == A(0)) continue;
             for (int q = 0; q < qs; ++q) {
               const int64_t bin = (p0 + p) * s.Q + q0 + q;
-              if constexpr (ChannelsLast) {
+              if constexpr (over_channels) {
                 if (c0 >= s.C) continue;
                 const Vec<T, V> d = load_vec_readonly<V>(dy + (r * bins + bin) * s.C + c0);
 #pragma unroll
@@ -172,7 +179,9 @@ __global__ void __launch_bounds__(gather_threads, 2)
 #pragma unroll
                   for (int v = 0; v < V; ++v)
                     if (v == next && k < channels) {
-                      sum[v] += w * to_acc(dy[(r * channels + k) * bins + bin]);
+                      sum[v] +=
+                          w *
+                          to_acc(dy[ChannelsLast ? (r * bins + bin) * channels + k : (r * channels + k) * bins + bin]);
                       next += static_cast<int>(bins);
                       ++k;
                     }
@@ -191,7 +200,7 @@ __global__ void __launch_bounds__(gather_threads, 2)
   const int64_t row = row0 + warp;
   if (row >= H) return;
   T* dx = maps.x[level];
-  if constexpr (ChannelsLast) {
+  if constexpr (over_channels) {
     if (c0 >= s.C) return;
 #pragma unroll
     for (int x = 0; x < columns; ++x) {
@@ -205,7 +214,9 @@ __global__ void __launch_bounds__(gather_threads, 2)
     if (column0 + lane >= W) return;
 #pragma unroll
     for (int v = 0; v < V; ++v)
-      if (c0 + v < s.C) dx[((n * s.C + c0 + v) * H + row) * W + column0 + lane] = from_acc<T>(sum[v]);
+      if (c0 + v < s.C)
+        dx[ChannelsLast ? ((n * H + row) * W + column0 + lane) * s.C + c0 + v
+                        : ((n * s.C + c0 + v) * H + row) * W + column0 + lane] = from_acc<T>(sum[v]);
   }
 }
 
@@ -236,7 +247,7 @@ Shape shape_of(const OpScope& op, const Inputs& in, const Tensor& rois, int64_t 
   op.check(rois.dim() == 2 && P > 0 && Q > 0, "rois must be [R, 5] and the output at least 1 x 1");
   for (int l = 0; l < in.count; ++l) op.check(in.x[l]->dim() == 4, "x must have 4 dimensions");
   const Shape s{in.x[0]->size(0), in.x[0]->size(channels_last ? 3 : 1), rois.size(0), P, Q, sampling_ratio, aligned};
-  op.check(!position_sensitive || (s.C % (P * Q) == 0 && !channels_last), "C must be a multiple of P * Q, NCHW");
+  op.check(!position_sensitive || s.C % (P * Q) == 0, "C must be a multiple of P * Q");
   return s;
 }
 
@@ -279,7 +290,7 @@ Tensor roi_align_fwd(const Tensor& x0, const OptionalTensor& x1, const OptionalT
              maps, prois, plevels, py, s, static_cast<int>(slices));
       return y;
     };
-    if (channels_last) {
+    if (channels_last && !position_sensitive) {
       if (vectors && worth_staging<T, true>(s)) return staged.template operator()<true>();
       const dim3 grid(static_cast<unsigned>(ceil_div(s.R * P * Q, 4)));
       if (vectors)
@@ -292,13 +303,19 @@ Tensor roi_align_fwd(const Tensor& x0, const OptionalTensor& x1, const OptionalT
     }
     if (!position_sensitive && worth_staging<T, false>(s)) return staged.template operator()<false>();
     const int64_t groups = ceil_div(C, planes);
-    const dim3 grid(static_cast<unsigned>(ceil_div(s.R * groups * P * Q, 128)));
-    if (position_sensitive)
-      launch(roi_align_fwd_nchw_kernel<T, true>, {.grid = grid, .block = dim3(128), .stream = stream}, maps, prois,
-             plevels, py, s, C, groups);
+    const auto direct = [&](auto kernel) {
+      launch(kernel,
+             {.grid = dim3(static_cast<unsigned>(ceil_div(s.R * groups * P * Q, 128))),
+              .block = dim3(128),
+              .stream = stream},
+             maps, prois, plevels, py, s, C, groups);
+    };
+    if (channels_last)
+      direct(roi_align_fwd_nchw_kernel<T, true, true>);
+    else if (position_sensitive)
+      direct(roi_align_fwd_nchw_kernel<T, false, true>);
     else
-      launch(roi_align_fwd_nchw_kernel<T, false>, {.grid = grid, .block = dim3(128), .stream = stream}, maps, prois,
-             plevels, py, s, C, groups);
+      direct(roi_align_fwd_nchw_kernel<T, false, false>);
     return y;
   });
 }
@@ -329,11 +346,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> roi_align_bwd(
     auto* prois = op.in<A>(rois, "rois", {s.R, 5});
     auto* plevels = op.in_optional<int64_t>(levels, "levels", {s.R});
     const auto stream = static_cast<cudaStream_t>(op.stream());
-    const bool vectors = s.C % V == 0 && is_aligned(pdy, 16);
+    const bool vectors = s.C % V == 0 && is_aligned(pdy, 16), over_channels = channels_last && !position_sensitive;
     Tiles tiles{};
     int64_t total = 0;
     for (int l = 0; l < in.count; ++l) {
-      const int64_t rows = ceil_div(maps.H[l], tile_rows), columns = ceil_div(maps.W[l], channels_last ? 8 : 32);
+      const int64_t rows = ceil_div(maps.H[l], tile_rows), columns = ceil_div(maps.W[l], over_channels ? 8 : 32);
       tiles.first[l] = static_cast<unsigned>(total);
       tiles.rows[l] = static_cast<unsigned>(rows);
       tiles.columns[l] = static_cast<unsigned>(columns);
@@ -350,10 +367,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> roi_align_bwd(
               .stream = stream},
              pdy, prois, plevels, maps, s, tiles, C);
     };
-    if (channels_last && vectors)
+    if (over_channels && vectors)
       run(roi_align_bwd_kernel<T, V, true, false>, ceil_div(s.C, 32 * V), sizeof(GatherShared<A, 8>));
-    else if (channels_last)
+    else if (over_channels)
       run(roi_align_bwd_kernel<T, 1, true, false>, ceil_div(s.C, 32), sizeof(GatherShared<A, 8>));
+    else if (channels_last)
+      run(roi_align_bwd_kernel<T, 8, true, true>, ceil_div(s.C, 8), sizeof(GatherShared<A, 32>));
     else if (position_sensitive)
       run(roi_align_bwd_kernel<T, 8, false, true>, ceil_div(s.C, 8), sizeof(GatherShared<A, 32>));
     else

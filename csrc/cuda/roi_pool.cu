@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(gather_threads, 4)
   const bool mine = h < s.H && w < s.W && c < s.C;
   // Mean: plane c = (channel P + p) Q + q; P Q divides C, which is a dimension of the grid.
   const unsigned P = Mean ? static_cast<unsigned>(s.P) : 1, Q = Mean ? static_cast<unsigned>(s.Q) : 1;
-  const unsigned mean_q = blockIdx.y % Q, mean_p = blockIdx.y / Q % P, channel = blockIdx.y / (P * Q);
+  const unsigned plane = static_cast<unsigned>(c), mean_q = plane % Q, mean_p = plane / Q % P,
+                 channel = plane / (P * Q);
   A sum = 0;
   for (int64_t from = 0; from < s.R; from += gather_threads) {
     const int64_t candidate = from + threadIdx.x;
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(gather_threads, 4)
         ys.range(mean_p, h0, h1);
         xs.range(mean_q, w0, w1);
         if (h >= h0 && h < h1 && w >= w0 && w < w1)
-          sum += to_acc(dy[((r * s.channels + channel) * s.P + mean_p) * s.Q + mean_q]) /
+          sum += to_acc(dy[offset<ChannelsLast>(r, channel, mean_p, mean_q, s.channels, s.P, s.Q)]) /
                  static_cast<A>((h1 - h0) * (w1 - w0));
       } else {
         ys.holding(h, p0, p1);
@@ -145,7 +146,7 @@ Shape shape_of(const OpScope& op, const Tensor& x, const Tensor& rois, int64_t P
   const int h = channels_last ? 1 : 2;
   const int64_t C = x.size(channels_last ? 3 : 1);
   const Shape s{x.size(0), C, x.size(h), x.size(h + 1), rois.size(0), P, Q, mean ? C / (P * Q) : C};
-  op.check(!mean || (C % (P * Q) == 0 && !channels_last), "C must be a multiple of P * Q, NCHW");
+  op.check(!mean || C % (P * Q) == 0, "C must be a multiple of P * Q");
   op.check(s.H * s.W < (int64_t{1} << 31), "the map must have less than 2^31 pixels");
   return s;
 }
@@ -169,7 +170,9 @@ std::tuple<Tensor, Tensor> roi_pool_fwd(const Tensor& x, const Tensor& rois, int
               .stream = static_cast<cudaStream_t>(op.stream())},
              px, prois, py, parg, s);
     };
-    if (mean)
+    if (mean && channels_last)
+      run(roi_pool_fwd_kernel<T, true, true>);
+    else if (mean)
       run(roi_pool_fwd_kernel<T, false, true>);
     else if (channels_last)
       run(roi_pool_fwd_kernel<T, true, false>);
@@ -202,7 +205,9 @@ Tensor roi_pool_bwd(const Tensor& dy, const Tensor& x, const Tensor& rois, const
               .stream = static_cast<cudaStream_t>(op.stream())},
              pdy, parg, prois, pdx, s, static_cast<unsigned>(tiles_x), static_cast<unsigned>(tiles_y));
     };
-    if (mean)
+    if (mean && channels_last)
+      run(roi_pool_bwd_kernel<T, true, true>);
+    else if (mean)
       run(roi_pool_bwd_kernel<T, false, true>);
     else if (channels_last)
       run(roi_pool_bwd_kernel<T, true, false>);

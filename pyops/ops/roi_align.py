@@ -143,7 +143,7 @@ _apply = differentiable(Formula(_fwd, _bwd, LEVELS + 2, LEVELS, _backward_argume
 def _run(op, maps, rois, levels, size, sampling_ratio, aligned, position_sensitive=False) -> torch.Tensor:
     """maps: up to five [N, C, H, W]; rois: [R, 5] in pixels of their level."""
     first = maps[0]
-    channels_last = is_channels_last(first) and not position_sensitive
+    channels_last = is_channels_last(first)
     given = [(x.movedim(1, -1) if channels_last else x).contiguous() for x in maps]
     given += [None] * (LEVELS - len(given))
     y = _apply(
@@ -214,7 +214,7 @@ def ps_roi_align(
         boxes, output_size, spatial_scale, sampling_ratio: as in ``roi_align`` with ``aligned=True``.
 
     Returns:
-        Tensor[R, K, P, Q].
+        Tensor[R, K, P, Q]; channels last where the input is.
     """
     rois = geometry.scaled_regions("ps_roi_align", input, boxes, spatial_scale)
     p, q = geometry.output_size("ps_roi_align", output_size)
@@ -409,6 +409,8 @@ checked(
     "ps_roi_align",
     ps_roi_align,
     _truth(True),
-    Sample("two RoIs", _sample((2, 8, 4, 5), _FEW, 2), derivatives=True),
+    Sample("two RoIs", _sample((2, 4, 3, 4), _FEW, (1, 2)), derivatives=True),
+    Sample("channels last", _sample((2, 30, 6, 7), _MORE, (2, 3), True, sampling_ratio=1, spatial_scale=0.5)),
+    Sample("channels last, one channel a bin", _sample((2, 6, 9, 5), _FEW, (3, 2), True)),
     Sample("every kind of RoI", _sample((2, 18, 6, 7), _MORE, (3, 2), sampling_ratio=2, spatial_scale=0.5)),
 )

@@ -69,8 +69,9 @@ def _reference(x, rois, p, q, mean, channels_last):
         own = planes.reshape(n, c // (p * q), p, q, h, w)[rois[:, 0]]
         count = (rows.sum(-1)[:, None, :, None] * columns.sum(-1)[:, None, None]).clamp(min=1)
         y = torch.einsum("rcpqhw,rph,rqw->rcpq", own, rows.to(wide), columns.to(wide)) / count
-        arg = torch.zeros((0, c // (p * q), p, q), dtype=torch.int32, device=x.device)
-        return y.to(x.dtype), arg
+        y = y.to(x.dtype)
+        y = y.movedim(1, -1) if channels_last else y
+        return y, y.new_empty((0, *y.shape[1:]), dtype=torch.int32)
     mask = (rows[:, :, None, :, None] & columns[:, None, :, None, :]).flatten(-2)[:, None]
     values = planes[rois[:, 0]].flatten(-2)[:, :, None, None]
     low = torch.full_like(values, -torch.inf)
@@ -105,7 +106,7 @@ def _run(op: str, input, boxes, output_size, spatial_scale, mean) -> torch.Tenso
     p, q = geometry.output_size(op, output_size)
     if mean and input.shape[1] % (p * q):
         check.fail(RuntimeError, op, "input", f"{input.shape[1]} channels", f"a multiple of {p} * {q}")
-    channels_last = is_channels_last(input) and not mean
+    channels_last = is_channels_last(input)
     x = (input.movedim(1, -1) if channels_last else input).contiguous()
     y, _ = _apply(backend.namespace_for(op, input), x, rois, p, q, mean, channels_last)
     return y.movedim(-1, 1) if channels_last else y
@@ -160,7 +161,7 @@ def ps_roi_pool(
         boxes, output_size, spatial_scale: as in ``roi_pool``.
 
     Returns:
-        Tensor[R, K, P, Q].
+        Tensor[R, K, P, Q]; channels last where the input is.
     """
     return _run("ps_roi_pool", input, boxes, output_size, spatial_scale, True)
 
@@ -227,6 +228,8 @@ checked(
     "ps_roi_pool",
     ps_roi_pool,
     _truth(True),
-    Sample("two RoIs", _sample((2, 8, 4, 5), _FEW, 2), derivatives=True),
+    Sample("two RoIs", _sample((2, 4, 3, 4), _FEW, (1, 2)), derivatives=True),
+    Sample("channels last", _sample((2, 30, 6, 7), _MORE, (2, 3), 0.5, channels_last=True)),
+    Sample("channels last, one channel a bin", _sample((2, 6, 9, 5), _FEW, (3, 2), channels_last=True)),
     Sample("every kind of RoI", _sample((2, 18, 6, 7), _MORE, (3, 2), 0.5)),
 )
