@@ -110,6 +110,38 @@ def test_every_provider_gets_its_status() -> None:
     assert good.percent_of_ceiling == pytest.approx(100 * good.bytes / 2e10 / good.min_s)
 
 
+def test_a_slow_provider_is_soon_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is timed, and then not called again in every turn."""
+
+    def slow(t: harness.Tensors) -> torch.Tensor:
+        time.sleep(0.02)
+        return t["x"] * t["weight"]
+
+    monkeypatch.setattr(harness, "ENOUGH_S", 0.01)
+    rows = rows_of(ScaledRoom(slow=Provider(lambda: slow)))
+    assert rows["slow"].samples == 1 < FAST.turns * FAST.calls and rows["slow"].min_s >= 0.02
+    assert rows["pyops"].samples > 1
+
+
+def test_nms_is_measured_on_all_scenes_and_sizes() -> None:
+    """Where plain torch takes minutes, the row says so, and the loop that stands for it does the same."""
+    room = runner.rooms()["nms"]
+    cases = [case for case in room.cases("cpu") if case.op == "nms"]
+    scenes = ("sparse", "clusters", "overlapping")
+    assert {(case.shape[0], case.args["boxes"]) for case in cases} == {(10**k, s) for k in (3, 4, 5) for s in scenes}
+    for case in cases:
+        assert not (case.quick and case.shape[0] > 1000)
+        if case.shape[0] == 100_000 and case.args["boxes"] == "sparse":
+            assert room.definition(case) is room.scalar
+            with pytest.raises(Unavailable, match="minutes"):
+                room.providers(case)["torch"].make()
+        else:
+            assert room.definition(case) is room.plain_torch
+        small = dataclasses.replace(case, shape=(200,))
+        x = {"x": torch.randn(200)}
+        assert torch.equal(room.call(small, room.scalar)(x), room.call(small, room.plain_torch)(x))
+
+
 @pytest.mark.parametrize(("bad", "code"), [(True, 1), (False, 0)], ids=["ours is wrong", "only a peer is wrong"])
 def test_exit_code(bad: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     room = ScaledRoom(bad=Provider(lambda: lambda t: t["x"], ours=bad))
