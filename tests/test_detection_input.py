@@ -179,6 +179,54 @@ def test_sizes_that_do_not_fit(here):
             refuses(RuntimeError, (op, "'boxes2'"), getattr(vision, op), torch.rand(2, 4), torch.rand(2, width))
 
 
+def test_sizes_of_another_kind_and_boxes_that_do_not_pair():
+    x = torch.randn(1, 4, 5, 6)
+    for op in ROI_OPS:
+        for size in (2.5, True, "2", None):
+            refuses(TypeError, (op, "'output_size'"), getattr(vision, op), x, torch.zeros(2, 5), size)
+        refuses(ValueError, (op, "'output_size'", "2^31"), getattr(vision, op), x, torch.zeros(2, 5), (2**62, 4))
+    for op, argument in (("encode_boxes", "'proposals'"), ("decode_boxes", "'boxes'")):
+        refuses(RuntimeError, (op, argument, "[2, 4]"), getattr(vision, op), torch.rand(3, 4), torch.rand(2, 4))
+        assert getattr(vision, op)(torch.rand(3, 4), torch.rand(1, 4)).shape == (3, 4)
+    offset = torch.zeros(1, 18, 5, 6)
+    for shape in ((4, 4, 0, 3), (4, 4, 3, 0), (4, 0, 3, 3)):
+        refuses(RuntimeError, ("deform_conv2d", "'weight'"), vision.deform_conv2d, x, offset, torch.rand(shape))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_tensors_without_memory_may_be_of_any_size(last):
+    """Shapes and strides alone, where a product of sizes passes 2^31 and the bytes pass any memory."""
+    empty = lambda *shape: torch.empty(shape, device="meta")
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = empty(4, 4 * 2000, 4000, 4000).contiguous(memory_format=layout).requires_grad_()
+    for op in ROI_OPS:
+        y = getattr(vision, op)(x, empty(100_000, 5), 2)
+        assert y.shape == (100_000, 2000 if op.startswith("ps_") else 8000, 2, 2)
+        assert y.is_contiguous(memory_format=layout)
+        assert torch.autograd.grad(y.sum(), x)[0].stride() == x.stride()
+    x = empty(2, 64, 40_000, 40_000).contiguous(memory_format=layout)
+    y = vision.deform_conv2d(x, empty(2, 18, 40_000, 40_000), empty(8, 64, 3, 3), padding=1)
+    assert y.shape == (2, 8, 40_000, 40_000) and y.is_contiguous(memory_format=layout)
+    many = empty(10**6, 4)
+    assert vision.box_iou(many, many).shape == vision.complete_box_iou(many, many).shape == (10**6, 10**6)
+    assert vision.nms_padded(many, empty(10**6), 0.5, 10)[0].shape == (10,)
+    assert vision.sigmoid_focal_loss(empty(10**6, 10**4), empty(10**6, 10**4)).shape == (10**6, 10**4)
+
+
+def test_numbers_of_boxes_and_sizes_of_images():
+    anchors, logits, deltas = [torch.rand(3, 4)], [torch.rand(1, 3)], [torch.rand(1, 3, 4)]
+    for name in ("pre_nms_top_n", "post_nms_top_n"):
+        how = {name: -1}
+        refuses(
+            ValueError, ("filter_proposals", name), vision.filter_proposals, logits, deltas, anchors, [(9, 9)], **how
+        )
+        assert len(vision.filter_proposals(logits, deltas, anchors, [(9, 9)], **{name: 0})[0][0]) == 0
+    maps = {"a": torch.rand(1, 2, 4, 4), "b": torch.rand(1, 2, 2, 2)}
+    for sizes in ([], [(0, 9)], [(9, 0)], [(9, 9), (-1, 9)]):
+        module = vision.MultiScaleRoIAlign(["a", "b"], 2, 2)
+        refuses(ValueError, ("MultiScaleRoIAlign", "'image_shapes'"), module, maps, [torch.rand(1, 4)], sizes)
+
+
 def test_the_slow_truth_of_a_region_is_zero_where_it_is_not_finite():
     """What test_regions asserts of the kernels holds for the definition they are measured against."""
     rois = torch.tensor([[0, NAN, 0, 3, 3], [0, 0, -INF, 3, 3], [0, 0, 0, 3, 3]])

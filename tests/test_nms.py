@@ -5,6 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from pyops import backend as forced
 from pyops import testing, vision
@@ -169,6 +171,16 @@ def test_compiles_in_one_graph(backend):
         with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
             free = torch.compile(lambda b, s: vision.nms(b, s, 0.5) * 2, fullgraph=True, backend="aot_eager")
             assert torch.equal(free(boxes, scores), vision.nms(boxes, scores, 0.5) * 2)
+
+
+def test_fake_tensors_have_sizes_that_depend_on_the_data():
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        boxes, scores = torch.empty(50, 4), torch.empty(50)
+        kept = vision.nms(boxes, scores, 0.5), vision.batched_nms(boxes, scores, torch.zeros(50), 0.5)
+        index, lowered = vision.soft_nms(boxes, scores)
+        for t in (*kept, index, lowered):
+            assert t.dim() == 1 and isinstance(t.shape[0], torch.SymInt)
+        assert index.shape == lowered.shape
 
 
 def test_opcheck(backend):

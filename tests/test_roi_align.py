@@ -269,6 +269,19 @@ def test_a_list_for_more_images_than_bfloat16_can_count(op):
     assert torch.equal(y.flatten(), x[:, 0, 0, 0])
 
 
+def test_compiles_with_sizes_that_change():
+    testing.fresh_compiler()
+    for op in ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"):
+        function = getattr(vision, op)
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+        for n, layout in ((5, torch.contiguous_format), (7, torch.channels_last)):
+            x = torch.randn(2, 8, n, n + 1).contiguous(memory_format=layout).requires_grad_()
+            rois = torch.cat((torch.arange(n)[:, None] % 2, torch.rand(n, 4) * 9), 1)
+            y, expected = compiled(x, rois, 2, 0.5 + n / 16), function(x, rois, 2, 0.5 + n / 16)
+            assert torch.equal(y, expected) and y.stride() == expected.stride()
+            assert torch.equal(*(torch.autograd.grad(t.sin().sum(), x)[0] for t in (y, expected)))
+
+
 class Copies(TorchDispatchMode):
     """Which of torch's functions make a tensor as large as the map."""
 

@@ -247,7 +247,8 @@ void pool_bwd(const scalar_t* dy, const int32_t* arg, const int64_t* rois, const
 
 inline Problem problem_of(const OpScope& op, const Tensor& x, const Tensor& rois, int64_t P, int64_t Q, bool mean,
                           bool channels_last) {
-  op.check(x.dim() == 4 && rois.dim() == 2 && P > 0 && Q > 0, "x must have 4 dimensions, rois be [R, 5]");
+  op.check(x.dim() == 4 && rois.dim() == 2 && P > 0 && Q > 0 && std::max(P, Q) >> 31 == 0,
+           "x must have 4 dimensions, rois be [R, 5], the output 1 x 1 or more, < 2^31 a side");
   const int h = channels_last ? 1 : 2;
   const Problem s{x.size(0),    x.size(channels_last ? 3 : 1), x.size(h), x.size(h + 1), rois.size(0), P, Q, mean,
                   channels_last};

@@ -225,6 +225,7 @@ __global__ void __launch_bounds__(gather_threads, 2)
 
 // binding
 
+#include <algorithm>
 #include <array>
 
 #include "common/registry.h"
@@ -244,7 +245,8 @@ struct Inputs {
 
 Shape shape_of(const OpScope& op, const Inputs& in, const Tensor& rois, int64_t P, int64_t Q, int64_t sampling_ratio,
                bool aligned, bool channels_last, bool position_sensitive) {
-  op.check(rois.dim() == 2 && P > 0 && Q > 0, "rois must be [R, 5] and the output at least 1 x 1");
+  op.check(rois.dim() == 2 && P > 0 && Q > 0 && std::max(P, Q) >> 31 == 0,
+           "rois must be [R, 5] and the output 1 x 1 or more, < 2^31 a side");
   for (int l = 0; l < in.count; ++l) op.check(in.x[l]->dim() == 4, "x must have 4 dimensions");
   const Shape s{in.x[0]->size(0), in.x[0]->size(channels_last ? 3 : 1), rois.size(0), P, Q, sampling_ratio, aligned};
   op.check(!position_sensitive || s.C % (P * Q) == 0, "C must be a multiple of P * Q");

@@ -135,6 +135,8 @@ __global__ void __launch_bounds__(gather_threads, 4)
 
 // binding
 
+#include <algorithm>
+
 #include "common/registry.h"
 
 namespace pyops {
@@ -142,7 +144,8 @@ namespace {
 
 Shape shape_of(const OpScope& op, const Tensor& x, const Tensor& rois, int64_t P, int64_t Q, bool mean,
                bool channels_last) {
-  op.check(x.dim() == 4 && rois.dim() == 2 && P > 0 && Q > 0, "x must have 4 dimensions, rois be [R, 5]");
+  op.check(x.dim() == 4 && rois.dim() == 2 && P > 0 && Q > 0 && std::max(P, Q) >> 31 == 0,
+           "x must have 4 dimensions, rois be [R, 5], the output 1 x 1 or more, < 2^31 a side");
   const int h = channels_last ? 1 : 2;
   const int64_t C = x.size(channels_last ? 3 : 1);
   const Shape s{x.size(0), C, x.size(h), x.size(h + 1), rois.size(0), P, Q, mean ? C / (P * Q) : C};

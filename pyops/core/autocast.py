@@ -42,6 +42,12 @@ LOW_ON: dict[str, tuple[str, ...]] = {
 }
 
 
+def enabled(t: torch.Tensor) -> bool:
+    """Is autocast active for the device of t? Never for a tensor without memory."""
+    device = t.device.type
+    return torch._C._is_any_autocast_enabled() and device != "meta" and torch.is_autocast_enabled(device)
+
+
 def cast(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The arguments of ``op`` in the dtype that the active autocast context asks for."""
     if not torch._C._is_any_autocast_enabled():
@@ -56,8 +62,7 @@ def cast(op: str, x: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.
 
 def lower(x: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Tensors of a matrix-like op in the low precision that the active autocast context asks for; float64 stays."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not enabled(x):
         return (x, *others)
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import check
+from . import autocast, check
 
 # exp of a predicted log-size is cut here: a box grows at most 1000/16 times (Detectron's and torchvision's choice).
 LARGEST_EXPONENT = math.log(1000.0 / 16)
@@ -39,6 +39,18 @@ def weights_of(op: str, weights: Sequence[float]) -> tuple[float, float, float, 
     if len(values) != 4 or not all(w > 0 for w in values):
         check.fail(ValueError, op, "weights", list(values), "four numbers > 0")
     return values[0], values[1], values[2], values[3]
+
+
+def pairs_of_boxes(op: str, **given: torch.Tensor) -> None:
+    """Two floating tensors of shape [..., 4] that broadcast against each other."""
+    for argument, t in given.items():
+        boxes(op, argument, t)
+    (_, a), (argument, b) = given.items()
+    try:
+        torch.broadcast_shapes(a.shape, b.shape)
+    except RuntimeError:
+        got = f"shape {list(b.shape)}"
+        check.fail(RuntimeError, op, argument, got, f"one that broadcasts with {list(a.shape)}")
 
 
 def encode(reference: torch.Tensor, proposals: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
@@ -109,15 +121,12 @@ def scaled_regions(op: str, input: torch.Tensor, given: Any, scale: float) -> to
     check.floating(op, "input", input)
     if input.dim() != 4:
         check.fail(RuntimeError, op, "input", f"shape {list(input.shape)}", "shape [N, C, H, W]")
-    if isinstance(scale, (bool, str)) or not hasattr(scale, "__float__"):
+    # numbers of other libraries as well; torch.compile knows no hasattr of a number that it traces
+    if isinstance(scale, bool) or not (isinstance(scale, (int, float)) or hasattr(scale, "__float__")):
         check.fail(TypeError, op, "spatial_scale", type(scale).__name__, "a number")
     rois = regions(op, input, given)
     # under autocast torchvision takes boxes of any dtype
-    if (
-        isinstance(given, torch.Tensor)
-        and rois.dtype != input.dtype
-        and not torch.is_autocast_enabled(rois.device.type)
-    ):
+    if isinstance(given, torch.Tensor) and rois.dtype != input.dtype and not autocast.enabled(rois):
         check.fail(RuntimeError, op, "boxes", rois.dtype, f"{input.dtype}, as the input")
     rois = rois.detach().to(check.accumulate_dtype(input.dtype))
     return torch.cat((rois[:, :1], rois[:, 1:] * scale), 1)
@@ -125,7 +134,9 @@ def scaled_regions(op: str, input: torch.Tensor, given: Any, scale: float) -> to
 
 def output_size(op: str, size: Any) -> tuple[int, int]:
     """(height, width) of the pooled output, both positive."""
+    if not isinstance(size, (int, Sequence)) or isinstance(size, (bool, str)):
+        check.fail(TypeError, op, "output_size", repr(size), "one or two positive integers")
     given = (size, size) if isinstance(size, int) else tuple(size)
-    if len(given) != 2 or not all(isinstance(v, int) and v > 0 for v in given):
-        check.fail(ValueError, op, "output_size", given, "one or two positive integers")
+    if len(given) != 2 or not all(isinstance(v, int) and 0 < v < 2**31 for v in given):
+        check.fail(ValueError, op, "output_size", given, "one or two positive integers < 2^31")
     return given[0], given[1]

@@ -337,8 +337,7 @@ def encode_boxes(
     Returns:
         Tensor[*, 4].
     """
-    geometry.boxes("encode_boxes", "reference", reference)
-    geometry.boxes("encode_boxes", "proposals", proposals)
+    geometry.pairs_of_boxes("encode_boxes", reference=reference, proposals=proposals)
     return geometry.encode(reference, proposals, geometry.weights_of("encode_boxes", weights))
 
 
@@ -359,8 +358,7 @@ def decode_boxes(
     Returns:
         Tensor[*, 4], (x1, y1, x2, y2).
     """
-    geometry.boxes("decode_boxes", "deltas", deltas)
-    geometry.boxes("decode_boxes", "boxes", boxes)
+    geometry.pairs_of_boxes("decode_boxes", deltas=deltas, boxes=boxes)
     return geometry.decode(deltas, boxes, geometry.weights_of("decode_boxes", weights), clip)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..core import backend, check, library
+from ..core import autocast, backend, check, library
 from ..core.autocast import HALF
 from ..core.autograd import Formula, Tensors, differentiable
 from ..core.layout import is_channels_last
@@ -148,7 +148,7 @@ def deform_conv2d(
     op = "deform_conv2d"
     check.floating(op, "input", input)
     dtype = input.dtype
-    if torch.is_autocast_enabled(input.device.type):
+    if autocast.enabled(input):
         given = (input, offset, mask, weight, bias)
         input, offset, mask, weight, bias = (t.float() if t is not None and t.dtype in HALF else t for t in given)
     sh, sw = _pair(op, "stride", stride, 1)
@@ -159,8 +159,9 @@ def deform_conv2d(
         check.fail(RuntimeError, op, "input", got, "[N, C, H, W] and a weight [K, C / groups, R, S]")
     n, c, h, w = input.shape
     k, per_group, r, s = weight.shape
-    if per_group == 0 or c % per_group or k % (c // per_group):
-        check.fail(RuntimeError, op, "weight", f"shape {list(weight.shape)}", f"[K, {c} / groups, R, S], groups | K")
+    if per_group == 0 or c % per_group or c < per_group or k % (c // per_group) or r == 0 or s == 0:
+        expected = f"[K, {c} / groups, R, S] with groups | K and R, S >= 1"
+        check.fail(RuntimeError, op, "weight", f"shape {list(weight.shape)}", expected)
     p, q = (h + 2 * ph - dh * (r - 1) - 1) // sh + 1, (w + 2 * pw - dw * (s - 1) - 1) // sw + 1
     taps = r * s
     if offset.dim() != 4 or offset.shape[1] % (2 * taps) or offset.shape[1] == 0 or c % (offset.shape[1] // (2 * taps)):

@@ -219,8 +219,9 @@ def soft_nms(
         float(iou_threshold),
         float(score_threshold),
     )
-    k = int(count)
-    return order[:k], picked[:k]
+    # of a size that depends on the data for fake tensors too
+    valid = torch.where(torch.arange(order.shape[0], device=order.device) < count)[0]
+    return order[valid], picked[valid]
 
 
 def filter_proposals(
@@ -254,6 +255,10 @@ def filter_proposals(
 
     Returns:
         (boxes, scores): for every image a Tensor[P, 4] and its probabilities Tensor[P], falling. Without gradient.
+
+    Raises:
+        RuntimeError: levels or shapes that do not fit together.
+        ValueError: a negative number of boxes, weights that are not positive.
     """
     op = "filter_proposals"
     if not len(objectness) == len(deltas) == len(anchors) or not objectness:
@@ -261,6 +266,9 @@ def filter_proposals(
         check.fail(
             RuntimeError, op, "objectness", f"{levels_got} levels", "as many objectness, deltas and anchors, at least 1"
         )
+    for name, top in (("pre_nms_top_n", pre_nms_top_n), ("post_nms_top_n", post_nms_top_n)):
+        if top < 0:
+            check.fail(ValueError, op, name, top, "a number >= 0")
     batch = len(image_sizes)
     weights = geometry.weights_of(op, weights)
     boxes, scores, images, levels = [], [], [], []

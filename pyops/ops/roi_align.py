@@ -311,8 +311,9 @@ class MultiScaleRoIAlign(_Pooler):
         if not maps:
             check.fail(RuntimeError, op, "x", f"maps {list(x)}", f"some of {self.featmap_names}")
         if self.scales is None:
-            if not image_shapes:
-                check.fail(ValueError, op, "image_shapes", "an empty list", "the size of every image")
+            if not image_shapes or not all(h > 0 and w > 0 for h, w in image_shapes):
+                got = list(image_shapes) or "an empty list"
+                check.fail(ValueError, op, "image_shapes", got, "the (height, width) of every image, positive")
             tallest = max(h for h, _ in image_shapes)
             self.scales = [2.0 ** round(math.log2(m.shape[-2] / tallest)) for m in maps]
         for m in maps:
