@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -280,6 +282,33 @@ def test_compiles_with_sizes_that_change():
             y, expected = compiled(x, rois, 2, 0.5 + n / 16), function(x, rois, 2, 0.5 + n / 16)
             assert torch.equal(y, expected) and y.stride() == expected.stride()
             assert torch.equal(*(torch.autograd.grad(t.sin().sum(), x)[0] for t in (y, expected)))
+
+
+MEMORY = """
+import resource
+import torch
+from pyops import vision
+
+torch.set_num_threads(1)
+used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for layout in (torch.contiguous_format, torch.channels_last):
+    x = torch.randn(1, 4, 64, 64).contiguous(memory_format=layout).requires_grad_()
+    rois = torch.rand(10_000, 5) * 64
+    rois[:, 0] = 0
+    for name in ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"):
+        for count in (10, 10_000):
+            y = getattr(vision, name)(x, rois[:count], 2)
+            before = used()
+            torch.autograd.grad(y, x, torch.ones_like(y))
+        print(used() - before)
+"""
+
+
+def test_memory_of_the_gradient_does_not_grow_with_the_regions():
+    """Of 10,000 regions: a weight of every pixel would be 160 MB, the gradient itself has 64 KiB and dy 640 KB."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    more = [int(line) for line in run.stdout.split()]
+    assert len(more) == 8 and max(more) < 20_000, more  # KiB
 
 
 class Copies(TorchDispatchMode):
