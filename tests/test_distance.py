@@ -124,6 +124,13 @@ def test_knn_of_equals_and_nan(backend, rows):
     assert distances[:, -1].isnan().all() and not distances[:, :-1].isnan().any()
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0, 3), (0, 4, 3)])
+def test_knn_without_queries(backend, shape):
+    with backends.backend(backend):
+        distances, indices = F.knn(torch.ones(shape), torch.ones(*shape[:-2], 5, 3), 2)
+    assert distances.shape == indices.shape == (*shape[:-1], 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_knn_dtypes(backend, dtype):
     x, y = torch.randn(5, 8).to(dtype), torch.randn(90, 8).to(dtype)

@@ -80,6 +80,9 @@ def test_whole_channels_are_dropped(backend):
             assert torch.equal(channels, channels[..., :1].expand_as(channels))
             assert 0.35 < (channels[..., 0] == 0).float().mean() < 0.65
             assert torch.equal(y.contiguous(), drawn(getattr(F, name), x.contiguous(), 0.5))
+    with pytest.warns(UserWarning, match="dropout3d"):  # as torch, of three dimensions the first is the channels
+        whole = drawn(F.dropout3d, torch.ones(30, 7, 5), 0.5)
+    assert torch.equal(whole, whole[:, :1, :1].expand_as(whole)) and whole.unique().numel() == 2
     single = drawn(F.dropout1d, torch.ones(30, 7), 0.5)
     assert torch.equal(single, single[:, :1].expand(30, 7)) and single.unique().numel() == 2
 

@@ -96,6 +96,11 @@ def test_module_and_route(name, x):
 
 def test_empty():
     assert F.fractional_max_pool2d(X[:0], 2, 3).shape == (0, 3, 3, 3)
+    x = X.clone().requires_grad_()
+    for pool in (F.fractional_max_pool2d, torch_F.fractional_max_pool2d):
+        y, index = pool(x, 2, output_ratio=(0.1, 0.5), return_indices=True)
+        assert y.shape == index.shape == (*X.shape[:2], 0, X.shape[3] // 2) and index.dtype == torch.int64
+        assert not torch.autograd.grad(y.sum(), x)[0].any()
 
 
 @pytest.mark.parametrize(

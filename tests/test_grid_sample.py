@@ -25,6 +25,15 @@ def test_affine_grid(check):
     passes("affine_grid", "cpu", check)
 
 
+def test_affine_grid_can_be_viewed():
+    """Contiguous whatever the strides of theta, as torch's."""
+    theta = torch.randn(3, 2, 3).mT.contiguous().mT
+    assert not theta.is_contiguous()
+    ours = F.affine_grid(theta, [3, 1, 4, 5], align_corners=False)
+    assert ours.is_contiguous()
+    torch.testing.assert_close(ours, torch.nn.functional.affine_grid(theta, [3, 1, 4, 5], align_corners=False))
+
+
 @pytest.mark.race
 def test_race(backend):
     if backend == "emulator":

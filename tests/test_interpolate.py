@@ -40,6 +40,15 @@ def test_race(backend):
         passes("interpolate", backend, "accuracy")
 
 
+@pytest.mark.parametrize("scale", [(1.3, 1.1), (2.3, 1.7), (1.0, 2.05)])
+def test_an_image_that_keeps_or_doubles_a_size_as_torch(backend, scale):
+    """torch on the CPU takes whole steps there, whatever the scale says."""
+    x = torch.arange(24.0).view(1, 2, 3, 4)
+    with backends.backend(backend):
+        ours = F.interpolate(x, scale_factor=scale)
+    assert torch.equal(ours, torch.nn.functional.interpolate(x, scale_factor=scale))
+
+
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
 def test_nearest_chooses_as_torch(backend, mode):
     """Bit for bit, for sizes at which the position in float32 decides."""

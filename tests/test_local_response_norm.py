@@ -55,6 +55,12 @@ def test_module_and_route():
     assert sum(report.entries[OP].backends.values()) == 1
 
 
+def test_second_gradient_without_channels():
+    x = torch.ones(2, 0, 3, dtype=torch.float64, requires_grad=True)
+    (d,) = torch.autograd.grad(F.local_response_norm(x, 3).sum(), x, create_graph=True)
+    assert torch.autograd.grad(d.sum(), x)[0].shape == x.shape
+
+
 def test_bad_input():
     refuses(ValueError, (OP, "'input'", "[3, 4]"), F.local_response_norm, X[0, 0], 3)
     refuses(RuntimeError, (OP, "'size'", "0"), F.local_response_norm, X, 0)

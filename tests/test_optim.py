@@ -350,6 +350,12 @@ def test_clip_grad_norm(backend, dtype, order):
     assert again.dtype == dtype
 
 
+def test_norm_of_order_0_counts_tensors():
+    """As torch, whose total is the norm of the norms, also of a single tensor."""
+    for tensors in ([torch.ones(3)], [torch.ones(3), torch.zeros(2), torch.ones(1)]):
+        assert optim.get_total_norm(tensors, 0.0) == torch.nn.utils.get_total_norm(tensors, 0.0)
+
+
 def test_clip_grad_norm_of_nothing_nan_and_infinity(backend):
     assert optim.clip_grad_norm_([torch.ones(2, requires_grad=True)], 1.0).item() == 0
     with pytest.warns(UserWarning, match="empty generator"):

@@ -111,6 +111,13 @@ def test_empty_outputs_and_batches():
         assert getattr(F, op)(x[0, :0], 2).shape == getattr(torch_F, op)(x[0, :0], 2).shape == (0, 2, 2)
 
 
+@pytest.mark.parametrize("op", ["avg_pool1d", "avg_pool2d"])
+def test_second_gradient_of_a_window_larger_than_the_input(op):
+    x = grid(1, 2, 3) + 1
+    square = lambda x: getattr(F, op)(x, 3, 2, ceil_mode=True) ** 2
+    assert torch.autograd.gradgradcheck(square, (x.double().requires_grad_(),))
+
+
 def test_positions_take_one_byte_where_nobody_asks_for_them():
     x, kept = torch.randn(1, 2, 8, 8, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.dtype, t.numel())), lambda t: t):

@@ -202,10 +202,11 @@ template <class T, class Metric>
 void knn_all(const Metric& metric, const T* query, const T* data, T* distances, int64_t* indices, const Shape& s,
              int64_t k) {
   using A = accumulate_t<T>;
-  const int64_t rows_together = std::min<int64_t>(4 * block_rows, std::max<int64_t>(s.P, 1));
+  const int64_t rows = s.B * s.P;
+  if (rows == 0) return;
+  const int64_t rows_together = std::min<int64_t>(4 * block_rows, s.P);
   const int64_t blocks = ceil_div(s.P, rows_together), panels = ceil_div(s.R, panel<A>);
   const int64_t parts = std::max<int64_t>(1, std::min(ceil_div(thread_count(), s.B * blocks), panels));
-  const int64_t rows = s.B * s.P;
   Buffer<A> values(rows * parts * k);
   Buffer<int64_t> places(rows * parts * k);
   Buffer<int64_t> filled(rows * parts, 0);

@@ -218,7 +218,8 @@ def cosine_similarity(x1: torch.Tensor, x2: torch.Tensor, dim: int = 1, eps: flo
         eps: least length that is divided by.
 
     Returns:
-        Tensor of the broadcast shape without ``dim``. Put together from torch's ops, sums in float32 (float64).
+        Tensor of the broadcast shape without ``dim``. Put together from torch's ops, sums in float32 (float64). A
+        length below eps is a constant for the gradient too, which so is that of the value; torch's is another there.
 
     Raises:
         RuntimeError: shapes that do not broadcast.

@@ -93,7 +93,7 @@ def dropout1d(input: torch.Tensor, p: float = 0.5, training: bool = True, inplac
     """
     if input.dim() not in (2, 3):
         check.fail(RuntimeError, "dropout1d", "input", f"{input.dim()} dimensions", "[N, C, L] or [C, L]")
-    return _drop_channels("dropout1d", input, p, training, inplace, alone=2)
+    return _drop_channels("dropout1d", input, p, training, inplace, alone=input.dim() == 2)
 
 
 def dropout2d(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
@@ -107,22 +107,25 @@ def dropout2d(input: torch.Tensor, p: float = 0.5, training: bool = True, inplac
             "[N, C, L]: dropout1d reads [C, L] as well",
             stacklevel=2,
         )
-    return _drop_channels("dropout2d", input, p, training, inplace, alone=0)
+    return _drop("dropout2d", input, p, training, inplace, features=True)
 
 
 def dropout3d(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """``dropout`` of whole channels of [N, C, D, H, W] or [C, D, H, W]; as torch.nn.functional.dropout3d."""
+    """``dropout`` of whole channels of [N, C, D, H, W] or [C, D, H, W]; as torch.nn.functional.dropout3d.
+
+    As in torch, another number of dimensions is warned about, and read as [C, *].
+    """
     if input.dim() not in (4, 5):
         warnings.warn(
             f"dropout3d: argument 'input': got {input.dim()} dimensions, expected [N, C, D, H, W] or [C, D, H, W]",
             stacklevel=2,
         )
-    return _drop_channels("dropout3d", input, p, training, inplace, alone=4)
+    return _drop_channels("dropout3d", input, p, training, inplace, alone=input.dim() != 5)
 
 
-def _drop_channels(op: str, input: torch.Tensor, p: float, training: bool, inplace: bool, alone: int) -> torch.Tensor:
-    """``alone``: the number of dimensions of one example without a batch dimension."""
-    if input.dim() != alone:
+def _drop_channels(op: str, input: torch.Tensor, p: float, training: bool, inplace: bool, alone: bool) -> torch.Tensor:
+    """``alone``: the input is one example without a batch dimension."""
+    if not alone:
         return _drop(op, input, p, training, inplace, features=True)
     if not training or p == 0:
         return _drop(op, input, p, training, inplace)

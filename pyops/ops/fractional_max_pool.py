@@ -98,7 +98,7 @@ def _pool(
     window = [1, 1] * (3 - rank)
     for i, o, k in zip(spatial, out, kernel):
         # in three dimensions torch wants one position more
-        if o < 1 or k < 1 or o + k - 1 > i - (rank == 3):
+        if o < 0 or k < 1 or o + k - 1 > i - (rank == 3):
             check.fail(RuntimeError, op, "kernel_size", kernel, f"{out} windows that fit an input of sizes {spatial}")
         window += [o, k]
     batch, channels = (x.shape[0] if x.dim() == rank + 2 else 1), x.shape[-rank - 1]
@@ -108,12 +108,16 @@ def _pool(
         got = f"shape {list(samples.shape)}, {samples.dtype} on {samples.device}"
         want = f"shape {[batch, channels, rank]}, {x.dtype} on {x.device}"
         check.fail(RuntimeError, op, "_random_samples", got, want)
+    lead = x.shape[: x.dim() - rank]
+    if 0 in out:
+        y = x.flatten()[:0].reshape(*lead, *out)
+        return (y, torch.empty_like(y, dtype=torch.int64)) if return_indices else y
     u = samples.reshape(batch * channels, rank)
     # torch's samples of two dimensions are those of the columns, then of the rows; of three in the order of dimensions
     u = torch.cat((torch.zeros_like(u[:, :1]), u.flip(1)), 1) if rank == 2 else u.contiguous()
     planes = x.contiguous().view(batch * channels, *(1,) * (3 - rank), *spatial)
     results = _apply(backend.namespace_for(op, x), planes, u, window)
-    y, index = (t.view(*x.shape[: x.dim() - rank], *out) for t in results)
+    y, index = (t.view(*lead, *out) for t in results)
     return (y, index) if return_indices else y
 
 

@@ -232,7 +232,7 @@ def affine_grid(theta: torch.Tensor, size: Sequence[int], align_corners: bool | 
     if theta.shape[0] != size[0]:
         check.fail(RuntimeError, op, "theta", f"{theta.shape[0]} matrices", f"{size[0]}, as size says")
     low: Any = autocast.cast(op, theta)[0]
-    wide = low.to(check.accumulate_dtype(low.dtype))
+    wide = low.contiguous().to(check.accumulate_dtype(low.dtype))
     total = wide[:, :, dims].reshape(-1, *(1,) * dims, dims)
     for d in range(dims):  # coordinates (x, y, z) lie along the axes (W, H, D)
         n = size[-1 - d]

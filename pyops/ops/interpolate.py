@@ -192,6 +192,9 @@ def interpolate(
         check.fail(RuntimeError, op, "size", sizes, f"sizes >= {lowest}")
     if any(i == 0 for i in x.shape[2 if kind == AREA else 1 :]):
         check.fail(RuntimeError, op, "input", f"shape {list(x.shape)}", "sizes > 0 but for the batch")
+    if kind == NEAREST and n == 2 and x.device.type == "cpu":
+        # torch's kernel for images on the CPU, and it alone, forgets a scale by which a size stays or doubles
+        scales = [0.0 if s and o in (i, 2 * i) else s for i, o, s in zip(x.shape[2:], sizes, scales)]
     if any(o == 0 for o in sizes):
         return x.flatten()[:0].reshape(*x.shape[:2], *sizes)
     if x.dtype == torch.uint8 and kind > NEAREST_EXACT:

@@ -32,7 +32,7 @@ _bwd = library.declare(
 
 def _reference(x, size, alpha, beta, k, channels_last):
     squares = (x * x).movedim(-1, 1) if channels_last else x * x
-    zeros = torch.zeros_like(squares[:, :1])
+    zeros = squares.new_zeros(squares.shape[0], 1, *squares.shape[2:])
     padded = torch.cat([*[zeros] * (size // 2), squares, *[zeros] * ((size - 1) // 2)], 1)
     total = torch.stack([padded.narrow(1, j, squares.shape[1]) for j in range(size)]).sum(0)
     total = total.movedim(1, -1) if channels_last else total

@@ -139,7 +139,7 @@ def _total_norm(op: str, tensors: list[torch.Tensor], order: float) -> torch.Ten
             alike = [t.abs() for t in alike]
         flat = [_Flat()(t)[0] for t in alike]
         norms.append(_norm(backend.namespace_for(op, flat[0]), flat, order))
-    if len(norms) == 1:
+    if len(norms) == 1 and order != 0:  # of order 0 torch counts the tensors that are not 0, as the last line does
         return norms[0]
     return torch.linalg.vector_norm(torch.stack([n.to(tensors[0].device) for n in norms]), order)
 

@@ -86,6 +86,12 @@ def _avg_reference(x, window, include_padding, divisor):
     planes, (out, kernel, stride, padding, _), ceil = _parts(x, window)
     if window[0]:
         y = _torch.adaptive_avg_pool3d(planes, out)
+    elif window[1:6] == [1, 1, 1, 0, 1] and planes.shape[2] == 1:
+        # unlike that of three dimensions it takes a window larger than the input, which ceil_mode allows
+        images = _torch.avg_pool2d(
+            planes.squeeze(2), kernel[1:], stride[1:], padding[1:], ceil, include_padding, divisor or None
+        )
+        y = images.unsqueeze(2)
     else:
         y = _torch.avg_pool3d(planes, kernel, stride, padding, ceil, include_padding, divisor or None)
     return (y.permute(0, 2, 3, 4, 1),)
