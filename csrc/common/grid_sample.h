@@ -9,6 +9,11 @@
 
 namespace pyops::grid_sample {
 
+#if !defined(__CUDACC__)
+// of floats in float; CUDA's global functions are overloaded already
+using std::floor, std::fmod, std::nearbyint;
+#endif
+
 enum Mode : int64_t { bilinear, nearest, bicubic, modes };
 enum Padding : int64_t { zeros, border, reflection, paddings };
 
@@ -44,8 +49,8 @@ PYOPS_HOST_DEVICE Position<A> reflected(Position<A> p, int64_t size, bool align_
 // NaN becomes 0. On the border and beyond it nothing changes with the coordinate.
 template <class A>
 PYOPS_HOST_DEVICE Position<A> clipped(Position<A> p, int64_t size) {
-  if (!(p.at > 0)) return {0, 0};
-  return p.at < A(size - 1) ? p : Position<A>{A(size - 1), 0};
+  const bool below = !(p.at > 0), above = !(p.at < A(size - 1));
+  return {below ? A(0) : above ? A(size - 1) : p.at, below || above ? A(0) : p.slope};
 }
 
 template <class A>
@@ -57,7 +62,8 @@ PYOPS_HOST_DEVICE Position<A> padded(Position<A> p, int64_t size, const Rule& r)
 // The element at a whole position; -1 outside the axis, which reads as 0.
 template <class A>
 PYOPS_HOST_DEVICE int32_t element(A at, int64_t size) {
-  return at >= 0 && at <= A(size - 1) ? int32_t(at) : -1;
+  const A last = A(size - 1), low = at > 0 ? at : A(0), near = low < last ? low : last;
+  return int32_t(near) | -int32_t(!(at >= 0) | !(at <= last));  // without a branch, which would go either way
 }
 
 // What one coordinate reads: 1 (nearest), 2 (linear) or 4 (cubic) elements.

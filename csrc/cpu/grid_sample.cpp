@@ -18,28 +18,101 @@ using namespace grid_sample;
 
 inline constexpr int64_t block_points = 64;
 
-// The taps of up to block_points points. A tap outside has index 0 and `inside` 0.
+// What the coordinates of a block of points read along one axis; branch-free, so that the compiler makes vectors of it.
 template <class A, int T>
+struct AxisTaps {
+  int32_t index[T][block_points];
+  A weight[T][block_points], slope[T][block_points];
+
+  template <int64_t padding>
+  void read(const A* g, int64_t size, bool align_corners) {
+    for (int64_t p = 0; p < block_points; ++p) {
+      const Taps<A, T> t = taps_of<A, T>(g[p], size, {padding, align_corners});
+#pragma GCC unroll 4
+      for (int k = 0; k < T; ++k) index[k][p] = t.index[k], weight[k][p] = t.weight[k], slope[k][p] = t.slope[k];
+    }
+  }
+};
+
+// The taps of up to block_points points; beyond them, those of the point 0. A tap outside has index 0 and `inside` 0, else
+// all bits.
+template <class A, int T, bool slopes>
 struct Block {
   static constexpr int most = T == 2 ? 8 : T * T;
   int taps;
   int64_t points;
   int32_t index[most][block_points], inside[most][block_points];
-  A weight[most][block_points], slope[3][most][block_points];
+  A weight[most][block_points], slope[slopes ? 3 : 1][most][block_points];
 
   template <class U>
   void read(const Shape& s, const U* grid, int64_t count) {
     points = count;
-    taps = s.dims == 3 ? T * T * T : T * T;
-    for (int64_t p = 0; p < count; ++p) {
-      const A g[3] = {A(grid[p * s.dims]), A(grid[p * s.dims + 1]), s.dims == 3 ? A(grid[p * s.dims + 2]) : A(0)};
-      each_tap<T>(s, g, [&](int tap, int64_t at, A w, A dw, A dh, A dd) {
-        index[tap][p] = at < 0 ? 0 : int32_t(at), inside[tap][p] = at >= 0;
-        weight[tap][p] = w, slope[0][tap][p] = dw, slope[1][tap][p] = dh, slope[2][tap][p] = dd;
-      });
+    AxisTaps<A, T> axis[3];  // W, H, D
+    const int64_t sizes[3] = {s.W, s.H, s.D};
+    for (int64_t d = 0; d < s.dims; ++d) {
+      A g[block_points];
+      for (int64_t p = 0; p < block_points; ++p) g[p] = p < count ? A(grid[p * s.dims + d]) : A(0);
+      if (s.rule.padding == zeros)
+        axis[d].template read<zeros>(g, sizes[d], s.rule.align_corners);
+      else if (s.rule.padding == border)
+        axis[d].template read<border>(g, sizes[d], s.rule.align_corners);
+      else
+        axis[d].template read<reflection>(g, sizes[d], s.rule.align_corners);
+    }
+    if (s.dims == 2) {
+      std::fill_n(axis[2].index[0], block_points, 0);
+      std::fill_n(axis[2].weight[0], block_points, A(1));
+      std::fill_n(axis[2].slope[0], block_points, A(0));
+    }
+    taps = 0;
+    for (int k = 0; k < (s.dims == 3 ? T : 1); ++k)
+      for (int j = 0; j < T; ++j)
+        for (int i = 0; i < T; ++i, ++taps) combine(s, axis, k, j, i);
+  }
+
+  void combine(const Shape& s, const AxisTaps<A, T>* axis, int k, int j, int i) {
+    const auto &w = axis[0], &h = axis[1], &d = axis[2];
+    const uint32_t H = uint32_t(s.H), W = uint32_t(s.W);
+    for (int64_t p = 0; p < block_points; ++p) {
+      const int32_t plane = d.index[k][p], row = h.index[j][p], column = w.index[i][p];
+      const bool in = (plane | row | column) >= 0;
+      index[taps][p] = in ? int32_t((uint32_t(plane) * H + uint32_t(row)) * W + uint32_t(column)) : 0;
+      inside[taps][p] = -int32_t(in);
+      const A both = d.weight[k][p] * h.weight[j][p];
+      weight[taps][p] = both * w.weight[i][p];
+      if constexpr (slopes) {
+        slope[0][taps][p] = both * w.slope[i][p];
+        slope[1][taps][p] = d.weight[k][p] * h.slope[j][p] * w.weight[i][p];
+        slope[2][taps][p] = d.slope[k][p] * h.weight[j][p] * w.weight[i][p];
+      }
     }
   }
 };
+
+// A vector of elements of a plane by their index; 0 where outside.
+template <class A, class T>
+PYOPS_INLINE Vec<A> gathered(const T* plane, const int32_t* index, const int32_t* inside) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    const auto at = simd::read<__m512i>(index), mask = simd::read<__m512i>(inside);
+    const __m512 none = _mm512_setzero_ps();
+    return simd::bits_as<simd::Native<float>>(
+        _mm512_mask_i32gather_ps(none, _mm512_test_epi32_mask(mask, mask), at, plane, 4));
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    const auto at = simd::read<__m256i>(index);
+    const auto mask = simd::read<__m256>(inside);
+    return simd::bits_as<simd::Native<float>>(_mm256_mask_i32gather_ps(_mm256_setzero_ps(), plane, at, mask, 4));
+  }
+#endif
+  A lane[Vec<A>::width];
+  for (int64_t i = 0; i < Vec<A>::width; ++i) {
+    const A v = A(plane[index[i]]);
+    lane[i] = inside[i] ? v : A(0);
+  }
+  return Vec<A>::load(lane);
+}
 
 template <class T, class A, int taps>
 void sample(const T* x, const T* grid, T* y, const Shape& s) {
@@ -47,7 +120,7 @@ void sample(const T* x, const T* grid, T* y, const Shape& s) {
   const int64_t blocks = ceil_div(s.P, block_points);
   parallel_for(
       s.N * blocks, ceil_div(16384, block_points * std::max<int64_t>(s.C, 1)), [&](int64_t begin, int64_t end) {
-        Block<A, taps> b;
+        Block<A, taps, false> b;
         for (int64_t i = begin; i < end; ++i) {
           const int64_t n = i / blocks, first = i % blocks * block_points;
           b.read(s, grid + (n * s.P + first) * s.dims, std::min(block_points, s.P - first));
@@ -68,13 +141,12 @@ void sample(const T* x, const T* grid, T* y, const Shape& s) {
           }
           for (int64_t c = 0; c < s.C; ++c) {
             const T* plane = from + c * s.S();
-            A sum[block_points] = {};
-            for (int t = 0; t < b.taps; ++t)
-              for (int64_t p = 0; p < b.points; ++p) {
-                const A v = A(plane[b.index[t][p]]);
-                sum[p] += b.weight[t][p] * (b.inside[t][p] ? v : A(0));
-              }
-            for (int64_t p = 0; p < b.points; ++p) to[c * s.P + p] = T(sum[p]);
+            each_vector<A>(b.points, [&](int64_t p, auto lanes) {
+              V sum;
+              for (int t = 0; t < b.taps; ++t)
+                sum = fma(V::load(b.weight[t] + p), gathered<A>(plane, b.index[t] + p, b.inside[t] + p), sum);
+              sum.store(to + c * s.P + p, lanes);
+            });
           }
         }
       });
@@ -85,8 +157,8 @@ void sample_bwd_grid(const T* dy, const T* x, const T* grid, T* dgrid, const Sha
   using V = Vec<A>;
   const int64_t blocks = ceil_div(s.P, block_points);
   parallel_for(s.N * blocks, ceil_div(8192, block_points * std::max<int64_t>(s.C, 1)), [&](int64_t begin, int64_t end) {
-    Block<A, taps> b;
-    A dot[Block<A, taps>::most][block_points];
+    Block<A, taps, true> b;
+    A dot[Block<A, taps, true>::most][block_points];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / blocks, first = i % blocks * block_points;
       b.read(s, grid + (n * s.P + first) * s.dims, std::min(block_points, s.P - first));
@@ -127,7 +199,7 @@ void sample_bwd_grid(const T* dy, const T* x, const T* grid, T* dgrid, const Sha
 template <class T, class A, int taps>
 void add_points(const T* dy, const T* grid, A* sum, const Shape& s, int64_t first, int64_t last) {
   using V = Vec<A>;
-  Block<A, taps> b;
+  Block<A, taps, false> b;
   for (int64_t at = 0; at < s.P; at += block_points) {
     b.read(s, grid + at * s.dims, std::min(block_points, s.P - at));
     if (s.channels_last) {
