@@ -1,13 +1,15 @@
 """softmax · Triton
   y[m,n,s] = exp(x - max_n x) / sum,  sum = sum_n exp(x - max_n x);  log: y = x - max - log(sum)
   dx = p * (dy - sum_n dy * p),  log: dx = dy - p * sum_n dy,  p = exp(x - max) / sum
-layout   x, y, dy, dx: [M, N, S] · max, sum: [M, S]
+layout   x, y, dy, dx: [M, N, S] · max, sum: [M * S]
 mapping  a program takes BLOCK_R columns (m, s) and walks over n in steps of BLOCK_N
 memory   x read three times (from the caches after the first, for rows that fit), y written once; backward: dy, x twice
 numerics in fp32 (fp64 for fp64); a row without a finite maximum gives NaN, as in torch
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -93,10 +95,14 @@ def _blocks(columns: int, n: int) -> tuple[int, int]:
     return min(max(LARGEST_BLOCK // (4 * block_n), 1), power_of_two(columns)), block_n
 
 
-def softmax_fwd(x: torch.Tensor, log_of: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    m, n, s = x.shape
+def _sizes(x: torch.Tensor, dim: int) -> tuple[int, int, int]:
+    return math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
+
+
+def softmax_fwd(x: torch.Tensor, dim: int, log_of: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    m, n, s = _sizes(x, dim)
     y = torch.empty_like(x)
-    top, total = (torch.empty((m, s), dtype=accumulate_dtype(x.dtype), device=x.device) for _ in range(2))
+    top, total = (torch.empty(m * s, dtype=accumulate_dtype(x.dtype), device=x.device) for _ in range(2))
     if x.numel():
         r, b = _blocks(m * s, n)
         softmax_fwd_kernel[(cdiv(m * s, r),)](
@@ -106,9 +112,9 @@ def softmax_fwd(x: torch.Tensor, log_of: bool) -> tuple[torch.Tensor, torch.Tens
 
 
 def softmax_bwd(
-    dy: torch.Tensor, x: torch.Tensor, top: torch.Tensor, total: torch.Tensor, log_of: bool
+    dy: torch.Tensor, x: torch.Tensor, top: torch.Tensor, total: torch.Tensor, dim: int, log_of: bool
 ) -> torch.Tensor:
-    m, n, s = x.shape
+    m, n, s = _sizes(x, dim)
     dx = torch.empty_like(x)
     if x.numel():
         r, b = _blocks(m * s, n)

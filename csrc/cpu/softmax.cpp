@@ -1,11 +1,12 @@
 // softmax · CPU
 //   y[m,n,s] = exp(x - max_n x) / sum,  sum = sum_n exp(x - max_n x);  log: y = x - max - log(sum)
 //   dx = p * (dy - sum_n dy * p),  log: dx = dy - p * sum_n dy,  p = exp(x - max) / sum
-// layout   x, y, dy, dx: [M, N, S] · max, sum: [M, S]
+// layout   x, y, dy, dx: [M, N, S] · max, sum: [M * S]
 // mapping  S = 1: a thread takes whole rows, lanes over n; else a thread takes blocks of columns, lanes over s
 // memory   x read once, y written once while a row (a block of columns) stays in cache
 // numerics acc_t, exp and log of cpu/math.h; a row without a finite maximum gives NaN, as in torch
 #include "common/registry.h"
+#include "common/softmax_binding.h"
 #include "cpu/math.h"
 #include "cpu/parallel.h"
 
@@ -131,16 +132,15 @@ void each_row(int64_t M, int64_t N, int64_t S, const Row& row, const Columns& co
 
 // ---- binding
 
-std::tuple<Tensor, Tensor, Tensor> softmax_fwd(const Tensor& x, bool log_of) {
+std::tuple<Tensor, Tensor, Tensor> softmax_fwd(const Tensor& x, int64_t dim, bool log_of) {
   OpScope op("softmax_fwd", x);
-  op.check(x.dim() == 3, "x must be [M, N, S]");
-  const int64_t M = x.size(0), N = x.size(1), S = x.size(2);
+  const auto [M, N, S] = softmax::sizes_of(op, x, dim);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
-    Tensor y = op.empty<scalar_t>({M, N, S}), top = op.empty<acc_t>({M, S}), total = op.empty<acc_t>({M, S});
-    auto* px = op.in<scalar_t>(x, "x", {M, N, S});
-    auto* py = op.out<scalar_t>(y, "y", {M, N, S});
-    auto *ptop = op.out<acc_t>(top, "max", {M, S}), *ptotal = op.out<acc_t>(total, "sum", {M, S});
+    Tensor y = op.empty<scalar_t>(ShapeRef(x)), top = op.empty<acc_t>({M * S}), total = op.empty<acc_t>({M * S});
+    auto* px = op.in<scalar_t>(x, "x", ShapeRef(x));
+    auto* py = op.out<scalar_t>(y, "y", ShapeRef(x));
+    auto *ptop = op.out<acc_t>(top, "max", {M * S}), *ptotal = op.out<acc_t>(total, "sum", {M * S});
     each_row<acc_t>(
         M, N, S, [&](int64_t m) { softmax_row(log_of, px + m * N, py + m * N, ptop + m, ptotal + m, N); },
         [&](int64_t m, int64_t s, auto lanes) {
@@ -151,16 +151,16 @@ std::tuple<Tensor, Tensor, Tensor> softmax_fwd(const Tensor& x, bool log_of) {
   });
 }
 
-Tensor softmax_bwd(const Tensor& dy, const Tensor& x, const Tensor& top, const Tensor& total, bool log_of) {
+Tensor softmax_bwd(const Tensor& dy, const Tensor& x, const Tensor& top, const Tensor& total, int64_t dim,
+                   bool log_of) {
   OpScope op("softmax_bwd", dy);
-  op.check(x.dim() == 3, "x must be [M, N, S]");
-  const int64_t M = x.size(0), N = x.size(1), S = x.size(2);
+  const auto [M, N, S] = softmax::sizes_of(op, x, dim);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
-    Tensor dx = op.empty<scalar_t>({M, N, S});
-    auto *pdy = op.in<scalar_t>(dy, "dy", {M, N, S}), *px = op.in<scalar_t>(x, "x", {M, N, S});
-    auto *ptop = op.in<acc_t>(top, "max", {M, S}), *ptotal = op.in<acc_t>(total, "sum", {M, S});
-    auto* pdx = op.out<scalar_t>(dx, "dx", {M, N, S});
+    Tensor dx = op.empty<scalar_t>(ShapeRef(x));
+    auto *pdy = op.in<scalar_t>(dy, "dy", ShapeRef(x)), *px = op.in<scalar_t>(x, "x", ShapeRef(x));
+    auto *ptop = op.in<acc_t>(top, "max", {M * S}), *ptotal = op.in<acc_t>(total, "sum", {M * S});
+    auto* pdx = op.out<scalar_t>(dx, "dx", ShapeRef(x));
     each_row<acc_t>(
         M, N, S,
         [&](int64_t m) { softmax_gradient_row(log_of, pdy + m * N, px + m * N, ptop[m], ptotal[m], pdx + m * N, N); },

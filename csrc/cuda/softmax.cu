@@ -1,7 +1,7 @@
 // softmax · CUDA
 //   y[m,n,s] = exp(x - max_n x) / sum,  sum = sum_n exp(x - max_n x);  log: y = x - max - log(sum)
 //   dx = p * (dy - sum_n dy * p),  log: dx = dy - p * sum_n dy,  p = exp(x - max) / sum
-// layout   x, y, dy, dx: [M, N, S] · max, sum: [M, S]
+// layout   x, y, dy, dx: [M, N, S] · max, sum: [M * S]
 // mapping  S = 1: a block per row, 32 to 512 threads; else a thread per column, neighbours in s side by side
 // memory   x read three times (from the caches after the first, for rows that fit), y written once; backward: dy, x
 // twice numerics in fp32 (fp64 for fp64), sums in fixed order; a row without a finite maximum gives NaN, as in torch
@@ -112,20 +112,20 @@ dim3 row_block(int64_t N) {
 // binding
 
 #include "common/registry.h"
+#include "common/softmax_binding.h"
 
 namespace pyops {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> softmax_fwd(const Tensor& x, bool log_of) {
+std::tuple<Tensor, Tensor, Tensor> softmax_fwd(const Tensor& x, int64_t dim, bool log_of) {
   OpScope op("softmax_fwd", x);
-  op.check(x.dim() == 3, "x must be [M, N, S]");
-  const int64_t M = x.size(0), N = x.size(1), S = x.size(2);
+  const auto [M, N, S] = softmax::sizes_of(op, x, dim);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     using A = accumulate_t<T>;
-    Tensor y = op.empty<T>({M, N, S}), top = op.empty<A>({M, S}), total = op.empty<A>({M, S});
-    const T* px = op.in<T>(x, "x", {M, N, S});
-    T* py = op.out<T>(y, "y", {M, N, S});
-    A *ptop = op.out<A>(top, "max", {M, S}), *ptotal = op.out<A>(total, "sum", {M, S});
+    Tensor y = op.empty<T>(ShapeRef(x)), top = op.empty<A>({M * S}), total = op.empty<A>({M * S});
+    const T* px = op.in<T>(x, "x", ShapeRef(x));
+    T* py = op.out<T>(y, "y", ShapeRef(x));
+    A *ptop = op.out<A>(top, "max", {M * S}), *ptotal = op.out<A>(total, "sum", {M * S});
     const auto stream = static_cast<cudaStream_t>(op.stream());
     if (S == 1)
       launch(softmax_rows_kernel<T>,
@@ -142,16 +142,16 @@ std::tuple<Tensor, Tensor, Tensor> softmax_fwd(const Tensor& x, bool log_of) {
   });
 }
 
-Tensor softmax_bwd(const Tensor& dy, const Tensor& x, const Tensor& top, const Tensor& total, bool log_of) {
+Tensor softmax_bwd(const Tensor& dy, const Tensor& x, const Tensor& top, const Tensor& total, int64_t dim,
+                   bool log_of) {
   OpScope op("softmax_bwd", dy);
-  op.check(x.dim() == 3, "x must be [M, N, S]");
-  const int64_t M = x.size(0), N = x.size(1), S = x.size(2);
+  const auto [M, N, S] = softmax::sizes_of(op, x, dim);
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     using A = accumulate_t<T>;
-    Tensor dx = op.empty<T>({M, N, S});
-    const T *pdy = op.in<T>(dy, "dy", {M, N, S}), *px = op.in<T>(x, "x", {M, N, S});
-    const A *ptop = op.in<A>(top, "max", {M, S}), *ptotal = op.in<A>(total, "sum", {M, S});
-    T* pdx = op.out<T>(dx, "dx", {M, N, S});
+    Tensor dx = op.empty<T>(ShapeRef(x));
+    const T *pdy = op.in<T>(dy, "dy", ShapeRef(x)), *px = op.in<T>(x, "x", ShapeRef(x));
+    const A *ptop = op.in<A>(top, "max", {M * S}), *ptotal = op.in<A>(total, "sum", {M * S});
+    T* pdx = op.out<T>(dx, "dx", ShapeRef(x));
     const auto stream = static_cast<cudaStream_t>(op.stream());
     if (S == 1)
       launch(softmax_rows_bwd_kernel<T>,

@@ -2,7 +2,7 @@
 
     y[m,n,s] = exp(x[m,n,s]) / sum_k exp(x[m,k,s])        log: y = x - log(sum_k exp(x))
 
-    x, y: [M, N, S], N the dimension that is normalised
+    x, y: [M, N, S], N the dimension that is normalised; the ops take it by number, of a tensor of any shape
 
 Computed as exp(x - max) / sum exp(x - max), which does not overflow. Source: torch.nn.functional.softmax. The gradient
 is derived in docs/math/losses.md.
@@ -18,37 +18,40 @@ import torch
 from ..core import autocast, backend, check, library
 from ..core.autograd import Formula, differentiable
 from ..core.intercept import route
+from ..core.layout import is_channels_last
 from ..core.samples import Maker, Sample, checked
 
 _kernels = library.triton_kernels("softmax")
 
 
-def _fwd_fake(x, log_of):
-    stat = x.new_empty(x.shape[0], x.shape[2], dtype=check.accumulate_dtype(x.dtype))
+def _fwd_fake(x, dim, log_of):
+    columns = math.prod(x.shape[:dim]) * math.prod(x.shape[dim + 1 :])
+    stat = x.new_empty(columns, dtype=check.accumulate_dtype(x.dtype))
     return torch.empty_like(x), stat, torch.empty_like(stat)
 
 
-_fwd = library.declare("softmax_fwd(Tensor x, bool log_of) -> (Tensor, Tensor, Tensor)", _fwd_fake, _kernels)
+_fwd = library.declare("softmax_fwd(Tensor x, int dim, bool log_of) -> (Tensor, Tensor, Tensor)", _fwd_fake, _kernels)
 _bwd = library.declare(
-    "softmax_bwd(Tensor dy, Tensor x, Tensor top, Tensor total, bool log_of) -> Tensor",
+    "softmax_bwd(Tensor dy, Tensor x, Tensor top, Tensor total, int dim, bool log_of) -> Tensor",
     lambda dy, x, *_: torch.empty_like(x),
     _kernels,
 )
 
 
-def _reference(x, log_of):
+def _reference(x, dim, log_of):
     wide = x.to(check.accumulate_dtype(x.dtype))
-    top = wide.detach().amax(1) if x.shape[1] else wide.new_zeros(x.shape[0], x.shape[2])
-    total = (wide.detach() - top.unsqueeze(1)).exp().sum(1)
-    y = wide.log_softmax(1) if log_of else wide.softmax(1)
-    return y.to(x.dtype), top, total
+    held = wide.detach()
+    top = held.amax(dim) if x.shape[dim] else held.sum(dim)
+    total = (held - top.unsqueeze(dim)).exp().sum(dim)
+    y = wide.log_softmax(dim) if log_of else wide.softmax(dim)
+    return y.to(x.dtype), top.flatten(), total.flatten()
 
 
 def _fold(forward, batch, dims, inputs, constants):
-    """A batch is more rows."""
-    x = inputs[0].movedim(dims[0], 0)
-    outputs = forward(x.reshape(-1, *x.shape[2:]), *constants)
-    return tuple(t.reshape(batch, x.shape[1], *t.shape[1:]) for t in outputs), (0, 0, 0)
+    """A batch is one dimension more."""
+    dim, log_of = constants
+    y, *statistics = forward(inputs[0].movedim(dims[0], 0).contiguous(), dim + 1, log_of)
+    return (y, *(t.reshape(batch, -1) for t in statistics)), (0, 0, 0)
 
 
 _apply = differentiable(
@@ -75,14 +78,12 @@ def _run(op: str, input: torch.Tensor, dim: int | None, dtype: torch.dtype | Non
         check.fail(IndexError, op, "dim", dim, f"a dimension of an input of shape {list(input.shape)}")
     dim %= rank
     namespace = backend.namespace_for(op, input)
-    if input.dim() == 4 and dim == 1 and input.is_contiguous(memory_format=torch.channels_last):
-        # channels last: channels are rows already, and stay so
-        n, c, h, w = input.shape
-        rows = input.permute(0, 2, 3, 1).reshape(n * h * w, c, 1)
-        return _apply(namespace, rows, log_of)[0].reshape(n, h, w, c).permute(0, 3, 1, 2)
-    shape = input.shape if input.dim() else (1,)
-    x = input.contiguous().reshape(math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :]))
-    return _apply(namespace, x, log_of)[0].reshape(input.shape)
+    if input.dim() == 4 and dim == 1 and is_channels_last(input):
+        # channels are rows already, and stay so
+        return _apply(namespace, input.permute(0, 2, 3, 1), 3, log_of)[0].permute(0, 3, 1, 2)
+    if input.dim() == 0:
+        return _apply(namespace, input.reshape(1), 0, log_of)[0].reshape(())
+    return _apply(namespace, input.contiguous(), dim, log_of)[0]
 
 
 def softmax(
