@@ -189,22 +189,35 @@ def _pure(case: _Case, sample: Sample) -> tuple[Callable[..., tuple[torch.Tensor
     return of_inputs, maker.inputs
 
 
+# Along a random direction an entry of n weighs 1 / n: in float64, where differences leave some 1e-9, hold them to less
+# than torch's 1e-3.
+_ALONG_DIRECTIONS = {"fast_mode": True, "atol": 1e-7, "rtol": 1e-5}
+
+
 def _gradcheck(case: _Case, sample: Sample) -> str:
-    """Analytic against numerical first derivatives, reverse and forward mode, batched."""
+    """Analytic against numerical first derivatives along random directions, reverse and forward mode, batched."""
     function, inputs = _pure(case, sample)
     torch.autograd.gradcheck(
-        function, inputs, fast_mode=case.slow, check_undefined_grad=not case.slow,
+        function, inputs, **_ALONG_DIRECTIONS, check_undefined_grad=not case.slow,
         check_forward_ad=True, check_batched_grad=not case.slow,
     )  # fmt: skip
     return ""
 
 
 def _gradgradcheck(case: _Case, sample: Sample) -> str:
-    """Analytic against numerical second derivatives, reverse over reverse and forward over reverse."""
+    """The same of second derivatives, reverse over reverse and forward over reverse."""
     function, inputs = _pure(case, sample)
     torch.autograd.gradgradcheck(
-        function, inputs, fast_mode=case.slow, check_undefined_grad=not case.slow, check_fwd_over_rev=True
+        function, inputs, **_ALONG_DIRECTIONS, check_undefined_grad=not case.slow, check_fwd_over_rev=True
     )
+    return ""
+
+
+def _jacobians(case: _Case, sample: Sample) -> str:
+    """First and second derivatives, every entry of the numerical Jacobians."""
+    function, inputs = _pure(case, sample)
+    torch.autograd.gradcheck(function, inputs, check_undefined_grad=False, check_forward_ad=True)
+    torch.autograd.gradgradcheck(function, inputs, check_undefined_grad=False, check_fwd_over_rev=True)
     return ""
 
 
@@ -381,6 +394,7 @@ class _Check(NamedTuple):
 
     function: Callable[[_Case, Sample], str]
     small: str = ""  # with those made for numerical derivatives
+    none: str = ""  # with none at all
     first: str = ""  # with the first of them
     one_dtype: str = ""  # with one dtype for each
 
@@ -393,6 +407,7 @@ _CHECKS = {
     "opcheck": _Check(_opcheck, small="slow"),
     "gradcheck": _Check(_gradcheck, small="always"),
     "gradgradcheck": _Check(_gradgradcheck, small="always", first="slow"),
+    "jacobians": _Check(_jacobians, small="always", none="slow"),
     "transforms": _Check(_transforms, small="always"),
     "compile": _Check(_compiled, small="always"),
     "compiled_transforms": _Check(_compiled_transforms, small="always", first="always"),  # seconds each
@@ -426,14 +441,16 @@ def check_op(
     Args:
         fn: the op.
         reference: the same function in plain torch, differentiable.
-        samples: cases; those with ``derivatives=True`` (few elements) also go through gradcheck and gradgradcheck.
+        samples: cases; those with ``derivatives=True`` (few elements) also go through the checks of derivatives:
+            gradcheck and gradgradcheck along random directions, jacobians entry by entry.
         name: shown in results; the function's own name by default.
         device: where the samples are made.
         dtypes: dtypes of the accuracy check.
         only: names of checks to run (see ``checks()``); all by default.
-        slow: for backends whose calls cost milliseconds: numerical derivatives along random directions only, second
-            ones on the first sample only, without undefined and batched gradients, which do not reach the kernels;
-            determinism and opcheck on the small samples only; accuracy of each sample in one dtype, in turn.
+        slow: for backends whose calls cost milliseconds: numerical derivatives along random directions only (nothing of
+            jacobians), second ones on the first sample only, without undefined and batched gradients, which do not
+            reach the kernels; determinism and opcheck on the small samples only; accuracy of each sample in one dtype,
+            in turn.
         label: shown as the backend.
 
     Returns:
@@ -457,7 +474,7 @@ def _runs(check: _Check, case: _Case) -> Iterator[tuple[_Case, Sample]]:
     def holds(when: str) -> bool:
         return when == "always" or (when == "slow" and case.slow)
 
-    samples = case.op.samples
+    samples = () if holds(check.none) else case.op.samples
     if holds(check.small):
         small = tuple(sample for sample in samples if sample.derivatives)
         samples = small if small or check.small == "always" else samples

@@ -36,14 +36,14 @@ def pytest_generate_tests(metafunc):
 
 # `make test` has a quarter of an hour. It runs each op's accuracy everywhere, and leaves to others:
 # to `make check` (slow), on the emulator and Triton, what core/autograd.py does for all backends alike;
-# to `make thorough` and CI (thorough) the compiled transforms, most of which torch spends tracing, and on Triton's
-# interpreter, which runs one program after the other, in NumPy, what hardly depends on the kernel, and all but a few
-# cases of each other test.
+# to `make thorough` and CI (thorough) the compiled transforms, most of which torch spends tracing, Jacobians entry by
+# entry (gradcheck and gradgradcheck take random directions), and on Triton's interpreter, which runs one program after
+# the other, in NumPy, what hardly depends on the kernel, and all but a few cases of each other test.
 # One op of each kind (gradients of second order composite, stated, of several outputs) has all other checks there.
 _OF_THE_RECIPE = {"autocast", "compile", "gradgradcheck", "transforms"}
 _OF_THE_WRAPPER = {"determinism", "gradcheck", "layout", "opcheck"}
 _ONE_OF_EACH_KIND = {"layer_norm", "roi_align", "lstm_cell"}
-_CASES = 4
+_CASES = 2
 # Up to twenty seconds there for one case, of kernels that other tests run too.
 _LONG_ON_THE_INTERPRETER = {
     "test_few_wide_rows",
@@ -63,8 +63,10 @@ def _left_out(item):
         return pytest.mark.slow
     if interpreted and item.originalname in _LONG_ON_THE_INTERPRETER:
         return pytest.mark.thorough
-    if check == "compiled_transforms" and backend in ("emulator", "triton"):
+    if check in ("compiled_transforms", "jacobians") and backend in ("emulator", "triton"):
         return pytest.mark.slow
+    if check == "jacobians":
+        return pytest.mark.thorough
     if check is None or params.get("op", item.module.__name__.rpartition("test_")[2]) in _ONE_OF_EACH_KIND:
         return None
     if check in _OF_THE_RECIPE and backend in ("emulator", "triton"):

@@ -48,7 +48,7 @@ def test_prelu_on_the_cpu(check):
     passes("prelu", "cpu", check)
 
 
-@pytest.mark.parametrize("check", ["layout", "gradcheck", "gradgradcheck", "transforms", "opcheck"])
+@pytest.mark.parametrize("check", ["layout", "gradcheck", "gradgradcheck", "jacobians", "transforms", "opcheck"])
 def test_glu_on_the_cpu(check):
     passes("glu", "cpu", check)
 
@@ -63,6 +63,12 @@ def test_accuracy(backend, op):
 def test_derivatives(op):
     passes(op, "cpu", "gradcheck")
     passes(op, "cpu", "gradgradcheck")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("op", POINTWISE)
+def test_jacobians(op):
+    passes(op, "cpu", "jacobians")
 
 
 @pytest.mark.race

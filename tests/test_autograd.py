@@ -136,6 +136,70 @@ def test_on_a_slow_backend_every_dtype_has_its_turn(wrong):
     assert not result.ok and str(wrong) in result.detail
 
 
+def _almost(value, derivative):
+    """A function by its derivative, of which one entry of sixty is too large by one in a hundred."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            ctx.save_for_forward(x)
+            return value(x)
+
+        @staticmethod
+        def _slope(x):
+            scale = torch.ones_like(x)
+            scale[0, 7] = 1.01
+            return derivative(x) * scale
+
+        @staticmethod
+        def backward(ctx, dy):
+            return dy * Function._slope(*ctx.saved_tensors)
+
+        @staticmethod
+        def jvp(ctx, t):
+            return t * Function._slope(*ctx.saved_tensors)
+
+    return Function.apply
+
+
+class _SineByCosine(torch.autograd.Function):
+    """Right, with a derivative that is itself given."""
+
+    cosine = staticmethod(torch.cos)
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * _SineByCosine.cosine(*ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx, t):
+        return t * _SineByCosine.cosine(*ctx.saved_tensors)
+
+
+SIXTY = [Sample("sixty", lambda t: ((t.input((2, 30)),), {}), derivatives=True)]
+
+
+@pytest.mark.parametrize("check", ["gradcheck", "jacobians"])
+def test_one_wrong_derivative_is_found(check):
+    (result,) = check_op(_almost(torch.sin, torch.cos), torch.sin, SIXTY, only=[check])
+    assert not result.ok and "GradcheckError" in result.detail
+
+
+@pytest.mark.parametrize("check", ["gradgradcheck", "jacobians"])
+def test_one_wrong_second_derivative_is_found(check, monkeypatch):
+    assert check_op(_SineByCosine.apply, torch.sin, SIXTY, only=["gradcheck"])[0].ok
+    monkeypatch.setattr(_SineByCosine, "cosine", _almost(torch.cos, lambda x: -x.sin()))
+    (result,) = check_op(_SineByCosine.apply, torch.sin, SIXTY, only=[check])
+    assert not result.ok and "GradcheckError" in result.detail
+
+
 @pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
 @pytest.mark.parametrize("function", [waves, waves_second])
 def test_derivatives_with_outputs_unused(function, used):

@@ -25,7 +25,7 @@ def test_other_dimensions(backend, op):
     passes(op, backend, "accuracy")
 
 
-@pytest.mark.parametrize("check", ["layout", "opcheck", "gradcheck", "gradgradcheck", "transforms"])
+@pytest.mark.parametrize("check", ["layout", "opcheck", "gradcheck", "gradgradcheck", "jacobians", "transforms"])
 def test_three_dimensions(check):
     passes("conv3d", "cpu", check)
 
