@@ -91,14 +91,13 @@ void layer_norm_fwd_rows(const scalar_t* x, const acc_t* w, const acc_t* b, scal
 }
 
 // Sum of g and of g * (x - mean) over one run.
-template <bool affine, class scalar_t, class acc_t>
+template <class scalar_t, class acc_t>
 RowSums layer_norm_bwd_sums(const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x,
                             const acc_t* __restrict__ w, acc_t mean, int64_t n) {
   using V = Vec<acc_t>;
   Totals<acc_t, 2> total;
   accumulate(total, n, [&](int64_t i, auto lanes, auto& t) {
-    V g = V::load(dy + i, lanes);
-    if constexpr (affine) g = g * V::load(w + i, lanes);
+    const V g = V::load(dy + i, lanes) * V::load(w + i, lanes);
     t[0] += g;
     t[1] = fma(g, V::load(x + i, lanes) - V(mean), t[1]);
   });
@@ -106,7 +105,7 @@ RowSums layer_norm_bwd_sums(const scalar_t* __restrict__ dy, const scalar_t* __r
 }
 
 // dx of one run, and its share of dw and db; null where not wanted.
-template <bool affine, bool need_dx, bool need_dw, class scalar_t, class acc_t>
+template <bool need_dx, bool need_dw, class scalar_t, class acc_t>
 void layer_norm_bwd_run(const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ w,
                         acc_t mean, acc_t rstd, RowSums sums, int64_t N, scalar_t* __restrict__ dx,
                         acc_t* __restrict__ dw, acc_t* __restrict__ db, int64_t n, bool streamed) {
@@ -114,8 +113,7 @@ void layer_norm_bwd_run(const scalar_t* __restrict__ dy, const scalar_t* __restr
   const double r = rstd;
   const V along_g(rstd), along_x{acc_t(-r * r * r * sums.gx / double(N))}, shift{acc_t(-r * sums.g / double(N))};
   auto step = [&](int64_t i, auto lanes) {
-    V d = V::load(dy + i, lanes), centered = V::load(x + i, lanes) - V(mean), g = d;
-    if constexpr (affine) g = g * V::load(w + i, lanes);
+    const V d = V::load(dy + i, lanes), centered = V::load(x + i, lanes) - V(mean), g = d * V::load(w + i, lanes);
     if constexpr (need_dw) {
       fma(d, centered * along_g, V::load(dw + i, lanes)).store(dw + i, lanes);
       (V::load(db + i, lanes) + d).store(db + i, lanes);
@@ -130,7 +128,7 @@ void layer_norm_bwd_run(const scalar_t* __restrict__ dy, const scalar_t* __restr
 
 // R rows side by side: w, dw and db are loaded and stored once for all of them. Each row is computed, and added to dw
 // and db, as it would be alone.
-template <bool affine, bool need_dx, bool need_dw, int R, class scalar_t, class acc_t>
+template <bool need_dx, bool need_dw, int R, class scalar_t, class acc_t>
 void layer_norm_bwd_group(const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ w,
                           const acc_t* __restrict__ mean, const acc_t* __restrict__ rstd, scalar_t* __restrict__ dx,
                           acc_t* __restrict__ dw, acc_t* __restrict__ db, int64_t N, bool streamed) {
@@ -141,11 +139,9 @@ void layer_norm_bwd_group(const scalar_t* __restrict__ dy, const scalar_t* __res
   if constexpr (need_dx) {
     V sum_g[R], sum_gx[R];
     each_vector<acc_t>(N, [&](int64_t i, auto lanes) {
-      V weight;
-      if constexpr (affine) weight = V::load(w + i, lanes);
+      const V weight = V::load(w + i, lanes);
       for (int r = 0; r < R; ++r) {
-        V g = V::load(dy + r * N + i, lanes);
-        if constexpr (affine) g = g * weight;
+        const V g = V::load(dy + r * N + i, lanes) * weight;
         sum_g[r] += g;
         sum_gx[r] = fma(g, V::load(x + r * N + i, lanes) - center[r], sum_gx[r]);
       }
@@ -157,13 +153,13 @@ void layer_norm_bwd_group(const scalar_t* __restrict__ dy, const scalar_t* __res
     }
   }
   auto step = [&](int64_t i, auto lanes, V(&v)[R]) {
-    V weight, to_dw, to_db;
-    if constexpr (affine) weight = V::load(w + i, lanes);
+    const V weight = V::load(w + i, lanes);
+    V to_dw, to_db;
     if constexpr (need_dw) to_dw = V::load(dw + i, lanes), to_db = V::load(db + i, lanes);
     for (int r = 0; r < R; ++r) {
       V g = V::load(dy + r * N + i, lanes), centered = V::load(x + r * N + i, lanes) - center[r];
       if constexpr (need_dw) to_dw = fma(g, centered * along_g[r], to_dw), to_db += g;
-      if constexpr (affine) g = g * weight;
+      g = g * weight;
       v[r] = fma(g, along_g[r], fma(centered, along_x[r], shift[r]));
     }
     if constexpr (need_dw) to_dw.store(dw + i, lanes), to_db.store(db + i, lanes);
@@ -177,28 +173,27 @@ void layer_norm_bwd_group(const scalar_t* __restrict__ dy, const scalar_t* __res
     });
 }
 
-template <bool affine, bool need_dx, bool need_dw, class scalar_t, class acc_t>
+template <bool need_dx, bool need_dw, class scalar_t, class acc_t>
 void layer_norm_bwd_rows(const scalar_t* dy, const scalar_t* x, const acc_t* w, const acc_t* mean, const acc_t* rstd,
                          scalar_t* dx, acc_t* dw, acc_t* db, int64_t M, int64_t N) {
   const bool grouped = backward_grouped(N);
   const bool streamed = need_dx && is_streamed(M * N, sizeof(scalar_t)) && (!grouped || rows_aligned(dx, N));
   auto rows = [&](int64_t m, int64_t end, acc_t* part_w, acc_t* part_b) {
     for (; grouped && m + 2 <= end; m += 2)
-      layer_norm_bwd_group<affine, need_dx, need_dw, 2>(dy + m * N, x + m * N, w, mean + m, rstd + m, dx + m * N,
-                                                        part_w, part_b, N, streamed);
+      layer_norm_bwd_group<need_dx, need_dw, 2>(dy + m * N, x + m * N, w, mean + m, rstd + m, dx + m * N, part_w,
+                                                part_b, N, streamed);
     for (; grouped && m < end; ++m)
-      layer_norm_bwd_group<affine, need_dx, need_dw, 1>(dy + m * N, x + m * N, w, mean + m, rstd + m, dx + m * N,
-                                                        part_w, part_b, N, streamed);
+      layer_norm_bwd_group<need_dx, need_dw, 1>(dy + m * N, x + m * N, w, mean + m, rstd + m, dx + m * N, part_w,
+                                                part_b, N, streamed);
     for (; m < end; ++m) {
       const scalar_t *dy_row = dy + m * N, *x_row = x + m * N;
       touch_ahead(dy_row, N), touch_ahead(x_row, N);
       RowSums sums;
       if constexpr (need_dx)
-        each_block(N, [&](int64_t i, int64_t n) {
-          sums += layer_norm_bwd_sums<affine>(dy_row + i, x_row + i, w + i, mean[m], n);
-        });
-      layer_norm_bwd_run<affine, need_dx, need_dw>(dy_row, x_row, w, mean[m], rstd[m], sums, N, dx + m * N, part_w,
-                                                   part_b, N, streamed);
+        each_block(
+            N, [&](int64_t i, int64_t n) { sums += layer_norm_bwd_sums(dy_row + i, x_row + i, w + i, mean[m], n); });
+      layer_norm_bwd_run<need_dx, need_dw>(dy_row, x_row, w, mean[m], rstd[m], sums, N, dx + m * N, part_w, part_b, N,
+                                           streamed);
     }
     if (streamed) stream_fence();
   };
@@ -217,15 +212,14 @@ void layer_norm_bwd_rows(const scalar_t* dy, const scalar_t* x, const acc_t* w, 
 }
 
 // Rows too wide for a cache: sums of every row first, then blocks of columns, each through all rows.
-template <bool affine, bool need_dx, bool need_dw, class scalar_t, class acc_t>
+template <bool need_dx, bool need_dw, class scalar_t, class acc_t>
 void layer_norm_bwd_wide(const scalar_t* dy, const scalar_t* x, const acc_t* w, const acc_t* mean, const acc_t* rstd,
                          scalar_t* dx, acc_t* dw, acc_t* db, int64_t M, int64_t N) {
   const bool streamed = need_dx && is_streamed(M * N, sizeof(scalar_t));
   Buffer<RowSums> sums(M, RowSums{});
   for (int64_t m = 0; need_dx && m < M; ++m)
-    sums[m] = sum_of_blocks<RowSums>(N, [&](int64_t i, int64_t n) {
-      return layer_norm_bwd_sums<affine>(dy + m * N + i, x + m * N + i, w + i, mean[m], n);
-    });
+    sums[m] = sum_of_blocks<RowSums>(
+        N, [&](int64_t i, int64_t n) { return layer_norm_bwd_sums(dy + m * N + i, x + m * N + i, w + i, mean[m], n); });
   if (need_dw) {
     std::memset(dw, 0, size_t(N) * sizeof(acc_t));
     std::memset(db, 0, size_t(N) * sizeof(acc_t));
@@ -233,9 +227,8 @@ void layer_norm_bwd_wide(const scalar_t* dy, const scalar_t* x, const acc_t* w, 
   parallel_for(ceil_div(N, block_elements), 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block)
       for (int64_t m = 0, i = block * block_elements; m < M; ++m)
-        layer_norm_bwd_run<affine, need_dx, need_dw>(dy + m * N + i, x + m * N + i, w + i, mean[m], rstd[m], sums[m], N,
-                                                     dx + m * N + i, dw + i, db + i, std::min(block_elements, N - i),
-                                                     streamed);
+        layer_norm_bwd_run<need_dx, need_dw>(dy + m * N + i, x + m * N + i, w + i, mean[m], rstd[m], sums[m], N,
+                                             dx + m * N + i, dw + i, db + i, std::min(block_elements, N - i), streamed);
     if (streamed) stream_fence();
   });
 }
@@ -278,15 +271,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_bwd(const Tensor& dy, const Tensor
     auto* pw = op.in_optional<weight_t>(weight, "weight", {N});
     auto *pmean = op.in<acc_t>(mean, "mean", {M}), *prstd = op.in<acc_t>(rstd, "rstd", {M});
     auto* pdx = need_dx ? op.out<scalar_t>(dx, "dx", {M, N}) : nullptr;
-    const Parameter<acc_t, weight_t> w(pw, pw ? N : 0, 1);
+    const Parameter<acc_t, weight_t> w(pw, N, 1);
     Buffer<acc_t> sum_w(need_dw ? N : 0), sum_b(need_dw ? N : 0);
-    dispatch_flags(pw != nullptr, need_dx, need_dw, [&]<bool affine, bool want_dx, bool want_dw>() {
+    dispatch_wanted(need_dx, need_dw, [&]<bool want_dx, bool want_dw>() {
       if (N > wide_elements)
-        layer_norm_bwd_wide<affine, want_dx, want_dw>(pdy, px, w.get(), pmean, prstd, pdx, sum_w.get(), sum_b.get(), M,
-                                                      N);
+        layer_norm_bwd_wide<want_dx, want_dw>(pdy, px, w.get(), pmean, prstd, pdx, sum_w.get(), sum_b.get(), M, N);
       else
-        layer_norm_bwd_rows<affine, want_dx, want_dw>(pdy, px, w.get(), pmean, prstd, pdx, sum_w.get(), sum_b.get(), M,
-                                                      N);
+        layer_norm_bwd_rows<want_dx, want_dw>(pdy, px, w.get(), pmean, prstd, pdx, sum_w.get(), sum_b.get(), M, N);
     });
     if (need_dw) {
       narrow(op.out<weight_t>(dw, "dw", {N}), sum_w.get(), N);

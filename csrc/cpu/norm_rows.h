@@ -96,16 +96,12 @@ class Parameter {
   Buffer<acc_t> copy_;
 };
 
-// Calls f.template operator()<a, b, c>().
+// Calls f.template operator()<need_dx, need_dw>(), if either is needed.
 template <class F>
-void dispatch_flags(bool a, bool b, bool c, F&& f) {
-  auto third = [&]<bool x, bool y>() {
-    return c ? f.template operator()<x, y, true>() : f.template operator()<x, y, false>();
-  };
-  auto second = [&]<bool x>() {
-    return b ? third.template operator()<x, true>() : third.template operator()<x, false>();
-  };
-  return a ? second.template operator()<true>() : second.template operator()<false>();
+void dispatch_wanted(bool need_dx, bool need_dw, F&& f) {
+  if (need_dx && need_dw) return f.template operator()<true, true>();
+  if (need_dx) return f.template operator()<true, false>();
+  if (need_dw) return f.template operator()<false, true>();
 }
 
 }  // namespace pyops::PYOPS_CPU_CAPABILITY

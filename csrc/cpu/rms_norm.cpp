@@ -55,21 +55,20 @@ void rms_norm_fwd_rows(const scalar_t* x, const acc_t* w, scalar_t* y, acc_t* rs
 }
 
 // Sum of g * x over one run.
-template <bool affine, class scalar_t, class acc_t>
+template <class scalar_t, class acc_t>
 double rms_norm_bwd_sum(const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ w,
                         int64_t n) {
   using V = Vec<acc_t>;
   Totals<acc_t, 1> total;
   accumulate(total, n, [&](int64_t i, auto lanes, auto& t) {
-    V g = V::load(dy + i, lanes);
-    if constexpr (affine) g = g * V::load(w + i, lanes);
+    const V g = V::load(dy + i, lanes) * V::load(w + i, lanes);
     t[0] = fma(g, V::load(x + i, lanes), t[0]);
   });
   return double(sum(total[0]));
 }
 
 // dx of one run, and its share of dw.
-template <bool affine, bool need_dx, bool need_dw, class scalar_t, class acc_t>
+template <bool need_dx, bool need_dw, class scalar_t, class acc_t>
 void rms_norm_bwd_run(const scalar_t* __restrict__ dy, const scalar_t* __restrict__ x, const acc_t* __restrict__ w,
                       acc_t rstd, double sum_gx, int64_t N, scalar_t* __restrict__ dx, acc_t* __restrict__ dw,
                       int64_t n, bool streamed) {
@@ -77,8 +76,7 @@ void rms_norm_bwd_run(const scalar_t* __restrict__ dy, const scalar_t* __restric
   const double r = rstd;
   const V along_g(rstd), along_x{acc_t(-r * r * r * sum_gx / double(N))};
   auto step = [&](int64_t i, auto lanes) {
-    V d = V::load(dy + i, lanes), v = V::load(x + i, lanes), g = d;
-    if constexpr (affine) g = g * V::load(w + i, lanes);
+    const V d = V::load(dy + i, lanes), v = V::load(x + i, lanes), g = d * V::load(w + i, lanes);
     if constexpr (need_dw) fma(d, v * along_g, V::load(dw + i, lanes)).store(dw + i, lanes);
     return fma(g, along_g, v * along_x);
   };
@@ -88,7 +86,7 @@ void rms_norm_bwd_run(const scalar_t* __restrict__ dy, const scalar_t* __restric
     each_vector<acc_t>(n, step);
 }
 
-template <bool affine, bool need_dx, bool need_dw, class scalar_t, class acc_t>
+template <bool need_dx, bool need_dw, class scalar_t, class acc_t>
 void rms_norm_bwd_rows(const scalar_t* dy, const scalar_t* x, const acc_t* w, const acc_t* rstd, scalar_t* dx,
                        acc_t* dw, int64_t M, int64_t N) {
   const bool streamed = need_dx && is_streamed(M * N, sizeof(scalar_t));
@@ -103,9 +101,8 @@ void rms_norm_bwd_rows(const scalar_t* dy, const scalar_t* x, const acc_t* w, co
         touch_ahead(dy_row, N), touch_ahead(x_row, N);
         double sum_gx = 0;
         if constexpr (need_dx)
-          each_block(
-              N, [&](int64_t i, int64_t n) { sum_gx += rms_norm_bwd_sum<affine>(dy_row + i, x_row + i, w + i, n); });
-        rms_norm_bwd_run<affine, need_dx, need_dw>(dy_row, x_row, w, rstd[m], sum_gx, N, dx + m * N, part, N, streamed);
+          each_block(N, [&](int64_t i, int64_t n) { sum_gx += rms_norm_bwd_sum(dy_row + i, x_row + i, w + i, n); });
+        rms_norm_bwd_run<need_dx, need_dw>(dy_row, x_row, w, rstd[m], sum_gx, N, dx + m * N, part, N, streamed);
       }
     }
     if (streamed) stream_fence();
@@ -114,20 +111,20 @@ void rms_norm_bwd_rows(const scalar_t* dy, const scalar_t* x, const acc_t* w, co
 }
 
 // Rows too wide for a cache: sums of every row first, then blocks of columns, each through all rows.
-template <bool affine, bool need_dx, bool need_dw, class scalar_t, class acc_t>
+template <bool need_dx, bool need_dw, class scalar_t, class acc_t>
 void rms_norm_bwd_wide(const scalar_t* dy, const scalar_t* x, const acc_t* w, const acc_t* rstd, scalar_t* dx,
                        acc_t* dw, int64_t M, int64_t N) {
   const bool streamed = need_dx && is_streamed(M * N, sizeof(scalar_t));
   Buffer<double> sums(M, 0.0);
   for (int64_t m = 0; need_dx && m < M; ++m)
     sums[m] = sum_of_blocks<double>(
-        N, [&](int64_t i, int64_t n) { return rms_norm_bwd_sum<affine>(dy + m * N + i, x + m * N + i, w + i, n); });
+        N, [&](int64_t i, int64_t n) { return rms_norm_bwd_sum(dy + m * N + i, x + m * N + i, w + i, n); });
   if (need_dw) std::memset(dw, 0, size_t(N) * sizeof(acc_t));
   parallel_for(ceil_div(N, block_elements), 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block)
       for (int64_t m = 0, i = block * block_elements; m < M; ++m)
-        rms_norm_bwd_run<affine, need_dx, need_dw>(dy + m * N + i, x + m * N + i, w + i, rstd[m], sums[m], N,
-                                                   dx + m * N + i, dw + i, std::min(block_elements, N - i), streamed);
+        rms_norm_bwd_run<need_dx, need_dw>(dy + m * N + i, x + m * N + i, w + i, rstd[m], sums[m], N, dx + m * N + i,
+                                           dw + i, std::min(block_elements, N - i), streamed);
     if (streamed) stream_fence();
   });
 }
@@ -167,13 +164,13 @@ std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const Tensor& x, const
     auto* pw = op.in_optional<weight_t>(weight, "weight", {N});
     auto* prstd = op.in<acc_t>(rstd, "rstd", {M});
     auto* pdx = need_dx ? op.out<scalar_t>(dx, "dx", {M, N}) : nullptr;
-    const Parameter<acc_t, weight_t> w(pw, pw ? N : 0, 1);
+    const Parameter<acc_t, weight_t> w(pw, N, 1);
     Buffer<acc_t> sum_w(need_dw ? N : 0);
-    dispatch_flags(pw != nullptr, need_dx, need_dw, [&]<bool affine, bool want_dx, bool want_dw>() {
+    dispatch_wanted(need_dx, need_dw, [&]<bool want_dx, bool want_dw>() {
       if (N > wide_elements)
-        rms_norm_bwd_wide<affine, want_dx, want_dw>(pdy, px, w.get(), prstd, pdx, sum_w.get(), M, N);
+        rms_norm_bwd_wide<want_dx, want_dw>(pdy, px, w.get(), prstd, pdx, sum_w.get(), M, N);
       else
-        rms_norm_bwd_rows<affine, want_dx, want_dw>(pdy, px, w.get(), prstd, pdx, sum_w.get(), M, N);
+        rms_norm_bwd_rows<want_dx, want_dw>(pdy, px, w.get(), prstd, pdx, sum_w.get(), M, N);
     });
     if (need_dw) narrow(op.out<weight_t>(dw, "dw", {N}), sum_w.get(), N);
     return std::tuple(dx, dw);
