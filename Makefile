@@ -51,7 +51,8 @@ asan: $(VENV)/.installed ## the CUDA kernels on the CPU, and detection on the CP
 demo: $(VENV)/.demo build ## the main job: real networks on real photos, then a quick benchmark
 	$(RUN) -m pyops demo --out out
 
-test: $(VENV)/.demo emulator ## the whole suite, then the race detector on the smallest cases
+test: $(VENV)/.installed ## the whole suite, then the race detector on the smallest cases
+	@$(MAKE) --no-print-directory -j2 $(VENV)/.demo emulator  # while one loads, the other compiles
 	$(PYTEST) tests -m "not slow and not thorough"
 	$(RACE)
 

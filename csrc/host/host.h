@@ -1,12 +1,11 @@
 // pyops._host: what is not a tensor op. Nothing here knows torch; a program without this module loses only reports.
 #pragma once
 
+#include <cstddef>
 #include <map>
 #include <string>
 #include <utility>
 #include <vector>
-
-#include <pybind11/pybind11.h>
 
 namespace pyops::host {
 
@@ -30,7 +29,5 @@ struct Ceilings {
   std::vector<std::pair<std::string, double>> fma_fp32;  // flop/s per instruction set, narrow to wide
 };
 Ceilings measure_ceilings(int threads, double seconds);
-
-void bind_oracle(pybind11::module_& module);
 
 }  // namespace pyops::host

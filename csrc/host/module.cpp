@@ -8,6 +8,7 @@
 #include "cpu/blocking.h"
 #include "cpu/conv_choice.h"
 #include "host/host.h"
+#include "host/oracle.h"
 
 namespace py = pybind11;
 

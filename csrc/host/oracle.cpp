@@ -22,7 +22,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include "host/host.h"
+#include "host/oracle.h"
 
 namespace py = pybind11;
 
