@@ -7,6 +7,6 @@ STEM = "gru"
 OPS = ("gru", "gru_cell")
 MATRIX = True
 
-_room = Recurrent(OPS, gates=3, states=1)
+_room = Recurrent(OPS, gates=3, states=1, stacked=True)
 cases, tiny, shapes, bytes, flops = _room.cases, _room.tiny, _room.shapes, _room.bytes, _room.flops
 bind, providers = _room.bind, _room.providers

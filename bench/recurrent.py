@@ -8,19 +8,30 @@ import torch
 from .case import Case, Function, Provider, with_both_directions
 from .peers import standard_providers
 
-CENTRED = ("w_ih", "w_hh", "b_ih", "b_hh")
+NAMES = ("w_ih", "w_hh", "b_ih", "b_hh")
+LAYERS = {"cpu": 3, "cuda": 6}
+CENTRED = tuple(f"{name}{k or ''}" for k in range(max(LAYERS.values())) for name in NAMES)
+
+
+def parameters(layer: int) -> list[str]:
+    """Their names among the tensors of a case."""
+    return [f"{name}{layer or ''}" for name in NAMES]
 
 
 @dataclass(frozen=True)
 class Recurrent:
-    """The functions of one room. gates: rows of its weights per hidden unit; states: 2 with a cell state, else 1."""
+    """The functions of one room.
+
+    gates: rows of its weights per hidden unit; states: 2 with a cell state, else 1; stacked: also cases of many layers.
+    """
 
     ops: tuple[str, ...]
     gates: int
     states: int
+    stacked: bool = False
 
     def cases(self, device: str) -> list[Case]:
-        """Sequences [T, B, H] and steps [B, H], of as many features as hidden units."""
+        """Sequences [T, B, H] and steps [B, H], of as many features as hidden units; layers as in a speaker encoder."""
         if device == "cpu":
             sequences, steps, dtype = (
                 [(128, 16, 256), (128, 1, 256), (128, 16, 512), (128, 1, 512)],
@@ -35,32 +46,47 @@ class Recurrent:
             if "cell" not in op
             for i, s in enumerate(sequences)
         ]
+        if self.stacked:
+            args = {"layers": LAYERS[device], "hidden": 256}
+            shape = (160, 16, 40) if device == "cpu" else (512, 10, 256)
+            found.append(Case(self.ops[0], shape, dtype, device, args=args, output=(*shape[:2], 256)))
         found += [Case(op, s, dtype, device) for op in self.ops if "cell" in op for s in steps]
         return with_both_directions(found)
 
     def tiny(self, device: str) -> list[Case]:
-        return [Case(op, (3, 17) if "cell" in op else (2, 3, 17), device=device, backward=True) for op in self.ops]
+        found = [Case(op, (3, 17) if "cell" in op else (2, 3, 17), device=device, backward=True) for op in self.ops]
+        if self.stacked:
+            args = {"layers": 2, "hidden": 5}
+            found.append(Case(self.ops[0], (2, 3, 4), device=device, backward=True, args=args, output=(2, 3, 5)))
+        return found
+
+    def layers(self, case: Case) -> int:
+        return int(case.args.get("layers", 1))
 
     def shapes(self, case: Case) -> dict[str, tuple[int, ...]]:
-        batch, size = case.shape[-2:]
-        state = (batch, size) if "cell" in case.op else (1, batch, size)
-        weights = dict.fromkeys(("w_ih", "w_hh"), (self.gates * size, size))
-        return {
-            **dict.fromkeys("hc"[: self.states], state),
-            **weights,
-            **dict.fromkeys(("b_ih", "b_hh"), (self.gates * size,)),
-        }
+        batch, features = case.shape[-2:]
+        size, layers = case.args.get("hidden", features), self.layers(case)
+        state = (batch, size) if "cell" in case.op else (layers, batch, size)
+        rows = self.gates * size
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys("hc"[: self.states], state)
+        for k in range(layers):
+            of_layer: list[tuple[int, ...]] = [(rows, size if k else features), (rows, size), (rows,), (rows,)]
+            shapes |= zip(parameters(k), of_layer)
+        return shapes
 
     def bytes(self, case: Case) -> int:
         """Forward: every tensor once, and what comes out; backward: the same, and a gradient of each."""
         numels = {name: torch.Size(s).numel() for name, s in self.shapes(case).items()}
         read = case.numel + sum(numels.values())
-        written = case.numel + (0 if "cell" in case.op else numels["h"]) + numels.get("c", 0)
+        output = case.numel if case.output is None else torch.Size(case.output).numel()
+        written = output + (0 if "cell" in case.op else numels["h"]) + numels.get("c", 0)
         return (read + written + case.backward * (2 * read + written)) * case.dtype.itemsize
 
     def flops(self, case: Case) -> int:
-        """Two products of 2 B (gates H) H in each step, each twice more in the backward pass."""
-        return 4 * case.numel * self.gates * case.shape[-1] * (1 + 2 * case.backward)
+        """In each step and layer a product of each weight with B rows, twice more in the backward pass."""
+        weights = sum(torch.Size(s).numel() for name, s in self.shapes(case).items() if name.startswith("w_"))
+        rows = case.numel // case.shape[-1]
+        return 2 * rows * weights * (1 + 2 * case.backward)
 
     def bind(self, functional: Any, case: Case) -> Function:
         # torch's recurrent layers are functions of torch itself
@@ -70,24 +96,27 @@ class Recurrent:
             return (t["h"], t["c"]) if self.states == 2 else t["h"]
 
         if "cell" in case.op:
-            step = lambda t: function(t["x"], states(t), t["w_ih"], t["w_hh"], t["b_ih"], t["b_hh"])
+            step = lambda t: function(t["x"], states(t), *(t[n] for n in NAMES))
             return (lambda t: step(t)[0]) if self.states == 2 else step
-        names = ("w_ih", "w_hh", "b_ih", "b_hh")
-        return lambda t: function(t["x"], states(t), [t[n] for n in names], True, 1, 0.0, True, False, False)[0]
+        layers = self.layers(case)
+        names = [name for k in range(layers) for name in parameters(k)]
+        return lambda t: function(t["x"], states(t), [t[n] for n in names], True, layers, 0.0, True, False, False)[0]
 
     def loop_of_cells(self, case: Case) -> Function:
         """What a model does that needs the state between steps: torch's cell in Python."""
         cell = getattr(torch, case.op + "_cell")
 
         def run(t: dict[str, torch.Tensor]) -> torch.Tensor:
-            state = tuple(t[n][0] for n in "hc"[: self.states])
-            outputs = []
-            for x in t["x"]:
-                given = state if self.states == 2 else state[0]
-                found = cell(x, given, t["w_ih"], t["w_hh"], t["b_ih"], t["b_hh"])
-                state = found if self.states == 2 else (found,)
-                outputs.append(state[0])
-            return torch.stack(outputs)
+            y = t["x"]
+            for k in range(self.layers(case)):
+                state, outputs = tuple(t[n][k] for n in "hc"[: self.states]), []
+                for x in y:
+                    given = state if self.states == 2 else state[0]
+                    found = cell(x, given, *(t[n] for n in parameters(k)))
+                    state = found if self.states == 2 else (found,)
+                    outputs.append(state[0])
+                y = torch.stack(outputs)
+            return y
 
         return run
 
