@@ -149,6 +149,14 @@ def test_knn_gradient():
         torch.testing.assert_close(a, b)
 
 
+def test_knn_of_order_0_has_gradient_0():
+    x, y = torch.randn(4, 3, requires_grad=True), torch.randn(7, 3)
+    y[2] = math.nan
+    distances, _ = F.knn(x, y, 7, 0.0)
+    assert distances.isnan().sum() == 4
+    assert torch.equal(torch.autograd.grad(distances[:, :6].sum(), x)[0], torch.zeros(4, 3))
+
+
 def test_knn_is_the_same_on_any_number_of_threads():
     x, y = torch.randn(3, 8), torch.randn(5000, 8)
     threads = torch.get_num_threads()

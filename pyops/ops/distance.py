@@ -58,7 +58,7 @@ def _length(d: torch.Tensor, p: float, keepdim: bool = False) -> torch.Tensor:
     size = d.abs()
     if p == 0:
         counted = torch.where(d == d, (d != 0).to(d.dtype), d.detach())  # a NaN stays one
-        return counted.sum(-1, keepdim=keepdim)
+        return (counted + torch.nan_to_num(d - d)).sum(-1, keepdim=keepdim)  # of d, with gradient 0
     if p == 1:
         return size.sum(-1, keepdim=keepdim)
     if p == math.inf:
