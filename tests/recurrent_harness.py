@@ -1,9 +1,12 @@
 """What the tests of lstm, gru and rnn share."""
 
+from unittest import mock
+
 import torch
 
-from pyops import testing
+from pyops import nn, testing
 from pyops.core import backend as backends
+from pyops.core import recurrent
 
 # Every backend has its own kernels, whose values and gradients are compared in all dtypes, but one recipe
 # differentiates, maps and compiles them: that is checked on one backend here, on all by `python -m pyops check`.
@@ -94,3 +97,59 @@ def network_case(name, states_of):
         x = torch.randn(form)
         batch = () if len(form) == 2 else (form[0 if settings.get("batch_first") else 1],)
     return settings, x, states_of(layers, batch)
+
+
+# Layers side by side: the CUDA kernels do so by default, the CPU's where they are told to.
+# name -> (steps, batch, hidden size, arguments of the module)
+STACKS = {
+    "more steps than layers": (4, 3, 7, {"num_layers": 3}),
+    "rows beyond a tile, no bias": (2, 10, 9, {"num_layers": 2, "bias": False, "batch_first": True}),
+    "fewer steps than layers": (1, 2, 5, {"num_layers": 4}),
+    "beyond shared memory": (2, 2, 96, {"num_layers": 2}),
+}
+
+
+def side_by_side():
+    return mock.patch.object(recurrent, "runs_as_stack", lambda namespace, net, *_: net.num_layers > 1)
+
+
+def stacks_agree(kind, name, states, backend, **more):
+    """As ``networks_agree``, of modules ``kind``: LSTM, GRU, RNN."""
+    steps, batch, hidden, settings = STACKS[name]
+    x = torch.randn((batch, steps, 2) if settings.get("batch_first") else (steps, batch, 2)).double()
+    first = tuple(torch.randn(settings["num_layers"], batch, hidden).double() for _ in range(states))
+    make = lambda m: getattr(m, kind)(2, hidden, **settings, **more).double()
+    with side_by_side():
+        networks_agree(make(nn), make(torch.nn), x, first if states > 1 else first[0], backend)
+
+
+def stacks_differentiate(network, states):
+    """``network``: two layers of two units and one feature, in float64. First and second gradients, jvp, vmap."""
+    names = ("weight_ih_l1", "bias_hh_l1", "weight_hh_l0")
+
+    def outputs(x, *tensors):
+        given = dict(network.named_parameters()) | dict(zip(names, tensors[states:]))
+        first = tensors[:states] if states > 1 else tensors[0]
+        y, final = torch.func.functional_call(network, given, (x, first))
+        return y, *(final if states > 1 else (final,))
+
+    tensors = [torch.randn(2, 1, 1).double(), *torch.randn(states, 2, 1, 2).double()]
+    tensors += [getattr(network, name).detach().clone() for name in names]
+    inputs = tuple(t.requires_grad_() for t in tensors)
+    with side_by_side():
+        torch.autograd.gradcheck(outputs, inputs, check_forward_ad=True)
+        torch.autograd.gradgradcheck(outputs, inputs)
+        batch = torch.randn(3, 2, 1, 1).double()
+        mapped = torch.vmap(lambda x: outputs(x, *inputs[1:]))(batch)
+        for k, x in enumerate(batch):
+            equal(tuple(m[k] for m in mapped), outputs(x, *inputs[1:]), 1e-12)
+
+
+def stacks_compile(network):
+    """``network``: three features. One graph, with the same gradients."""
+    x = torch.randn(5, 2, 3)
+    with torch._dynamo.config.patch(allow_rnn=True), side_by_side():  # torch breaks the graph here unless told
+        compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+        parameters = tuple(network.parameters())
+        found, expected = (torch.autograd.grad(f(x)[0].sin().sum(), parameters) for f in (compiled, network))
+    equal(found, expected)

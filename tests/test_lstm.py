@@ -10,7 +10,18 @@ from pyops.core import backend as backends
 from pyops.core import recurrent
 
 from .harness import passes, refuses, same_refusal
-from .recurrent_harness import NETWORKS, OF_THE_RECIPE, cells_agree, equal, network_case, networks_agree
+from .recurrent_harness import (
+    NETWORKS,
+    OF_THE_RECIPE,
+    STACKS,
+    cells_agree,
+    equal,
+    network_case,
+    networks_agree,
+    stacks_agree,
+    stacks_compile,
+    stacks_differentiate,
+)
 
 X, H = torch.ones(2, 3), torch.ones(2, 4)
 W_IH, W_HH, B = torch.ones(16, 3), torch.ones(16, 4), torch.ones(16)
@@ -204,79 +215,38 @@ def test_weights_beyond_shared_memory(backend, project):
     equal(*grads, 1e-10)
 
 
-# Layers side by side: the CUDA kernels do so by default, the CPU's where it is told to.
-
-
-@pytest.fixture
-def as_stack(monkeypatch):
-    monkeypatch.setattr(recurrent, "runs_as_stack", lambda namespace, net, *_: net.num_layers > 1)
-
-
 @pytest.mark.race
-@pytest.mark.parametrize(
-    "steps, batch, hidden, settings",
-    [
-        (4, 3, 7, {"num_layers": 3}),
-        (2, 10, 9, {"num_layers": 2, "bias": False, "batch_first": True}),
-        (1, 2, 5, {"num_layers": 4}),
-        (2, 2, 96, {"num_layers": 2}),
-    ],
-    ids=["more steps than layers", "rows beyond a tile, no bias", "fewer steps than layers", "beyond shared memory"],
-)
-def test_layers_side_by_side(backend, as_stack, steps, batch, hidden, settings):
+@pytest.mark.parametrize("name", STACKS)
+def test_layers_side_by_side(backend, name):
     if backend == "triton":
         pytest.skip("Triton has no barrier of all its programs")
-    shape = (batch, steps, 2) if settings.get("batch_first") else (steps, batch, 2)
-    layers, x = settings["num_layers"], torch.randn(shape).double()
-    states = tuple(torch.randn(layers, batch, hidden).double() for _ in range(2))
-    make = lambda m: m.LSTM(2, hidden, **settings).double()
-    networks_agree(make(nn), make(torch.nn), x, states, backend)
+    stacks_agree("LSTM", name, 2, backend)
 
 
-def test_derivatives_of_layers_side_by_side(as_stack):
-    network = nn.LSTM(1, 2, 2).double()
-    names = ("weight_ih_l1", "bias_hh_l1", "weight_hh_l0")
-
-    def outputs(x, h, c, *parameters):
-        given = dict(network.named_parameters()) | dict(zip(names, parameters))
-        y, (h, c) = torch.func.functional_call(network, given, (x, (h, c)))
-        return y, h, c
-
-    tensors = [torch.randn(2, 1, 1).double(), *torch.randn(2, 2, 1, 2).double()]
-    tensors += [getattr(network, name).detach().clone() for name in names]
-    inputs = tuple(t.requires_grad_() for t in tensors)
-    torch.autograd.gradcheck(outputs, inputs, check_forward_ad=True)
-    torch.autograd.gradgradcheck(outputs, inputs)
-    batch = torch.randn(3, 2, 1, 1).double()
-    mapped = torch.vmap(lambda x: outputs(x, *inputs[1:]))(batch)
-    for k, x in enumerate(batch):
-        equal(tuple(m[k] for m in mapped), outputs(x, *inputs[1:]), 1e-12)
+def test_derivatives_of_layers_side_by_side():
+    stacks_differentiate(nn.LSTM(1, 2, 2).double(), 2)
 
 
-def test_layers_side_by_side_compile(as_stack):
-    network, x = nn.LSTM(3, 4, 2), torch.randn(5, 2, 3)
-    with torch._dynamo.config.patch(allow_rnn=True):
-        compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
-        parameters = tuple(network.parameters())
-        found, expected = (torch.autograd.grad(f(x)[0].sin().sum(), parameters) for f in (compiled, network))
-    equal(found, expected)
+def test_layers_side_by_side_compile():
+    stacks_compile(nn.LSTM(3, 4, 2))
 
 
 def test_which_layers_run_side_by_side():
     """The rule, on an H100's numbers."""
 
-    def asks(layers, hidden, batch, dtype=torch.bfloat16, **changes):
+    def asks(layers, hidden, batch, dtype=torch.bfloat16, gates=4, **changes):
         x = SimpleNamespace(
             is_cuda=True, device=None, shape=(8, batch, hidden), numel=lambda: 1, element_size=lambda: dtype.itemsize
         )
         net = recurrent.Network(x, None, None, [], True, layers, 0.0, True, False, False)._replace(**changes)
-        return recurrent.runs_as_stack("pyops", net, 4, hidden)
+        return recurrent.runs_as_stack("pyops", net, gates, hidden)
 
     with mock.patch.object(recurrent, "_multiprocessors", lambda _: (132, 227 * 1024)):
         assert asks(6, 256, 10) and asks(2, 768, 1) and asks(2, 256, 64, torch.float32)
         assert not asks(1, 256, 10)
         assert not asks(2, 1024, 64)  # products take longer than a barrier
         assert not asks(4, 1024, 1)  # weights do not fit
+        assert asks(4, 1024, 1, gates=1)  # those of an RNN do
         assert not asks(2, 256, 1, bidirectional=True)
         assert not asks(2, 256, 1, dropout=0.5)
         assert asks(2, 256, 1, dropout=0.5, train=False)

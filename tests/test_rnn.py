@@ -5,7 +5,18 @@ from pyops import functional as F
 from pyops import nn, use
 
 from .harness import passes, refuses, same_refusal
-from .recurrent_harness import NETWORKS, OF_THE_RECIPE, cells_agree, equal, network_case, networks_agree
+from .recurrent_harness import (
+    NETWORKS,
+    OF_THE_RECIPE,
+    STACKS,
+    cells_agree,
+    equal,
+    network_case,
+    networks_agree,
+    stacks_agree,
+    stacks_compile,
+    stacks_differentiate,
+)
 
 X, H = torch.ones(2, 3), torch.ones(2, 4)
 W_IH, W_HH, B = torch.ones(4, 3), torch.ones(4, 4), torch.ones(4)
@@ -133,3 +144,20 @@ def test_a_module_compiles_into_one_graph():
     network, x = nn.RNN(3, 4, 2), torch.randn(5, 2, 3)
     with torch._dynamo.config.patch(allow_rnn=True):  # torch breaks the graph at these modules unless told
         equal(tuple(torch.compile(network, backend="aot_eager", fullgraph=True)(x)), tuple(network(x)))
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("name", STACKS)
+def test_layers_side_by_side(backend, name, nonlinearity):
+    if backend == "triton":
+        pytest.skip("Triton has no barrier of all its programs")
+    stacks_agree("RNN", name, 1, backend, nonlinearity=nonlinearity)
+
+
+def test_derivatives_of_layers_side_by_side():
+    stacks_differentiate(nn.RNN(1, 2, 2).double(), 1)
+
+
+def test_layers_side_by_side_compile():
+    stacks_compile(nn.RNN(3, 4, 2))

@@ -76,5 +76,46 @@ std::tuple<Tensor, Tensor, Tensor> gru_layer_bwd(const OptionalTensor& dy, const
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> gru_stack_fwd(const Tensor& gates, const Tensor& h0, const Tensor& w_ih,
+                                                         const OptionalTensor& b_ih, const Tensor& w_hh,
+                                                         const OptionalTensor& b_n, bool keep) {
+  OpScope op("gru_stack_fwd", gates);
+  op.check(gates.dim() == 2, "gates must be [N, 3 H]");
+  return dispatch_floating(op, gates.scalar_type(), [&]<class T>() {
+    auto stack = recurrent::stack_of<Gru, T>(op, gates.size(0), h0, w_ih, b_ih, w_hh);
+    recurrent::Sequence<T>& s = stack.s;
+    const int64_t N = s.steps.N, B = s.steps.B, H = s.H, L = stack.L;
+    Tensor y = op.empty<T>({N, H}), h_n = op.empty<T>({L, B, H}), below = op.empty<T>({L - 1, N, H});
+    Tensor saved = keep ? op.empty<T>({L, N, 4 * H}) : op.empty<T>({0});
+    s.gates = op.in<T>(gates, "gates", {N, 3 * H}), s.b_n = op.in_optional<T>(b_n, "b_n", {L, H});
+    s.y = op.out<T>(y, "y", {N, H}), stack.below = op.out<T>(below, "below", {L - 1, N, H});
+    s.h_n = op.out<T>(h_n, "h_n", {L, B, H});
+    s.saved = keep ? op.out<T>(saved, "saved", {L, N, 4 * H}) : nullptr;
+    stack_forward<Gru>(op, stack);
+    return std::tuple(y, h_n, below, saved);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> gru_stack_bwd(const OptionalTensor& dy, const OptionalTensor& dh_n, const Tensor& h0,
+                                                 const Tensor& w_ih, const Tensor& w_hh, const Tensor& y,
+                                                 const Tensor& below, const Tensor& saved) {
+  OpScope op("gru_stack_bwd", y);
+  op.check(y.dim() == 2, "y must be [N, H]");
+  return dispatch_floating(op, y.scalar_type(), [&]<class T>() {
+    auto stack = recurrent::stack_of<Gru, T>(op, y.size(0), h0, w_ih, {}, w_hh);
+    recurrent::Sequence<T>& s = stack.s;
+    const int64_t N = s.steps.N, B = s.steps.B, H = s.H, L = stack.L;
+    Tensor dgates = op.empty<T>({L, N, 3 * H}), dh_gates = op.empty<T>({L, N, 3 * H}), dh0 = op.empty<T>({L, B, H});
+    s.dy = op.in_optional<T>(dy, "dy", {N, H}), s.dh_n = op.in_optional<T>(dh_n, "dh_n", {L, B, H});
+    s.y = const_cast<T*>(op.in<T>(y, "y", {N, H}));
+    stack.below = const_cast<T*>(op.in<T>(below, "below", {L - 1, N, H}));
+    s.saved = const_cast<T*>(op.in<T>(saved, "saved", {L, N, 4 * H}));
+    s.dgates = op.out<T>(dgates, "dgates", {L, N, 3 * H});
+    s.dh_gates = op.out<T>(dh_gates, "dh_gates", {L, N, 3 * H}), s.dh0 = op.out<T>(dh0, "dh0", {L, B, H});
+    stack_backward<Gru>(op, stack);
+    return std::tuple(dgates, dh_gates, dh0);
+  });
+}
+
 }  // namespace
 }  // namespace pyops

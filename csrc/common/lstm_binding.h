@@ -89,24 +89,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_layer_bwd(const OptionalTensor& 
   });
 }
 
-// What both passes of a stack read: gates [N, 4 H] of the first layer, or saved [L, N, 4 H].
-template <class T>
-recurrent::Stack<Lstm, T> lstm_stack(const OpScope& op, int64_t N, const Tensor& h0, const Tensor& c0,
-                                     const Tensor& w_ih, const OptionalTensor& b_ih, const Tensor& w_hh) {
-  op.check(h0.dim() == 3, "h0 must be [L, B, H]");
-  const int64_t L = h0.size(0), B = h0.size(1), H = h0.size(2);
-  op.check(L > 1 && H > 0, "at least two layers, of at least one unit");
-  op.check(B > 0 ? N % B == 0 && N > 0 : N == 0, "N must be a positive multiple of the batch");
-  recurrent::Stack<Lstm, T> stack{};
-  recurrent::Sequence<T>& s = stack.s;
-  s.steps = {B > 0 ? N / B : 0, B, N, nullptr};
-  s.D = 1, s.H = s.P = H, stack.L = L;
-  s.h0 = op.in<T>(h0, "h0", {L, B, H}), s.c0 = op.in<T>(c0, "c0", {L, B, H});
-  s.w_hh = op.in<T>(w_hh, "w_hh", {L, 4 * H, H}), stack.w_ih = op.in<T>(w_ih, "w_ih", {L - 1, 4 * H, H});
-  stack.b_ih = op.in_optional<T>(b_ih, "b_ih", {L - 1, 4 * H});
-  return stack;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_stack_fwd(const Tensor& gates, const Tensor& h0,
                                                                           const Tensor& c0, const Tensor& w_ih,
                                                                           const OptionalTensor& b_ih,
@@ -114,14 +96,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_stack_fwd(const 
   OpScope op("lstm_stack_fwd", gates);
   op.check(gates.dim() == 2, "gates must be [N, 4 H]");
   return dispatch_floating(op, gates.scalar_type(), [&]<class T>() {
-    auto stack = lstm_stack<T>(op, gates.size(0), h0, c0, w_ih, b_ih, w_hh);
+    auto stack = recurrent::stack_of<Lstm, T>(op, gates.size(0), h0, w_ih, b_ih, w_hh);
     recurrent::Sequence<T>& s = stack.s;
     const int64_t N = s.steps.N, B = s.steps.B, H = s.H, L = stack.L;
     Tensor y = op.empty<T>({N, H}), h_n = op.empty<T>({L, B, H}), c_n = op.empty<T>({L, B, H});
     Tensor below = op.empty<T>({L - 1, N, H});
     Tensor saved = keep ? op.empty<T>({L, N, 4 * H}) : op.empty<T>({0});
     Tensor cells = keep ? op.empty<T>({L, N, H}) : op.empty<T>({0});
-    s.gates = op.in<T>(gates, "gates", {N, 4 * H});
+    s.gates = op.in<T>(gates, "gates", {N, 4 * H}), s.c0 = op.in<T>(c0, "c0", {L, B, H});
     s.y = op.out<T>(y, "y", {N, H}), stack.below = op.out<T>(below, "below", {L - 1, N, H});
     s.h_n = op.out<T>(h_n, "h_n", {L, B, H}), s.c_n = op.out<T>(c_n, "c_n", {L, B, H});
     s.saved = keep ? op.out<T>(saved, "saved", {L, N, 4 * H}) : nullptr;
@@ -138,12 +120,12 @@ std::tuple<Tensor, Tensor, Tensor> lstm_stack_bwd(const OptionalTensor& dy, cons
   OpScope op("lstm_stack_bwd", saved);
   op.check(saved.dim() == 3, "saved must be [L, N, 4 H]");
   return dispatch_floating(op, saved.scalar_type(), [&]<class T>() {
-    auto stack = lstm_stack<T>(op, saved.size(1), h0, c0, w_ih, {}, w_hh);
+    auto stack = recurrent::stack_of<Lstm, T>(op, saved.size(1), h0, w_ih, {}, w_hh);
     recurrent::Sequence<T>& s = stack.s;
     const int64_t N = s.steps.N, B = s.steps.B, H = s.H, L = stack.L;
     Tensor dgates = op.empty<T>({L, N, 4 * H}), dh0 = op.empty<T>({L, B, H}), dc0 = op.empty<T>({L, B, H});
     s.dy = op.in_optional<T>(dy, "dy", {N, H}), s.dh_n = op.in_optional<T>(dh_n, "dh_n", {L, B, H});
-    s.dc_n = op.in_optional<T>(dc_n, "dc_n", {L, B, H});
+    s.dc_n = op.in_optional<T>(dc_n, "dc_n", {L, B, H}), s.c0 = op.in<T>(c0, "c0", {L, B, H});
     s.saved = const_cast<T*>(op.in<T>(saved, "saved", {L, N, 4 * H}));
     s.cells = const_cast<T*>(op.in<T>(cells, "cells", {L, N, H}));
     s.dgates = op.out<T>(dgates, "dgates", {L, N, 4 * H}), s.dh0 = op.out<T>(dh0, "dh0", {L, B, H});

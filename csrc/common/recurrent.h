@@ -168,7 +168,7 @@ struct Stack {
     of.h0 += states, of.h_n = from(s.h_n, states), of.dh_n = from(s.dh_n, states), of.dh0 = from(s.dh0, states);
     of.c0 = from(s.c0, states), of.c_n = from(s.c_n, states), of.dc_n = from(s.dc_n, states);
     of.dc0 = from(s.dc0, states);
-    of.w_hh += l * Cell::gates * s.H * s.H;
+    of.w_hh += l * Cell::gates * s.H * s.H, of.b_n = from(s.b_n, l * s.H);
     of.y = l < L - 1 ? below + rows : s.y;
     of.dy = l < L - 1 ? nullptr : s.dy;
     of.saved = from(s.saved, Cell::saved * rows), of.cells = from(s.cells, rows);

@@ -1,4 +1,4 @@
-// What the bindings of lstm, gru and rnn share: the sizes of a layer, checked. Included by <stem>_binding.h.
+// What the bindings of lstm, gru and rnn share: the sizes of a layer and of a stack of them, checked. Included by <stem>_binding.h.
 #pragma once
 
 #include "common/recurrent.h"
@@ -36,6 +36,24 @@ Sequence<T> sizes_of(const OpScope& op, const Tensor& gates, const Tensor& h0, c
     most = count;
   }
   return s;
+}
+
+// What both passes of a stack of layers read, its sizes from h0 [L, B, H] and N rows; csrc/common/recurrent.h.
+template <class Cell, class T>
+Stack<Cell, T> stack_of(const OpScope& op, int64_t N, const Tensor& h0, const Tensor& w_ih, const OptionalTensor& b_ih,
+                        const Tensor& w_hh) {
+  op.check(h0.dim() == 3, "h0 must be [L, B, H]");
+  const int64_t L = h0.size(0), B = h0.size(1), H = h0.size(2), G = Cell::gates;
+  op.check(L > 1 && H > 0, "at least two layers, of at least one unit");
+  op.check(B > 0 ? N % B == 0 && N > 0 : N == 0, "N must be a positive multiple of the batch");
+  Stack<Cell, T> stack{};
+  Sequence<T>& s = stack.s;
+  s.steps = {B > 0 ? N / B : 0, B, N, nullptr};
+  s.D = 1, s.H = s.P = H, stack.L = L;
+  s.h0 = op.in<T>(h0, "h0", {L, B, H}), s.w_hh = op.in<T>(w_hh, "w_hh", {L, G * H, H});
+  stack.w_ih = op.in<T>(w_ih, "w_ih", {L - 1, G * H, H});
+  stack.b_ih = op.in_optional<T>(b_ih, "b_ih", {L - 1, G * H});
+  return stack;
 }
 
 }  // namespace pyops::recurrent

@@ -72,5 +72,56 @@ std::tuple<Tensor, Tensor> rnn_layer_bwd(const OptionalTensor& dy, const Optiona
   });
 }
 
+template <class Cell>
+std::tuple<Tensor, Tensor, Tensor> rnn_stack_forward(const OpScope& op, const Tensor& gates, const Tensor& h0,
+                                                     const Tensor& w_ih, const OptionalTensor& b_ih,
+                                                     const Tensor& w_hh) {
+  return dispatch_floating(op, gates.scalar_type(), [&]<class T>() {
+    auto stack = recurrent::stack_of<Cell, T>(op, gates.size(0), h0, w_ih, b_ih, w_hh);
+    recurrent::Sequence<T>& s = stack.s;
+    const int64_t N = s.steps.N, B = s.steps.B, H = s.H, L = stack.L;
+    Tensor y = op.empty<T>({N, H}), h_n = op.empty<T>({L, B, H}), below = op.empty<T>({L - 1, N, H});
+    s.gates = op.in<T>(gates, "gates", {N, H}), s.y = op.out<T>(y, "y", {N, H});
+    stack.below = op.out<T>(below, "below", {L - 1, N, H}), s.h_n = op.out<T>(h_n, "h_n", {L, B, H});
+    stack_forward<Cell>(op, stack);
+    return std::tuple(y, h_n, below);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> rnn_stack_fwd(const Tensor& gates, const Tensor& h0, const Tensor& w_ih,
+                                                 const OptionalTensor& b_ih, const Tensor& w_hh, bool relu) {
+  OpScope op("rnn_stack_fwd", gates);
+  op.check(gates.dim() == 2, "gates must be [N, H]");
+  return relu ? rnn_stack_forward<ReluRnn>(op, gates, h0, w_ih, b_ih, w_hh)
+              : rnn_stack_forward<TanhRnn>(op, gates, h0, w_ih, b_ih, w_hh);
+}
+
+template <class Cell>
+std::tuple<Tensor, Tensor> rnn_stack_backward(const OpScope& op, const OptionalTensor& dy, const OptionalTensor& dh_n,
+                                              const Tensor& h0, const Tensor& w_ih, const Tensor& w_hh, const Tensor& y,
+                                              const Tensor& below) {
+  return dispatch_floating(op, y.scalar_type(), [&]<class T>() {
+    auto stack = recurrent::stack_of<Cell, T>(op, y.size(0), h0, w_ih, {}, w_hh);
+    recurrent::Sequence<T>& s = stack.s;
+    const int64_t N = s.steps.N, B = s.steps.B, H = s.H, L = stack.L;
+    Tensor dgates = op.empty<T>({L, N, H}), dh0 = op.empty<T>({L, B, H});
+    s.dy = op.in_optional<T>(dy, "dy", {N, H}), s.dh_n = op.in_optional<T>(dh_n, "dh_n", {L, B, H});
+    s.y = const_cast<T*>(op.in<T>(y, "y", {N, H}));
+    stack.below = const_cast<T*>(op.in<T>(below, "below", {L - 1, N, H}));
+    s.dgates = op.out<T>(dgates, "dgates", {L, N, H}), s.dh0 = op.out<T>(dh0, "dh0", {L, B, H});
+    stack_backward<Cell>(op, stack);
+    return std::tuple(dgates, dh0);
+  });
+}
+
+std::tuple<Tensor, Tensor> rnn_stack_bwd(const OptionalTensor& dy, const OptionalTensor& dh_n, const Tensor& h0,
+                                         const Tensor& w_ih, const Tensor& w_hh, const Tensor& y, const Tensor& below,
+                                         bool relu) {
+  OpScope op("rnn_stack_bwd", y);
+  op.check(y.dim() == 2, "y must be [N, H]");
+  return relu ? rnn_stack_backward<ReluRnn>(op, dy, dh_n, h0, w_ih, w_hh, y, below)
+              : rnn_stack_backward<TanhRnn>(op, dy, dh_n, h0, w_ih, w_hh, y, below);
+}
+
 }  // namespace
 }  // namespace pyops

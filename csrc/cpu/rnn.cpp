@@ -3,11 +3,11 @@
 // layout   step: gates, h', dh: [B, H]
 //          layer: csrc/common/recurrent.h
 // mapping  step: threads over rows and blocks of hidden units, lanes over hidden units
-//          layer: head of cpu/recurrent_sequence.h
+//          layer, stack: heads of cpu/recurrent_sequence.h and cpu/recurrent_stack.h
 // memory   step: every input read once, every output written once; backward computes h' again from gates
 // numerics tanh of cpu/math.h in fp32 (fp64 for fp64)
 #include "cpu/recurrent_cell.h"
-#include "cpu/recurrent_sequence.h"
+#include "cpu/recurrent_stack.h"
 
 #include "common/rnn_binding.h"
 
@@ -17,4 +17,6 @@ PYOPS_LIBRARY(m) {
   PYOPS_IMPL(m, rnn_gates_bwd);
   PYOPS_IMPL(m, rnn_layer_fwd);
   PYOPS_IMPL(m, rnn_layer_bwd);
+  PYOPS_IMPL(m, rnn_stack_fwd);
+  PYOPS_IMPL(m, rnn_stack_bwd);
 }

@@ -4,11 +4,11 @@
 // layout   step: x_gates, h_gates: [B, 3, H] in the order r z n · h, h': [B, H]
 //          layer: csrc/common/recurrent.h
 // mapping  step: a thread takes hidden units, grid-stride; neighbouring threads neighbouring units
-//          layer: head of cuda/recurrent_sequence.cuh
+//          layer: head of cuda/recurrent_sequence.cuh · stack: head of cuda/recurrent_stack.cuh
 // memory   step: every input read once, every output written once; backward computes the gates again from their inputs
 // numerics sigmoid and tanh in fp32 (fp64 for fp64)
 #include "cuda/recurrent_cell.cuh"
-#include "cuda/recurrent_sequence.cuh"
+#include "cuda/recurrent_stack.cuh"
 
 #include "common/gru_binding.h"
 
@@ -18,4 +18,6 @@ PYOPS_LIBRARY(m) {
   PYOPS_IMPL(m, gru_gates_bwd);
   PYOPS_IMPL(m, gru_layer_fwd);
   PYOPS_IMPL(m, gru_layer_bwd);
+  PYOPS_IMPL(m, gru_stack_fwd);
+  PYOPS_IMPL(m, gru_stack_bwd);
 }

@@ -3,11 +3,11 @@
 // layout   step: gates, h', dh: [B, H]
 //          layer: csrc/common/recurrent.h
 // mapping  step: a thread takes hidden units, grid-stride; neighbouring threads neighbouring units
-//          layer: head of cuda/recurrent_sequence.cuh
+//          layer: head of cuda/recurrent_sequence.cuh · stack: head of cuda/recurrent_stack.cuh
 // memory   step: every input read once, every output written once; backward computes h' again from gates
 // numerics tanh in fp32 (fp64 for fp64)
 #include "cuda/recurrent_cell.cuh"
-#include "cuda/recurrent_sequence.cuh"
+#include "cuda/recurrent_stack.cuh"
 
 #include "common/rnn_binding.h"
 
@@ -17,4 +17,6 @@ PYOPS_LIBRARY(m) {
   PYOPS_IMPL(m, rnn_gates_bwd);
   PYOPS_IMPL(m, rnn_layer_fwd);
   PYOPS_IMPL(m, rnn_layer_bwd);
+  PYOPS_IMPL(m, rnn_stack_fwd);
+  PYOPS_IMPL(m, rnn_stack_bwd);
 }

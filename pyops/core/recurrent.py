@@ -438,6 +438,46 @@ def run_stack(
     return output.transpose(0, 1) if net.batch_first else output, finals
 
 
+def stack_by_step(
+    layer: Callable[[int, Tensor, Tensors], tuple[Tensor, Tensors]],
+    gates: Tensor,
+    states: Tensors,
+    w_ih: Tensor,
+    b_ih: Tensor | None,
+) -> tuple[Tensor, Tensors]:
+    """A stack in plain torch, layer after layer: ``step_by_step`` of each, as ``layer(k, gates, states)``."""
+    y, finals = gates, []
+    for k in range(states[0].shape[0]):
+        if k > 0:
+            gates = torch.nn.functional.linear(y, w_ih[k - 1], None if b_ih is None else b_ih[k - 1])
+        of_layer, final = layer(k, gates[:, None], tuple(s[k : k + 1] for s in states))
+        y = of_layer[:, 0]
+        finals.append(final)
+    return y, tuple(torch.cat(s) for s in zip(*finals))
+
+
+def stack_weight_gradients(
+    dgates: Tensor, dh_gates: Tensor, h0: Tensor, weights: Tensors, kept: Tensors, needs: Sequence[bool]
+) -> Tensors:
+    """Those of w_ih, b_ih and w_hh, where ``needs`` them: of all steps of all layers one batched product each.
+
+    Args:
+        dgates, dh_gates: Tensor[L, N, gates H], gradients of the pre-activations from the input and from the state.
+        weights: ``(w_ih, b_ih or None, w_hh)``.
+        kept: y [N, H], the last layer's states after each step, and those of the others [L - 1, N, H].
+    """
+    (w_ih, b_ih, w_hh), (y, below) = weights, kept
+    dw_ih, db_ih, dw_hh = torch.empty_like(w_ih), dgates.new_empty(0), torch.empty_like(w_hh)
+    if needs[0]:
+        dw_ih = dgates[1:].mT @ below
+    if b_ih is not None and needs[1]:
+        db_ih = dgates[1:].sum(1)
+    if needs[2]:
+        before = torch.cat((h0, torch.cat((below, y[None]))[:, : y.shape[0] - h0.shape[1]]), 1)
+        dw_hh = dh_gates.mT @ before
+    return dw_ih, db_ih, dw_hh
+
+
 def stacked(weights: Sequence[Sequence[Tensor]], position: int) -> Tensor:
     """One parameter of all directions as [D, ...], contiguous."""
     if len(weights) == 1:

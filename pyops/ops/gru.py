@@ -155,6 +155,63 @@ _apply_layer = differentiable(
 )  # fmt: skip
 
 
+# A stack of layers side by side; the letters are those of csrc/common/recurrent.h
+
+
+def _stack_fwd_fake(gates, h0, w_ih, b_ih, w_hh, b_n, keep):
+    rows, (layers, _, hidden) = gates.shape[0], h0.shape
+    y, below = gates.new_empty(rows, hidden), gates.new_empty(layers - 1, rows, hidden)
+    return y, torch.empty_like(h0), below, gates.new_empty((layers, rows, 4 * hidden) if keep else 0)
+
+
+def _stack_bwd_fake(dy, dh_n, h0, w_ih, w_hh, y, below, saved):
+    dgates = y.new_empty(h0.shape[0], y.shape[0], 3 * y.shape[1])
+    return dgates, torch.empty_like(dgates), torch.empty_like(h0)
+
+
+# Triton has no barrier of all its programs: recurrent.runs_as_stack never asks it.
+_stack_fwd = library.declare(
+    "gru_stack_fwd(Tensor gates, Tensor h0, Tensor w_ih, Tensor? b_ih, Tensor w_hh, Tensor? b_n, bool keep)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _stack_fwd_fake,
+    None,
+)
+_stack_bwd = library.declare(
+    "gru_stack_bwd(Tensor? dy, Tensor? dh_n, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor y, Tensor below, Tensor saved)"
+    " -> (Tensor, Tensor, Tensor)",
+    _stack_bwd_fake,
+    None,
+)
+
+
+def _stack_reference(gates, h0, w_ih, b_ih, w_hh, b_n, keep):
+    def layer(k, gates, states):
+        weights = (w_hh[k], None if b_n is None else b_n[k])
+        return recurrent.step_by_step(_step_reference, gates, states, None, [weights])
+
+    y, (h_n,) = recurrent.stack_by_step(layer, gates, (h0,), w_ih, b_ih)
+    return y, h_n, *_stack_fwd_fake(gates, h0, w_ih, b_ih, w_hh, b_n, keep)[2:]
+
+
+def _stack_finish(results, inputs, kept, needs):
+    dgates, dh_gates, dh0 = results
+    h0, b_n = inputs[1], inputs[5]
+    of_weights = recurrent.stack_weight_gradients(dgates, dh_gates, h0, inputs[2:5], kept[:2], needs[2:5])
+    db_n = dgates.new_empty(0)
+    if b_n is not None and needs[5]:
+        db_n = dh_gates[..., 2 * h0.shape[2] :].sum(1)
+    return dgates[0], dh0, *of_weights, db_n
+
+
+_apply_stack = differentiable(
+    Formula(
+        _stack_fwd, _stack_bwd, 6, 6,
+        lambda dy, inputs, kept, constants, needs: (*dy, *inputs[1:3], inputs[4], *kept),
+        _stack_reference, outputs=2, keep=(0, 2, 3), finish=_stack_finish,
+    )
+)  # fmt: skip
+
+
 def gru(
     input: Tensor,
     hx: Any,
@@ -194,9 +251,10 @@ def gru(
         ValueError: a dropout that is no probability.
 
     The product of the inputs of all steps is one matrix product, so is the gradient of each weight; between them one
-    kernel runs over all steps. Gates are computed in float32 (float64 for float64), h is rounded to the dtype in each
-    step. Bitwise deterministic. Gradients of every order (from the second on step by step in torch), forward mode, vmap
-    (by torch) and torch.compile; under autocast as torch on each device.
+    kernel runs over all steps. On CUDA, small layers of one direction, without dropout between them, run side by side,
+    as in ``lstm``. Gates are computed in float32 (float64 for float64), h is rounded to the dtype in each step. Bitwise
+    deterministic. Gradients of every order (from the second on step by step in torch), forward mode, vmap (by torch)
+    and torch.compile; under autocast as torch on each device.
     """
     net = recurrent.Network.of(
         isinstance(params, Tensor),
@@ -208,9 +266,13 @@ def gru(
     namespace = backend.namespace_for("gru", x)
     hidden = h.shape[2]
 
+    per = 4 if net.has_biases else 2
+
+    def biases_of_n(weights):
+        return torch.stack([w[3][2 * hidden :] for w in weights]) if net.has_biases else None
+
     def layer(gates, states, weights, layout):
-        w_hh = recurrent.stacked(weights, 1)
-        b_n = torch.stack([w[3][2 * hidden :] for w in weights]) if net.has_biases else None
+        w_hh, b_n = recurrent.stacked(weights, 1), biases_of_n(weights)
         keep = recurrent.keeps(gates, *states, w_hh, b_n)
         y, h_n, _ = _apply_layer(namespace, gates, *states, w_hh, b_n, layout.starts, keep)
         return y, (h_n,)
@@ -219,7 +281,17 @@ def gru(
         """b_hn stays with the product that r multiplies."""
         return w[2] + torch.cat((w[3][: 2 * hidden], w[3].new_zeros(hidden))) if net.has_biases else None
 
-    output, (h_n,) = recurrent.run_network(net, (h,), 4 if net.has_biases else 2, bias, layer)
+    if recurrent.runs_as_stack(namespace, net, 3, hidden):
+
+        def stack(gates, states, *weights):
+            b_n = biases_of_n([net.weights(k, per)[0] for k in range(net.num_layers)])
+            keep = recurrent.keeps(gates, *states, *weights, b_n)
+            y, h_n, *_ = _apply_stack(namespace, gates, *states, *weights, b_n, keep)
+            return y, (h_n,)
+
+        output, (h_n,) = recurrent.run_stack(net, (h,), per, bias, stack)
+        return output, h_n
+    output, (h_n,) = recurrent.run_network(net, (h,), per, bias, layer)
     return output, h_n
 
 

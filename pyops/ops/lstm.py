@@ -189,32 +189,17 @@ _stack_bwd = library.declare(
 
 
 def _stack_reference(gates, h0, c0, w_ih, b_ih, w_hh, keep):
-    y, finals = gates, []
-    for k in range(h0.shape[0]):
-        if k > 0:
-            gates = torch.nn.functional.linear(y, w_ih[k - 1], None if b_ih is None else b_ih[k - 1])
-        states = h0[k : k + 1], c0[k : k + 1]
-        of_layer, final = recurrent.step_by_step(_step_reference, gates[:, None], states, None, [(w_hh[k], None)])
-        y = of_layer[:, 0]
-        finals.append(final)
-    h_n, c_n = (torch.cat(s) for s in zip(*finals))
+    def layer(k, gates, states):
+        return recurrent.step_by_step(_step_reference, gates, states, None, [(w_hh[k], None)])
+
+    y, (h_n, c_n) = recurrent.stack_by_step(layer, gates, (h0, c0), w_ih, b_ih)
     return y, h_n, c_n, *_stack_fwd_fake(gates, h0, c0, w_ih, b_ih, w_hh, keep)[3:]
 
 
 def _stack_finish(results, inputs, kept, needs):
-    """The gradients of the weights: of all steps of all layers one batched product each."""
     dgates, dh0, dc0 = results
-    _, h0, _, w_ih, b_ih, w_hh = inputs
-    y, below = kept[:2]
-    dw_ih, dw_hh, db_ih = torch.empty_like(w_ih), torch.empty_like(w_hh), dgates.new_empty(0)
-    if needs[3]:
-        dw_ih = dgates[1:].mT @ below
-    if needs[4] and b_ih is not None:
-        db_ih = dgates[1:].sum(1)
-    if needs[5]:
-        before = torch.cat((h0, torch.cat((below, y[None]))[:, : y.shape[0] - h0.shape[1]]), 1)
-        dw_hh = dgates.mT @ before
-    return dgates[0], dh0, dc0, dw_ih, db_ih, dw_hh
+    of_weights = recurrent.stack_weight_gradients(dgates, dgates, inputs[1], inputs[3:6], kept[:2], needs[3:6])
+    return dgates[0], dh0, dc0, *of_weights
 
 
 _apply_stack = differentiable(

@@ -115,12 +115,16 @@ _layer_bwd = library.declare(
 )
 
 
-def _layer_reference(gates, h0, w_hh, starts, relu):
+def _by_step(gates, states, weights, starts, relu):
     def step(gates, states, w_hh):
         sums = gates + states[0] @ w_hh.mT
         return (sums.relu() if relu else sums.tanh(),)
 
-    y, (h_n,) = recurrent.step_by_step(step, gates, (h0,), starts, [(w,) for w in w_hh.unbind(0)])
+    return recurrent.step_by_step(step, gates, states, starts, weights)
+
+
+def _layer_reference(gates, h0, w_hh, starts, relu):
+    y, (h_n,) = _by_step(gates, (h0,), [(w,) for w in w_hh.unbind(0)], starts, relu)
     return y, h_n
 
 
@@ -141,6 +145,49 @@ _apply_layer = differentiable(
 )  # fmt: skip
 
 
+# A stack of layers side by side; the letters are those of csrc/common/recurrent.h
+
+
+def _stack_fwd_fake(gates, h0, w_ih, b_ih, w_hh, relu):
+    return torch.empty_like(gates), torch.empty_like(h0), gates.new_empty(h0.shape[0] - 1, *gates.shape)
+
+
+# Triton has no barrier of all its programs: recurrent.runs_as_stack never asks it.
+_stack_fwd = library.declare(
+    "rnn_stack_fwd(Tensor gates, Tensor h0, Tensor w_ih, Tensor? b_ih, Tensor w_hh, bool relu)"
+    " -> (Tensor, Tensor, Tensor)",
+    _stack_fwd_fake,
+    None,
+)
+_stack_bwd = library.declare(
+    "rnn_stack_bwd(Tensor? dy, Tensor? dh_n, Tensor h0, Tensor w_ih, Tensor w_hh, Tensor y, Tensor below, bool relu)"
+    " -> (Tensor, Tensor)",
+    lambda dy, dh_n, h0, w_ih, w_hh, y, below, relu: (y.new_empty(h0.shape[0], *y.shape), torch.empty_like(h0)),
+    None,
+)
+
+
+def _stack_reference(gates, h0, w_ih, b_ih, w_hh, relu):
+    layer = lambda k, gates, states: _by_step(gates, states, [(w_hh[k],)], None, relu)
+    y, (h_n,) = recurrent.stack_by_step(layer, gates, (h0,), w_ih, b_ih)
+    return y, h_n, _stack_fwd_fake(gates, h0, w_ih, b_ih, w_hh, relu)[2]
+
+
+def _stack_finish(results, inputs, kept, needs):
+    dgates, dh0 = results
+    of_weights = recurrent.stack_weight_gradients(dgates, dgates, inputs[1], inputs[2:5], kept, needs[2:5])
+    return dgates[0], dh0, *of_weights
+
+
+_apply_stack = differentiable(
+    Formula(
+        _stack_fwd, _stack_bwd, 5, 5,
+        lambda dy, inputs, kept, constants, needs: (*dy, *inputs[1:3], inputs[4], *kept, *constants),
+        _stack_reference, outputs=2, keep=(0, 2), finish=_stack_finish,
+    )
+)  # fmt: skip
+
+
 def _run(op, relu, *arguments):
     net = recurrent.Network.of(isinstance(arguments[2], Tensor), arguments)
     recurrent.check_network(op, net, (net.hx,), 1, False)
@@ -153,7 +200,16 @@ def _run(op, relu, *arguments):
         return y, (h_n,)
 
     bias = lambda w: recurrent.joined(w[2], w[3]) if net.has_biases else None
-    output, (h_n,) = recurrent.run_network(net, (h,), 4 if net.has_biases else 2, bias, layer)
+    per = 4 if net.has_biases else 2
+    if recurrent.runs_as_stack(namespace, net, 1, h.shape[2]):
+
+        def stack(gates, states, *weights):
+            y, h_n, _ = _apply_stack(namespace, gates, *states, *weights, relu)
+            return y, (h_n,)
+
+        output, (h_n,) = recurrent.run_stack(net, (h,), per, bias, stack)
+        return output, h_n
+    output, (h_n,) = recurrent.run_network(net, (h,), per, bias, layer)
     return output, h_n
 
 
@@ -196,9 +252,10 @@ def rnn_tanh(
         ValueError: a dropout that is no probability.
 
     The product of the inputs of all steps is one matrix product, so is the gradient of each weight; between them one
-    kernel runs over all steps. tanh is computed in float32 (float64 for float64), h is rounded to the dtype in each
-    step. Bitwise deterministic. Gradients of every order (from the second on step by step in torch), forward mode, vmap
-    (by torch) and torch.compile; under autocast in its low precision.
+    kernel runs over all steps. On CUDA, small layers of one direction, without dropout between them, run side by side,
+    as in ``lstm``. tanh is computed in float32 (float64 for float64), h is rounded to the dtype in each step. Bitwise
+    deterministic. Gradients of every order (from the second on step by step in torch), forward mode, vmap (by torch)
+    and torch.compile; under autocast in its low precision.
     """
     return _run(
         "rnn_tanh", False, input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first
