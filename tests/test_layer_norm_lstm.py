@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 from pyops import functional as F
 from pyops import nn
 from pyops.core import backend as backends
+from pyops.ops import layer_norm_lstm
 
 from .harness import passes, refuses
 from .recurrent_harness import OF_THE_RECIPE, equal
@@ -170,6 +172,22 @@ def test_first_parameters_and_copies():
     other.load_state_dict(network.state_dict())
     x = torch.randn(5, 2, 3)
     equal(other(x), network(x))
+
+
+@pytest.mark.parametrize("settings", [{"eps": 0.1}, {"detach_every": 2}])
+def test_a_module_compiles_into_one_graph(settings):
+    """Also one that came from a file in a process that has made none."""
+    pickled = pickle.dumps(nn.LayerNormLSTM(3, 4, **settings))
+    layer_norm_lstm._forwards.clear()
+    network, x = pickle.loads(pickled), torch.randn(5, 2, 3)
+    with torch._dynamo.config.patch(allow_rnn=True):  # torch breaks the graph at these modules unless told
+        compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+        parameters = tuple(network.parameters())
+        found, expected = (torch.autograd.grad(f(x)[0].sin().sum(), parameters) for f in (compiled, network))
+    equal(found, expected)
+    other = nn.LayerNormLSTM(3, 4, eps=1e-5)
+    other.load_state_dict(network.state_dict())
+    assert torch.allclose(other(x)[0], network(x)[0], atol=1e-5) == (network.eps == 1e-5)
 
 
 REFUSED = [

@@ -492,6 +492,7 @@ def forward_of(module: type[torch.nn.RNNBase], **functions: Callable[..., Any]) 
     """
     theirs = module.forward
     names = {**theirs.__globals__, "_VF": SimpleNamespace(**functions)}
+    del names["__name__"]  # by which torch.compile would look for the functions, and find torch's own
     forward = FunctionType(theirs.__code__, names, "forward", theirs.__defaults__, theirs.__closure__)
     forward.__kwdefaults__ = theirs.__kwdefaults__
     return forward

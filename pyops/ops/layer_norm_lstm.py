@@ -14,7 +14,6 @@ here. The gradient is derived in docs/math/recurrent.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -383,6 +382,7 @@ class LayerNormLSTM(Regularized, torch.nn.LSTM):
         if self.proj_size:
             check.fail(ValueError, "LayerNormLSTM", "proj_size", self.proj_size, "0")
         self.eps = eps
+        _forward_with(eps)
         names = [list(group) for group in self._all_weights]  # type: ignore[has-type]
         for group in names:
             suffix = group[0].removeprefix("weight_ih")
@@ -400,15 +400,27 @@ class LayerNormLSTM(Regularized, torch.nn.LSTM):
         super().reset_parameters()
         _reset_normalisation(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _forward_with(self.eps)
+
     def _plain(self, input: Any, hx: Any) -> tuple[Any, Any]:
-        if self.eps not in _forward_with:
-            function = partial(layer_norm_lstm, eps=self.eps)
-            _forward_with[self.eps] = recurrent.forward_of(torch.nn.LSTM, lstm=function)
-        return _forward_with[self.eps](self, input, hx)
+        return _forward_with(self.eps)(self, input, hx)
 
 
-# eps -> torch's forward, unchanged but for the function that it calls
-_forward_with: dict[float, Callable[..., Any]] = {}
+# eps -> torch's forward, unchanged but for the function that it calls. torch.compile can call one and make none, so a
+# module sees to its own before it runs.
+_forwards: dict[float, Callable[..., Any]] = {}
+
+
+def _forward_with(eps: float) -> Callable[..., Any]:
+    if eps not in _forwards:
+
+        def function(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+            return layer_norm_lstm(*arguments, eps=eps)
+
+        _forwards[eps] = recurrent.forward_of(torch.nn.LSTM, lstm=function)
+    return _forwards[eps]
 
 
 def _new_parameters(like: Tensor, bias: bool) -> list[tuple[str, torch.nn.Parameter]]:
