@@ -6,7 +6,9 @@ import torch
 
 from pyops import nn, testing
 from pyops.core import backend as backends
-from pyops.core import recurrent
+from pyops.core import library, recurrent
+
+from .harness import emulated_device
 
 # Every backend has its own kernels, whose values and gradients are compared in all dtypes, but one recipe
 # differentiates, maps and compiles them: that is checked on one backend here, on all by `python -m pyops check`.
@@ -99,13 +101,18 @@ def network_case(name, states_of):
     return settings, x, states_of(layers, batch)
 
 
+# Weights of CUDA kernels: with 99 KB of shared memory a block, some units' or most units' stay outside.
+SMALL = 86  # the compute capability
+SOME, MOST = {"LSTM": 48, "GRU": 56, "RNN": 96}, {"LSTM": 72, "GRU": 80, "RNN": 128}
+
 # Layers side by side: the CUDA kernels do so by default, the CPU's where they are told to.
-# name -> (steps, batch, hidden size, arguments of the module)
+# name -> (steps, batch, hidden size, of all or of each kind, arguments of the module)
 STACKS = {
     "more steps than layers": (4, 3, 7, {"num_layers": 3}),
     "rows beyond a tile, no bias": (2, 10, 9, {"num_layers": 2, "bias": False, "batch_first": True}),
     "fewer steps than layers": (1, 2, 5, {"num_layers": 4}),
-    "beyond shared memory": (2, 2, 96, {"num_layers": 2}),
+    "some weights beyond shared memory": (2, 2, SOME, {"num_layers": 2}),
+    "most weights beyond it, one launch a step": (2, 2, MOST, {"num_layers": 2}),
 }
 
 
@@ -114,13 +121,25 @@ def side_by_side():
 
 
 def stacks_agree(kind, name, states, backend, **more):
-    """As ``networks_agree``, of modules ``kind``: LSTM, GRU, RNN."""
+    """As ``networks_agree``, of modules ``kind``: LSTM, GRU, RNN; and in as many launches as it should take."""
     steps, batch, hidden, settings = STACKS[name]
+    hidden = hidden[kind] if isinstance(hidden, dict) else hidden
     x = torch.randn((batch, steps, 2) if settings.get("batch_first") else (steps, batch, 2)).double()
     first = tuple(torch.randn(settings["num_layers"], batch, hidden).double() for _ in range(states))
     make = lambda m: getattr(m, kind)(2, hidden, **settings, **more).double()
-    with side_by_side():
-        networks_agree(make(nn), make(torch.nn), x, first if states > 1 else first[0], backend)
+    ours = make(nn)
+    with side_by_side(), emulated_device(backend, SMALL):
+        networks_agree(ours, make(torch.nn), x, first if states > 1 else first[0], backend)
+        if backend == "emulator":
+            assert launches(ours, x) == (steps + settings["num_layers"] - 1 if "one launch a step" in name else 1)
+
+
+def launches(network, x):
+    """Of a forward pass on the emulator."""
+    library.configure_emulator(statistics="reset")
+    with torch.no_grad(), backends.backend("emulator"):
+        network(x)
+    return library.emulator_statistic("launches")
 
 
 def stacks_differentiate(network, states):

@@ -9,8 +9,8 @@ from pyops import nn
 from pyops.core import backend as backends
 from pyops.ops import layer_norm_lstm
 
-from .harness import passes, refuses
-from .recurrent_harness import OF_THE_RECIPE, equal
+from .harness import emulated_device, passes, refuses
+from .recurrent_harness import OF_THE_RECIPE, SMALL, equal, launches
 
 X, H = torch.ones(2, 3), torch.ones(2, 4)
 W_IH, W_HH, ROW, CELL = torch.ones(16, 3), torch.ones(16, 4), torch.ones(16), torch.ones(4)
@@ -122,17 +122,19 @@ def test_threads_change_nothing(batch):
 
 
 @pytest.mark.race
-def test_weights_beyond_shared_memory(backend):
-    """On CUDA two launches for each step then, which read the weights from memory."""
+@pytest.mark.parametrize("hidden, expected", [(64, 1), (96, 4)], ids=["some", "most"])
+def test_weights_beyond_shared_memory(backend, hidden, expected):
+    """On CUDA one launch reads some weights from memory; of most, two launches for each step read all from there."""
     if backend == "triton":
         pytest.skip("Triton reads weights from memory at any size")
-    network, x = nn.LayerNormLSTM(2, 96, bidirectional=True).double(), torch.randn(2, 2, 2).double()
+    network, x = nn.LayerNormLSTM(2, hidden, bidirectional=True).double(), torch.randn(2, 2, 2).double()
     results = []
     for name in (backend, "cpu"):
-        with backends.backend(name):
+        with backends.backend(name), emulated_device(name, SMALL):
             y, (h, c) = network(x)
             grads = torch.autograd.grad(y.sin().sum() + h.sum() + c.sum(), tuple(network.parameters()))
             results.append((y, h, c, *grads))
+            assert name != "emulator" or launches(network, x) == expected
     equal(*results, 1e-10)
 
 

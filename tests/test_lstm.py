@@ -1,3 +1,4 @@
+from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -7,15 +8,17 @@ import torch
 from pyops import functional as F
 from pyops import nn, use
 from pyops.core import backend as backends
-from pyops.core import recurrent
+from pyops.core import library, recurrent
 
-from .harness import passes, refuses, same_refusal
+from .harness import emulated_device, passes, refuses, same_refusal
 from .recurrent_harness import (
     NETWORKS,
     OF_THE_RECIPE,
+    SMALL,
     STACKS,
     cells_agree,
     equal,
+    launches,
     network_case,
     networks_agree,
     stacks_agree,
@@ -146,6 +149,19 @@ def test_module_refuses_as_torch():
         (X3.double(),),
     ):
         same_refusal(nn.LSTM(3, 4), torch.nn.LSTM(3, 4), *args)
+    for size in (4, 5, -1):
+        same_refusal(partial(nn.LSTM, proj_size=size), partial(torch.nn.LSTM, proj_size=size), 3, 4)
+    pack = torch.nn.utils.rnn.pack_padded_sequence
+    for kind in ("LSTM", "GRU", "RNN"):
+        ours, theirs = getattr(nn, kind)(3, 4), getattr(torch.nn, kind)(3, 4)
+        for lengths in ([3, 0], [3, -1], [2, 3]):
+            packs = lambda module, lengths=lengths: module(pack(X3, torch.tensor(lengths)))
+            same_refusal(partial(packs, ours), partial(packs, theirs))
+        few, wide = torch.zeros(1, 3, 4), torch.zeros(1, 2, 4).double()
+        for state in (few, wide):
+            hx = (state, state) if kind == "LSTM" else state
+            same_refusal(ours, theirs, pack(X3, torch.tensor([3, 1])), hx)
+            same_refusal(ours, theirs, X3, hx)
 
 
 @pytest.mark.network
@@ -198,21 +214,54 @@ def test_a_module_compiles_into_one_graph():
         equal(tuple(torch.compile(network, backend="aot_eager", fullgraph=True)(x)), tuple(network(x)))
 
 
+# What does not fit into shared memory on CUDA: name -> (hidden size, of a projection, launches). One launch reads the
+# rest from memory in each step; where that is most of it, a launch for each step, or two with a projection, reads all.
+BEYOND = {
+    "some": (64, 0, 1),
+    "some, projection": (72, 56, 1),
+    "most": (80, 0, 2),
+    "most, projection": (96, 88, 4),
+}
+
+
 @pytest.mark.race
-@pytest.mark.parametrize("project", [0, 80])
-def test_weights_beyond_shared_memory(backend, project):
-    """On CUDA one launch for each step then, which reads the weights from memory."""
+@pytest.mark.parametrize("name", BEYOND)
+def test_weights_beyond_shared_memory(backend, name):
     if backend == "triton":
         pytest.skip("Triton reads weights from memory at any size")
-    theirs = torch.nn.LSTM(2, 96, proj_size=project, bidirectional=True).double()
-    ours = nn.LSTM(2, 96, proj_size=project, bidirectional=True).double()
+    hidden, project, expected = BEYOND[name]
+    theirs = torch.nn.LSTM(2, hidden, proj_size=project, bidirectional=True).double()
+    ours = nn.LSTM(2, hidden, proj_size=project, bidirectional=True).double()
     ours.load_state_dict(theirs.state_dict())
     x, grads = torch.randn(2, 3, 2, dtype=torch.float64), []
-    with backends.backend(backend):
+    with backends.backend(backend), emulated_device(backend, SMALL):
         equal(ours(x), theirs(x), 1e-10)
         for module in (ours, theirs):
             grads.append(torch.autograd.grad(module(x)[0].sin().sum(), tuple(module.parameters())))
+        if backend == "emulator":
+            assert launches(ours, x) == expected
     equal(*grads, 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hidden, expected", [(1536, 1), (2048, 1), (3072, 2)])
+def test_large_layers(hidden, expected):
+    """120 multiprocessors of 227 KB keep all weights of 1536 units in bfloat16, most of 2048, too few of 3072.
+
+    An H100 has 132; but each emulated thread takes two mappings of memory, of which a process has 65530.
+    """
+    network, x = nn.LSTM(3, hidden).bfloat16(), torch.randn(2, 9, 3).bfloat16()
+    results = []
+    with torch.no_grad(), emulated_device("emulator"):
+        library.configure_emulator(multiprocessors=120)
+        try:
+            assert launches(network, x) == expected
+            for name in ("emulator", "cpu"):
+                with backends.backend(name):
+                    results.append(network(x))
+        finally:
+            library.configure_emulator(multiprocessors=2)
+    equal(*results, 2e-2)
 
 
 @pytest.mark.race

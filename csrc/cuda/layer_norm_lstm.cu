@@ -227,16 +227,16 @@ __global__ void layer_norm_lstm_layer_fwd_kernel(NormalisedSequence<T> s, Normal
   auto& shared = shared_storage<NormalisedShared<T>>();
   const Place place(work.blocks_per_direction);
   const int64_t d = place.d, H = s.H, B = s.steps.B;
-  const Slice slice = Slice::of(4 * H, work.blocks_per_direction, place.part);
+  const Slice slice = Slice::of(4 * H, work.blocks_per_direction, place.part), kept = slice.first(work.kept);
   const T* w = s.w_hh + d * 4 * H * H;
-  if (work.phase == 0) keep_weights(shared.weights(), w, slice, 1, H, H);
+  if (work.phase == 0) keep_weights(shared.weights(), w, kept, 1, H, H);
   const NormalisedParameters<T> parameters = s.parameters.of(d);
   for (int64_t i = work.begin; i < work.end; ++i) {
     const int64_t t = s.step(d, i), rows = s.steps.count(t);
     if (work.phase != 2)
       each_product<T>(
           slice, rows, H,
-          [&](int64_t unit) { return work.phase == 0 ? shared.weights() + (unit - slice.begin) * H : w + unit * H; },
+          [&](int64_t unit) { return unit < kept.end ? shared.weights() + (unit - kept.begin) * H : w + unit * H; },
           [&](int64_t row) { return s.state_before(d, t, row); },
           [&](int64_t row, int64_t unit, A sum) { work.y[(d * B + row) * 4 * H + unit] = sum; });
     if (work.phase == 0) grid_sync(work.barrier);
@@ -269,12 +269,8 @@ __global__ void layer_norm_lstm_layer_bwd_kernel(NormalisedSequence<T> s, Normal
   auto& shared = shared_storage<NormalisedShared<T>>();
   const Place place(work.blocks_per_direction);
   const int64_t d = place.d, H = s.H, B = s.steps.B;
-  const Slice slice = Slice::of(H, work.blocks_per_direction, place.part);
-  const T* resident = nullptr;
-  if (work.phase == 0) {
-    keep_weights(shared.weights(), work.w_hh_t + d * 4 * H * H, slice, 1, H, 4 * H);
-    resident = shared.weights();
-  }
+  const Slice slice = Slice::of(H, work.blocks_per_direction, place.part), kept = slice.first(work.kept);
+  if (work.phase == 0) keep_weights(shared.weights(), work.w_hh_t + d * 4 * H * H, kept, 1, H, 4 * H);
   const NormalisedParameters<T> parameters = s.parameters.of(d);
   // One more than there are steps, as in sequence_backward_kernel.
   for (int64_t i = work.begin; i < work.end; ++i) {
@@ -282,8 +278,8 @@ __global__ void layer_norm_lstm_layer_bwd_kernel(NormalisedSequence<T> s, Normal
     const int64_t now = t >= 0 ? s.steps.count(t) : 0, then = s.steps.count(later);
     if (work.phase != 2)
       gradients_of_states<false, false>(
-          s, work, slice, place.d, resident, static_cast<const T*>(s.dh_gates), Neighbour<T>{}, 4 * H, t, later,
-          [&](int64_t row, int64_t unit, A dh) { work.direct[(d * B + row) * H + unit] = dh; });
+          s, work, slice, kept, place.d, shared.weights(), static_cast<const T*>(s.dh_gates), Neighbour<T>{}, 4 * H, t,
+          later, [&](int64_t row, int64_t unit, A dh) { work.direct[(d * B + row) * H + unit] = dh; });
     if (work.phase == 0) grid_sync(work.barrier);
     for (int64_t row = place.part; work.phase != 1 && row < (now > then ? now : then);
          row += work.blocks_per_direction) {

@@ -1,7 +1,7 @@
 // A layer of a recurrent network over all steps, in one persistent launch: each block keeps the recurrent weights of
-// its hidden units in shared memory, and all blocks meet at a grid barrier between two steps. Where the weights of a
-// layer do not fit into the shared memory of all blocks, the same kernel is launched once per step and reads them from
-// L2.
+// its hidden units in shared memory, and all blocks meet at a grid barrier between two steps. Where those of some units
+// do not fit, they are read from L2 in each step; where less than half of them do, the same kernel is launched once per
+// step and reads all from L2.
 //
 // A warp multiplies 4 rows of weights with 8 rows of states, its lanes sharing the sum over K; 31 shuffles leave the 32
 // sums on the 32 lanes. The 4 rows are the gates of one unit (forward) or 4 units (backward, and cells of one gate).
@@ -27,6 +27,7 @@ struct SequenceWork {
   int blocks_per_direction;
   int64_t begin, end;  // steps of this launch
   int phase;           // 0: all of them, with barriers; 1, 2: this part of one step
+  int64_t kept;        // units of a block whose weights are in shared memory
 };
 
 // After it, lane l holds the sum over all lanes of v[l].
@@ -94,6 +95,7 @@ struct Slice {
     return {size * i < n ? size * i : n, size * (i + 1) < n ? size * (i + 1) : n};
   }
   PYOPS_HOST_DEVICE int64_t size() const { return end - begin; }
+  PYOPS_HOST_DEVICE Slice first(int64_t n) const { return {begin, n < size() ? begin + n : end}; }
 };
 
 // Copies rows [units of the slice][gates][K] of w [gates, H, K] (gates = 1: [H, K]) into shared memory.
@@ -161,20 +163,20 @@ struct ForwardStep {
   static constexpr int units_per_tile = G == 1 ? 4 : 1;
   const recurrent::Sequence<T>& s;
   const SequenceWork<T>& work;
-  Slice slice;
+  Slice slice, kept;  // kept: the units whose weights are in shared memory, from the first on
   int d;
-  const T* shared;  // null: weights are read from memory
+  const T* shared;
   Neighbour<T> below{};
 
   PYOPS_DEVICE const T* weights(int64_t unit, int gate) const {
     if (unit >= slice.end) return nullptr;
-    if (shared != nullptr) return shared + ((unit - slice.begin) * G + gate) * s.P;
+    if (unit < kept.end) return shared + ((unit - kept.begin) * G + gate) * s.P;
     return s.w_hh + ((static_cast<int64_t>(d) * G + gate) * s.H + unit) * s.P;
   }
   // Those for the layer below stand behind the others.
   PYOPS_DEVICE const T* input_weights(int64_t unit, int gate) const {
     if (unit >= slice.end) return nullptr;
-    if (shared != nullptr) return shared + ((slice.size() + unit - slice.begin) * G + gate) * s.H;
+    if (unit < kept.end) return shared + ((kept.size() + unit - kept.begin) * G + gate) * s.H;
     return below.weights + (gate * s.H + unit) * s.H;
   }
   // Gates of one unit: lanes 0 to 7 collect those of their row. One gate: every lane has its own unit.
@@ -268,13 +270,10 @@ struct ForwardStep {
 template <class Cell, class T>
 __global__ void sequence_forward_kernel(recurrent::Sequence<T> s, SequenceWork<T> work) {
   const Place place(work.blocks_per_direction);
-  const Slice slice = Slice::of(s.H, work.blocks_per_direction, place.part);
-  T* shared = nullptr;
-  if (work.phase == 0) {
-    shared = &shared_storage<T>();
-    keep_weights(shared, s.w_hh + place.d * Cell::gates * s.H * s.P, slice, Cell::gates, s.H, s.P);
-  }
-  const ForwardStep<Cell, T> step{s, work, slice, place.d, shared};
+  const Slice slice = Slice::of(s.H, work.blocks_per_direction, place.part), kept = slice.first(work.kept);
+  T* shared = work.phase == 0 ? &shared_storage<T>() : nullptr;
+  if (shared != nullptr) keep_weights(shared, s.w_hh + place.d * Cell::gates * s.H * s.P, kept, Cell::gates, s.H, s.P);
+  const ForwardStep<Cell, T> step{s, work, slice, kept, place.d, shared};
   for (int64_t i = work.begin; i < work.end; ++i) {
     const int64_t t = s.step(place.d, i);
     if (work.phase != 2) step.cells(t);
@@ -289,9 +288,9 @@ __global__ void sequence_forward_kernel(recurrent::Sequence<T> s, SequenceWork<T
 // sent, gradients [N, D, K], comes through w_hh, what the output sent, or in a stack the layer above, is added, and
 // put(row, unit, dh) takes it on.
 template <bool splits, bool stacked, class T, class Put>
-PYOPS_DEVICE void gradients_of_states(const recurrent::Sequence<T>& s, const SequenceWork<T>& work, Slice slice, int d,
-                                      const T* shared, const T* sent, const Neighbour<T>& above, int64_t K, int64_t t,
-                                      int64_t later, Put&& put) {
+PYOPS_DEVICE void gradients_of_states(const recurrent::Sequence<T>& s, const SequenceWork<T>& work, Slice slice,
+                                      Slice kept, int d, const T* shared, const T* sent, const Neighbour<T>& above,
+                                      int64_t K, int64_t t, int64_t later, Put&& put) {
   using A = accumulate_t<T>;
   const int64_t now = t >= 0 ? s.steps.count(t) : 0, then = s.steps.count(later), rows = now > then ? now : then;
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -299,8 +298,8 @@ PYOPS_DEVICE void gradients_of_states(const recurrent::Sequence<T>& s, const Seq
     A dh = tile_product<T>(
         unit, slice.end, row0, rows, K,
         [&](int64_t unit) {
-          return shared != nullptr ? shared + (unit - slice.begin) * K
-                                   : work.w_hh_t + (static_cast<int64_t>(d) * s.P + unit) * K;
+          return unit < kept.end ? shared + (unit - kept.begin) * K
+                                 : work.w_hh_t + (static_cast<int64_t>(d) * s.P + unit) * K;
         },
         [&](int64_t row) { return row < then ? sent + ((s.steps.first(later) + row) * s.D + d) * K : nullptr; });
     A from_above{};
@@ -309,7 +308,7 @@ PYOPS_DEVICE void gradients_of_states(const recurrent::Sequence<T>& s, const Seq
         from_above = tile_product<T>(
             unit, slice.end, row0, now, K,
             [&](int64_t unit) {
-              return shared != nullptr ? shared + (slice.size() + unit - slice.begin) * K : above.weights + unit * K;
+              return unit < kept.end ? shared + (kept.size() + unit - kept.begin) * K : above.weights + unit * K;
             },
             [&](int64_t row) { return above.rows + (s.steps.first(t) + row) * K; });
     const int64_t row = row0 + lane % tile_rows, own = (d * s.steps.B + row) * s.P + (unit += lane / tile_rows);
@@ -332,7 +331,7 @@ struct BackwardStep {
   static constexpr int G = Cell::gates;
   const recurrent::Sequence<T>& s;
   const SequenceWork<T>& work;
-  Slice slice;
+  Slice slice, kept;
   int d;
   const T* shared;
   Neighbour<T> above{};
@@ -340,7 +339,7 @@ struct BackwardStep {
   // Step t, or -1 after the last: what step `later` sent goes through w_hh to the states that step t made.
   PYOPS_DEVICE void states(int64_t t, int64_t later) const {
     gradients_of_states<Cell::splits, stacked>(
-        s, work, slice, d, shared, static_cast<const T*>(Cell::splits ? s.dh_gates : s.dgates), above, G * s.H, t,
+        s, work, slice, kept, d, shared, static_cast<const T*>(Cell::splits ? s.dh_gates : s.dgates), above, G * s.H, t,
         later, [&](int64_t row, int64_t unit, A dh) {
           if (s.w_hr != nullptr)
             s.dh[((s.steps.first(t) + row) * s.D + d) * s.P + unit] = from_acc<T>(dh);
@@ -400,14 +399,11 @@ struct BackwardStep {
 template <class Cell, class T>
 __global__ void sequence_backward_kernel(recurrent::Sequence<T> s, SequenceWork<T> work) {
   const Place place(work.blocks_per_direction);
-  const Slice slice = Slice::of(s.P, work.blocks_per_direction, place.part);
+  const Slice slice = Slice::of(s.P, work.blocks_per_direction, place.part), kept = slice.first(work.kept);
   const int64_t K = Cell::gates * s.H;
-  T* shared = nullptr;
-  if (work.phase == 0) {
-    shared = &shared_storage<T>();
-    keep_weights(shared, work.w_hh_t + place.d * s.P * K, slice, 1, s.P, K);
-  }
-  const BackwardStep<Cell, T> step{s, work, slice, place.d, shared};
+  T* shared = work.phase == 0 ? &shared_storage<T>() : nullptr;
+  if (shared != nullptr) keep_weights(shared, work.w_hh_t + place.d * s.P * K, kept, 1, s.P, K);
+  const BackwardStep<Cell, T> step{s, work, slice, kept, place.d, shared};
   // One more than there are steps: the last one gives the gradients of the initial states.
   for (int64_t i = work.begin; i < work.end; ++i) {
     const auto [t, later] = s.steps_backwards(place.d, i);
@@ -435,8 +431,8 @@ void transpose(const T* from, T* to, int64_t D, int64_t rows, int64_t columns, c
          from, to, D, rows, columns);
 }
 
-// One persistent launch where the weights of `units` units of each of D directions (or layers), `bytes` each, fit beside
-// what else the kernel shares; else a launch for each of the one or two parts of a step.
+// One persistent launch where the weights of at least half of the `units` units of each of D directions (or layers),
+// `bytes` each, fit beside what else the kernel shares; else a launch for each of the one or two parts of a step.
 template <class Kernel, class Layer, class Work>
 void run_sequence(Kernel kernel, const Layer& s, Work work, int64_t D, int64_t units, int64_t bytes, int64_t steps,
                   int parts, size_t other_bytes, cudaStream_t stream) {
@@ -445,9 +441,11 @@ void run_sequence(Kernel kernel, const Layer& s, Work work, int64_t D, int64_t u
   const int64_t most = std::max<int64_t>(multiprocessor_count() / D, 1);
   // No more blocks than keep every warp busy with a tile.
   work.blocks_per_direction = static_cast<int>(std::min(most, ceil_div(units, 4)));
-  const size_t shared = other_bytes + static_cast<size_t>(ceil_div(units, work.blocks_per_direction) * bytes);
+  const int64_t of_block = ceil_div(units, work.blocks_per_direction);
+  work.kept = std::min(of_block, (shared_memory_limit() - static_cast<int64_t>(other_bytes)) / bytes);
+  const size_t shared = other_bytes + static_cast<size_t>(work.kept * bytes);
   work.begin = 0, work.end = steps, work.phase = 0;
-  if (shared <= static_cast<size_t>(shared_memory_limit()) &&
+  if (2 * work.kept >= of_block &&
       work.blocks_per_direction * D <= max_cooperative_blocks(kernel, sequence_threads, shared)) {
     zero_memory(work.barrier, sizeof(unsigned), stream);
     launch(kernel,
@@ -455,7 +453,7 @@ void run_sequence(Kernel kernel, const Layer& s, Work work, int64_t D, int64_t u
            work);
     return;
   }
-  work.blocks_per_direction = static_cast<int>(std::min<int64_t>(ceil_div(units, 8), most * 4));
+  work.blocks_per_direction = static_cast<int>(std::min<int64_t>(ceil_div(units, 8), most * 4)), work.kept = 0;
   for (int64_t i = 0; i < steps; ++i) {
     work.begin = i, work.end = i + 1;
     for (work.phase = 1; work.phase <= parts; ++work.phase)

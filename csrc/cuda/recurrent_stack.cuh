@@ -19,18 +19,17 @@ __global__ void stack_forward_kernel(recurrent::Stack<Cell, T> stack, StackWork<
   constexpr int G = Cell::gates;
   const Place place(work.blocks_per_direction);
   const int64_t l = place.d, H = stack.s.H, B = stack.s.steps.B;
-  const Slice slice = Slice::of(H, work.blocks_per_direction, place.part);
+  const Slice slice = Slice::of(H, work.blocks_per_direction, place.part), kept = slice.first(work.kept);
   const recurrent::Sequence<T> s = stack.layer(l);
   Neighbour<T> below{};
   if (l > 0) below = {stack.layer(l - 1).y, stack.input_weights(l), stack.input_bias(l)};
-  T* shared = nullptr;
-  if (work.phase == 0) {
-    shared = &shared_storage<T>();
-    keep_weights(shared, s.w_hh, slice, G, H, H);
-    if (l > 0) keep_weights(shared + slice.size() * G * H, below.weights, slice, G, H, H);
+  T* shared = work.phase == 0 ? &shared_storage<T>() : nullptr;
+  if (shared != nullptr) {
+    keep_weights(shared, s.w_hh, kept, G, H, H);
+    if (l > 0) keep_weights(shared + kept.size() * G * H, below.weights, kept, G, H, H);
   }
   work.c += l * B * H;
-  const ForwardStep<Cell, T, true> step{s, work, slice, 0, shared, below};
+  const ForwardStep<Cell, T, true> step{s, work, slice, kept, 0, shared, below};
   for (int64_t i = work.begin; i < work.end; ++i) {
     const int64_t t = i - l;
     if (t >= 0 && t < s.steps.T) step.cells(t);
@@ -42,20 +41,19 @@ template <class Cell, class T>
 __global__ void stack_backward_kernel(recurrent::Stack<Cell, T> stack, StackWork<T> work) {
   const Place place(work.blocks_per_direction);
   const int64_t l = place.d, H = stack.s.H, B = stack.s.steps.B, K = Cell::gates * H;
-  const Slice slice = Slice::of(H, work.blocks_per_direction, place.part);
+  const Slice slice = Slice::of(H, work.blocks_per_direction, place.part), kept = slice.first(work.kept);
   const recurrent::Sequence<T> s = stack.layer(l);
   Neighbour<T> above{};
   if (l < stack.L - 1) above = {stack.layer(l + 1).dgates, work.w_ih_t + l * H * K, nullptr};
   work.w_hh_t += l * H * K;
-  T* shared = nullptr;
-  if (work.phase == 0) {
-    shared = &shared_storage<T>();
-    keep_weights(shared, work.w_hh_t, slice, 1, H, K);
-    if (l < stack.L - 1) keep_weights(shared + slice.size() * K, above.weights, slice, 1, H, K);
+  T* shared = work.phase == 0 ? &shared_storage<T>() : nullptr;
+  if (shared != nullptr) {
+    keep_weights(shared, work.w_hh_t, kept, 1, H, K);
+    if (l < stack.L - 1) keep_weights(shared + kept.size() * K, above.weights, kept, 1, H, K);
   }
   if (Cell::has_cell) work.c += l * B * H;
   if (Cell::splits) work.direct += l * B * H;
-  const BackwardStep<Cell, T, true> step{s, work, slice, 0, shared, above};
+  const BackwardStep<Cell, T, true> step{s, work, slice, kept, 0, shared, above};
   for (int64_t i = work.begin; i < work.end; ++i) {
     const int64_t own = i - (stack.L - 1 - l);  // the last layer is the first
     if (own >= 0 && own <= s.steps.T) {
