@@ -1,5 +1,7 @@
-"""distance: all pairs, and the nearest of them. ``x`` holds the rows of x1, ``other`` those of x2."""
+"""distance: all pairs, the nearest of them, row by row, and products of channels. ``x`` holds the rows of x1, ``other``
+those of x2."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from .case import Case, Function, Provider, with_both_directions
 from .peers import compiled, pyops_providers
 
 STEM = "distance"
-OPS = ("cdist", "knn")
+OPS = ("cdist", "knn", "pairwise_distance", "cosine_similarity", "gram_matrix")
 K = 10
 
 
@@ -20,12 +22,24 @@ def case_of(op: str, rows: int, others: int, columns: int, p: float = 2.0, **mor
     return Case(op, (rows, columns), args=args, output=output, **more)
 
 
+def by_row(op: str, rows: int, columns: int, **more: Any) -> Case:
+    return Case(op, (rows, columns), output=(rows,), **more)
+
+
+def gram(batch: int, channels: int, pixels: int, **more: Any) -> Case:
+    return Case("gram_matrix", (batch, channels, pixels), output=(batch, channels, channels), **more)
+
+
 def cases(device: str) -> list[Case]:
     if device == "cpu":
         pairs = [
             case_of("cdist", 4096, 4096, 64, quick=True),
             case_of("cdist", 1024, 1024, 64, 1.0),
             case_of("cdist", 512, 512, 256, float("inf")),
+            by_row("pairwise_distance", 65536, 128),
+            by_row("cosine_similarity", 65536, 128),
+            gram(1, 64, 224 * 224),
+            gram(1, 512, 28 * 28, quick=True),
         ]
         return [
             *with_both_directions(pairs),
@@ -33,29 +47,40 @@ def cases(device: str) -> list[Case]:
             case_of("knn", 1, 100000, 64),
             case_of("knn", 256, 20000, 16, 1.0),
         ]
-    pairs = [case_of("cdist", 16384, 16384, 128, device=device, quick=True)]
+    pairs = [
+        case_of("cdist", 16384, 16384, 128, device=device, quick=True),
+        by_row("pairwise_distance", 1 << 20, 128, device=device),
+        by_row("cosine_similarity", 1 << 20, 128, device=device),
+        gram(16, 512, 56 * 56, device=device),
+    ]
     return [*with_both_directions(pairs), case_of("knn", 16384, 1 << 20, 64, device=device)]
 
 
 def tiny(device: str) -> list[Case]:
     found = [case_of("cdist", 5, 7, 3, p, device=device, backward=True) for p in (0.0, 1.0, 2.0, 3.0, float("inf"))]
-    return [*found, case_of("knn", 5, 70, 3, device=device)]
+    alone = [by_row(op, 5, 7, device=device, backward=True) for op in ("pairwise_distance", "cosine_similarity")]
+    grams = [gram(2, 3, 7, device=device, backward=True), gram(1, 257, 5, device=device, backward=True)]
+    return [*found, *alone, *grams, case_of("knn", 5, 70, 3, device=device)]
 
 
 def shapes(case: Case) -> dict[str, tuple[int, ...]]:
-    return {"other": (case.args["R"], case.shape[1])}
+    if case.op == "gram_matrix":
+        return {}
+    return {"other": (case.args.get("R", case.shape[0]), case.shape[1])}
 
 
 def bytes(case: Case) -> int:
     """Forward x1, x2 → y; backward dy, y, x1, x2 → dx1, dx2."""
-    rows, columns = case.shape
-    inputs, out = (rows + case.args["R"]) * columns, rows * (case.output or (0, 0))[1]
+    inputs = case.numel + sum(map(math.prod, shapes(case).values()))
+    out = math.prod(case.output or ())
     return (inputs + out + case.backward * (2 * inputs + 2 * out)) * case.dtype.itemsize
 
 
 def flops(case: Case) -> int:
-    """A difference, a product and a sum for each pair and column; both gradients the same again."""
-    return 3 * case.numel * case.args["R"] * (1 + 2 * case.backward)
+    """A difference, a product and a sum for each pair and column, two products with their sums for a cosine, half a
+    product for a Gram matrix; the gradients twice the same."""
+    each = {"pairwise_distance": 3, "cosine_similarity": 6, "gram_matrix": case.shape[1] + 1}
+    return case.numel * each.get(case.op, 3 * case.args.get("R", 0)) * (1 + 2 * case.backward)
 
 
 def nearest(functional: Any, t: dict[str, torch.Tensor], p: float) -> torch.Tensor:
@@ -65,6 +90,11 @@ def nearest(functional: Any, t: dict[str, torch.Tensor], p: float) -> torch.Tens
 
 
 def bind(functional: Any, case: Case) -> Function:
+    if case.op == "gram_matrix":
+        return lambda t: F.gram_matrix(t["x"]) if functional is F else t["x"] @ t["x"].mT
+    if "p" not in case.args:
+        function = getattr(functional, case.op)
+        return lambda t: function(t["x"], t["other"])
     p = case.args["p"]
     if case.op == "knn":
         return lambda t: nearest(functional, t, p)

@@ -120,25 +120,40 @@ def by_grid_sample(
     return y
 
 
+class Scalar(torch.autograd.Function):
+    """The loops of scalar_loops.cpp over the RoIs [R_k, 5] of every level, whose rows of y are `index[k]`."""
+
+    @staticmethod
+    def forward(ctx: Any, own: list[torch.Tensor], index: list[torch.Tensor], bins: int, *maps: torch.Tensor) -> Any:
+        ctx.own, ctx.index, ctx.shapes = own, index, [m.shape for m in maps]
+        y = torch.empty(sum(map(len, own)), maps[0].shape[1], bins, bins)
+        for m, i, r in zip(maps, index, own):
+            part = y.new_empty(len(i), *y.shape[1:])
+            planes = m.contiguous()  # held while the loop reads it
+            Scalar.call(library().scalar_roi_align, planes, r, part)
+            y[i] = part
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        grads = [dy.new_zeros(shape) for shape in ctx.shapes]
+        for dx, i, r in zip(grads, ctx.index, ctx.own):
+            Scalar.call(library().scalar_roi_align_backward, dx, r, dy[i].contiguous())
+        return None, None, None, *grads
+
+    @staticmethod
+    def call(loop: Any, planes: torch.Tensor, rois: torch.Tensor, pooled: torch.Tensor) -> None:
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (planes, rois, pooled)]
+        loop(*pointers, *map(ctypes.c_int64, (*planes.shape[1:], len(rois), pooled.shape[-1], RATIO)))
+
+
 def scalar(case: Case) -> Function:
+    library()  # not while it is timed
     boxes, level, _ = regions(case)
     rois = torch.cat([torch.cat((torch.full_like(b[:, :1], i), b), 1) for i, b in enumerate(boxes)])
     index = [torch.where(level == k)[0] for k in range(4)]
     own = [(rois[i] * torch.tensor([1.0] + [s] * 4)).contiguous() for i, s in zip(index, SCALES)]
-    loops, bins = library(), case.args["bins"]
-    pointer = lambda t: ctypes.c_void_p(t.data_ptr())
-
-    def run(t: dict[str, torch.Tensor]) -> torch.Tensor:
-        y = torch.empty(case.output or ())
-        for m, i, r in zip(maps_of(t), index, own):
-            part = torch.empty(len(i), *y.shape[1:])
-            sizes = [ctypes.c_int64(v) for v in (m.shape[1], m.shape[2], m.shape[3], len(i), bins, RATIO)]
-            planes = m.contiguous()  # held while the loop reads it
-            loops.scalar_roi_align(pointer(planes), pointer(r), pointer(part), *sizes)
-            y[i] = part
-        return y
-
-    return run
+    return lambda t: Scalar.apply(own, index, case.args["bins"], *maps_of(t))
 
 
 def torchvision(case: Case) -> Function:
@@ -151,7 +166,7 @@ def torchvision(case: Case) -> Function:
 
 def providers(case: Case) -> dict[str, Provider]:
     found = pyops_providers(bind, case) | {"torch": Provider(lambda: bind(torch.nn.functional, case))}
-    if case.device == "cpu" and not case.backward:
+    if case.device == "cpu":
         found["scalar C++"] = Provider(lambda: scalar(case))
     if case.device == "cuda":
         found["torchvision"] = Provider(lambda: torchvision(case))

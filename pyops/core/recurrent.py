@@ -35,7 +35,7 @@ def check_cell(
             check.fail(TypeError, op, name, type(t).__name__, "a tensor")
         if t.device != input.device:
             check.fail(RuntimeError, op, name, f"a tensor on {t.device}", f"one on {input.device}, as the input")
-        if t.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        if t.dtype != input.dtype and not autocast.enabled(input):
             check.fail(RuntimeError, op, name, t.dtype, f"{input.dtype}, as the input")
     if input.dim() != 2:
         kind = IndexError if input.dim() < 2 else RuntimeError
@@ -271,7 +271,7 @@ def check_network(op: str, net: Network, states: Sequence[Tensor], gates: int, p
             check.fail(TypeError, op, name, type(p).__name__, "a tensor")
         if p.device != x.device:
             check.fail(RuntimeError, op, name, f"a tensor on {p.device}", f"one on {x.device}, as the input")
-        if p.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if p.dtype != x.dtype and not autocast.enabled(x):
             check.fail(RuntimeError, op, name, p.dtype, f"{x.dtype}, as the input")
     if not 0 <= net.dropout <= 1:
         check.fail(ValueError, op, "dropout", net.dropout, "a probability")

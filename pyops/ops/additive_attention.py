@@ -121,7 +121,7 @@ def additive_attention(
     torch, which then stores L x S x D), forward mode (likewise), vmap and torch.compile.
     """
     _check(query, key, value, w_q, w_k, v, bias, attn_mask)
-    if torch.is_autocast_enabled(query.device.type):
+    if autocast.enabled(query):
         query, key, value, w_q, w_k, v, *rest = autocast.lower(
             query, key, value, w_q, w_k, v, *(() if bias is None else (bias,))
         )
@@ -149,7 +149,7 @@ def _added(mask: Tensor, batch: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def _check(query, key, value, w_q, w_k, v, bias, mask) -> None:
     op = "additive_attention"
     check.floating(op, "query", query)
-    low = torch.is_autocast_enabled(query.device.type)
+    low = autocast.enabled(query)
     named = {"key": key, "value": value, "w_q": w_q, "w_k": w_k, "v": v, "bias": bias}
     for name, t in named.items():
         if t is None and name == "bias":

@@ -164,7 +164,7 @@ def grid_sample(
         check.fail(TypeError, op, "grid", type(grid).__name__, "a tensor")
     given: Any = autocast.cast(op, input, grid)
     x, points = given
-    if x.dtype != points.dtype and torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != points.dtype and autocast.enabled(x):
         wide = torch.promote_types(x.dtype, points.dtype)
         x, points = x.to(wide), points.to(wide)
     dims = x.dim() - 2

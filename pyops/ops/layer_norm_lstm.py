@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import backend, check, library, recurrent
+from ..core import autocast, backend, check, library, recurrent
 from ..core.autograd import Formula, differentiable
 from ..core.regularized import Regularized
 from ..core.samples import Maker, Sample, checked
@@ -122,7 +122,7 @@ def _check_normalisation(op: str, x: Tensor, hidden: int, named: dict[str, Tenso
             check.fail(RuntimeError, op, name, f"shape {list(t.shape)}", f"shape {[size]}")
         if t.device != x.device:
             check.fail(RuntimeError, op, name, f"a tensor on {t.device}", f"one on {x.device}, as the input")
-        if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if t.dtype != x.dtype and not autocast.enabled(x):
             check.fail(RuntimeError, op, name, t.dtype, f"{x.dtype}, as the input")
 
 

@@ -256,7 +256,7 @@ def bilinear(
     x1, x2 = input1.reshape(m, i), input2.reshape(m, j)
     if i < j:
         x1, x2, weight = x2, x1, weight.mT
-    if torch.is_autocast_enabled(x1.device.type):
+    if autocast.enabled(x1):
         # torch counts it with the sums, which keep their dtype, and not with the products
         with torch.autocast(x1.device.type, enabled=False):
             return _two_products(x1, x2, weight, bias).view(shape)
