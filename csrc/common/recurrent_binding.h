@@ -1,4 +1,5 @@
-// What the bindings of lstm, gru and rnn share: the sizes of a layer and of a stack of them, checked. Included by <stem>_binding.h.
+// What the bindings of lstm, gru and rnn share: the sizes of a layer and of a stack of them, checked. Included by
+// <stem>_binding.h.
 #pragma once
 
 #include "common/recurrent.h"

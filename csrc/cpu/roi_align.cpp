@@ -17,6 +17,7 @@
 
 #include "common/registry.h"
 #include "cpu/parallel.h"
+#include "cpu/position_sensitive.h"
 #include "cpu/simd.h"
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
@@ -195,20 +196,10 @@ void pixels_bwd(const scalar_t* __restrict__ dy, acc_t* __restrict__ dx, const R
         }
 }
 
-// Position sensitive: bin b = p Q + q of channel k reads plane k P Q + b. Elements from one to the next of
-struct Steps {
-  int64_t plane, pixel;  // x
-  int64_t channel, bin;  // y
-};
-inline Steps steps_of(const Problem& s, const Map& map, bool channels_last) {
-  const int64_t bins = s.P * s.Q;
-  return channels_last ? Steps{1, s.C, 1, s.C / bins} : Steps{map.H * map.W, 1, bins, 1};
-}
-
-// Channels [0, count) of every bin, `together` of them at a time.
+// Position sensitive: channels [0, count) of every bin, `together` of them at a time.
 template <class scalar_t, class acc_t>
 void sensitive_fwd(const scalar_t* __restrict__ x, scalar_t* __restrict__ out, const Region<acc_t>& g,
-                   const Steps& step, int64_t W, int64_t P, int64_t Q, int64_t count) {
+                   const PositionSteps& step, int64_t W, int64_t P, int64_t Q, int64_t count) {
   constexpr int64_t together = 8;
   const int64_t to_channel = P * Q * step.plane;
   for (int64_t p = 0; p < P; ++p)
@@ -286,7 +277,7 @@ void align_fwd(const Levels<scalar_t>& levels, const accumulate_t<scalar_t>* roi
       if (item == begin || c0 == 0) g.build(rois + r * 5, map, s);
       const scalar_t* x = levels.x[size_t(level)];
       if (position_sensitive) {
-        const Steps step = steps_of(s, map, channels_last);
+        const PositionSteps step(s.C, map.H * map.W, bins, channels_last);
         sensitive_fwd(x + n * s.C * map.H * map.W + c0 * bins * step.plane, y + r * channels * bins + c0 * step.channel,
                       g, step, map.W, s.P, s.Q, c1 - c0);
         continue;
@@ -367,9 +358,7 @@ void sensitive_bwd(const scalar_t* dy, const accumulate_t<scalar_t>* rois,
           if (g.empty() || g.y.high < row0 || g.y.low >= row1) continue;
           sensitive_rows_bwd(dy + r * s.C, sums, g, map.W, row0, row1, s.P, s.Q, s.C);
         }
-        if constexpr (!std::is_same_v<scalar_t, acc_t>)
-          each_vector<acc_t>(count,
-                             [&](int64_t i, auto lanes) { Vec<acc_t>::load(sums + i, lanes).store(band + i, lanes); });
+        if constexpr (!std::is_same_v<scalar_t, acc_t>) narrow(band, sums, count);
       }
     });
   }

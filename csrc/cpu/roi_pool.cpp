@@ -13,6 +13,7 @@
 #include "common/registry.h"
 #include "common/roi_bins.h"
 #include "cpu/parallel.h"
+#include "cpu/position_sensitive.h"
 #include "cpu/simd.h"
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
@@ -37,21 +38,10 @@ inline std::vector<int64_t> images_of(const OpScope& op, const int64_t* rois, co
   return image;
 }
 
-// Mean: bin b = p Q + q of channel k reads plane k P Q + b. Elements from one to the next of
-struct Steps {
-  int64_t plane, pixel;  // x
-  int64_t channel, bin;  // y
-  explicit Steps(const Problem& s)
-      : plane(s.channels_last ? 1 : s.H * s.W),
-        pixel(s.channels_last ? s.C : 1),
-        channel(s.channels_last ? 1 : s.P * s.Q),
-        bin(s.channels_last ? s.channels() : 1) {}
-};
-
-// All channels of one bin, whose first plane is x; sum: one for each.
+// Mean: all channels of one bin, whose first plane is x; sum: one for each.
 template <class scalar_t, class acc_t>
-void mean_fwd(const scalar_t* __restrict__ x, scalar_t* __restrict__ y, const Steps& step, const Problem& s, int64_t h0,
-              int64_t h1, int64_t w0, int64_t w1, acc_t* __restrict__ sum) {
+void mean_fwd(const scalar_t* __restrict__ x, scalar_t* __restrict__ y, const PositionSteps& step, const Problem& s,
+              int64_t h0, int64_t h1, int64_t w0, int64_t w1, acc_t* __restrict__ sum) {
   const int64_t channels = s.channels(), to_channel = s.P * s.Q * step.plane;
   const acc_t count = acc_t(std::max<int64_t>((h1 - h0) * (w1 - w0), 1));
   if (!s.channels_last) {
@@ -77,7 +67,6 @@ void pool_fwd(const scalar_t* x, const int64_t* rois, const std::vector<int64_t>
               const Problem& s) {
   using acc_t = accumulate_t<scalar_t>;
   const int64_t bins = s.P * s.Q, channels = s.channels(), HW = s.H * s.W;
-  const Steps step(s);
   parallel_for(s.R, 1, [&](int64_t begin, int64_t end) {
     std::vector<acc_t> best(size_t(s.C), acc_t(0));
     std::vector<int32_t> at(size_t(s.C), -1);
@@ -92,6 +81,7 @@ void pool_fwd(const scalar_t* x, const int64_t* rois, const std::vector<int64_t>
           ys.range(p, h0, h1);
           xs.range(q, w0, w1);
           if (s.mean) {
+            const PositionSteps step(s.C, HW, bins, s.channels_last);
             mean_fwd(map + bin * step.plane, y + r * channels * bins + bin * step.bin, step, s, h0, h1, w0, w1,
                      best.data());
             continue;
@@ -211,9 +201,7 @@ void mean_bwd(const scalar_t* dy, const int64_t* rois, const std::vector<std::ve
           }
         }
       }
-      each_vector<acc_t>((row1 - row0) * line, [&](int64_t i, auto lanes) {
-        Vec<acc_t>::load(sums.data() + i, lanes).store(dx + (n * s.H + row0) * line + i, lanes);
-      });
+      narrow(dx + (n * s.H + row0) * line, sums.data(), (row1 - row0) * line);
     }
   });
 }

@@ -4,7 +4,8 @@
 // layout   x, y, dy, dx: [M, N, S] · max, sum: [M * S]
 // mapping  S = 1: a block per row, 32 to 512 threads; else a thread per column, neighbours in s side by side
 // memory   x read three times (from the caches after the first, for rows that fit), y written once; backward: dy, x
-// twice numerics in fp32 (fp64 for fp64), sums in fixed order; a row without a finite maximum gives NaN, as in torch
+//          twice
+// numerics in fp32 (fp64 for fp64), sums in fixed order; a row without a finite maximum gives NaN, as in torch
 #include <algorithm>
 
 #include "cuda/math.cuh"
