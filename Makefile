@@ -6,19 +6,24 @@ PIP := $(BIN)/pip --disable-pip-version-check
 # CUDA headers for the emulator come from a toolkit if there is one, else from PyPI's NVIDIA packages.
 CUDA_HEADERS := $(shell command -v nvcc >/dev/null || test -e /usr/local/cuda/include/cuda_fp16.h && echo yes)
 RUN := PYTHONUNBUFFERED=1 $(BIN)/python
+# A run starts many processes; without bytecode each would compile torch's Python again, whatever the shell asks for.
+export PYTHONDONTWRITEBYTECODE :=
 # One process per core, of one thread each.
 PYTEST := $(RUN) -m pytest -n $(or $(MAX_JOBS),$(shell n=$$(nproc); echo $$((n < 16 ? n : 16)))) --dist worksteal
 # new ones too, before git knows them
 FILES := git ls-files --cached --others --exclude-standard
-RACE := PYOPS_EMULATOR=race $(PYTEST) tests -m race --backend emulator
 
 .PHONY: demo test thorough bench build gpu gpu-wheels emulator capabilities asan room fmt lint check sanitize profile sass clean
 
-$(VENV)/.installed: requirements/dev.txt requirements/emulator.txt
+$(VENV)/.toolchain: requirements/build.txt requirements/emulator.txt
 	@$(PYTHON) -c "import sys; sys.exit('pyops needs Python 3.10 or newer, this is ' + sys.version) if sys.version_info < (3, 10) else None"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q --no-compile -r requirements/dev.txt
+	$(PIP) install -q --no-compile -r requirements/build.txt
 	@test -n "$(CUDA_HEADERS)" || $(PIP) install -q --no-compile -r requirements/emulator.txt
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.toolchain requirements/dev.txt
+	$(PIP) install -q --no-compile -r requirements/dev.txt
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.installed requirements/demo.txt requirements/demo-no-deps.txt
@@ -26,10 +31,10 @@ $(VENV)/.demo: $(VENV)/.installed requirements/demo.txt requirements/demo-no-dep
 	$(PIP) install -q --no-deps -r requirements/demo-no-deps.txt
 	@touch $@
 
-build: $(VENV)/.installed ## libpyops.so and _host into the editable install
+build: $(VENV)/.toolchain ## libpyops.so and _host into the editable install
 	$(PIP) install -q -e . --no-build-isolation --no-deps
 
-emulator: $(VENV)/.installed ## the same, with the CUDA kernels compiled for the CPU
+emulator: $(VENV)/.toolchain ## the same, with the CUDA kernels compiled for the CPU
 	PYOPS_BUILD_EMULATOR=1 $(PIP) install -q -e . --no-build-isolation --no-deps
 
 capabilities: $(VENV)/.installed ## the CPU kernels for every instruction set, compared on the samples of every op
@@ -48,20 +53,19 @@ asan: $(VENV)/.installed ## the CUDA kernels on the CPU, and detection on the CP
 	$(ASAN) $(RUN) -m pytest tests -m race --backend emulator
 	$(ASAN) $(RUN) -m pytest $(DETECTION) -m "not slow" -k "not capabilit and not instruction_set" --backend cpu
 
-demo: $(VENV)/.demo build ## the main job: real networks on real photos, then a quick benchmark
+demo: $(VENV)/.toolchain ## the main job: real networks on real photos, then a quick benchmark
+	@$(MAKE) --no-print-directory -j2 $(VENV)/.demo build
 	$(RUN) -m pyops demo --out out
 
-test: $(VENV)/.installed ## the whole suite, then the race detector on the smallest cases
+test: $(VENV)/.toolchain ## the whole suite, with the race detector on the smallest cases
 	@$(MAKE) --no-print-directory -j2 $(VENV)/.demo emulator  # while one loads, the other compiles
 	$(PYTEST) tests -m "not slow and not thorough"
-	$(RACE)
 
 thorough: $(VENV)/.demo emulator ## what `make test` leaves out for its quarter of an hour, without the slow tests
 	$(PYTEST) tests -m "thorough and not slow"
 
 check: $(VENV)/.demo emulator ## everything, slow tests included
 	$(PYTEST) tests
-	$(RACE)
 	$(RUN) -m pyops check
 	$(MAKE) capabilities
 

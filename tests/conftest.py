@@ -29,9 +29,23 @@ def pytest_generate_tests(metafunc):
         return
     wanted = metafunc.config.getoption("--backend")
     names = wanted or [name for name in backend.NAMES if name == "cpu" or library.why_not(name) is None]
-    if metafunc.definition.get_closest_marker("race") is not None and library.emulator_mode() != "plain":
-        names = wanted or ["emulator"]
+    if metafunc.definition.get_closest_marker("race") is not None:
+        if library.emulator_mode() != "plain":
+            names = wanted or ["emulator"]
+        elif "emulator" in names:
+            names = [*names, pytest.param("emulator", id="race", marks=pytest.mark.race_detector)]
     metafunc.parametrize("backend", names)
+
+
+@pytest.fixture(autouse=True)
+def _race_detector(request):
+    """Tests marked ``race`` run on the emulator twice, once with its race detector."""
+    if request.node.get_closest_marker("race_detector") is None:
+        yield
+        return
+    library.configure_emulator(race=1)
+    yield
+    library.configure_emulator(race=0)
 
 
 # `make test` has a quarter of an hour. It runs each op's accuracy everywhere, and leaves to others:
@@ -99,7 +113,7 @@ def pytest_collection_modifyitems(config, items):
         if (marker := _left_out(item)) is not None:
             item.add_marker(marker)
     if library.emulator_mode() != "race":
-        repeated = [item for item in items if item.originalname == "test_race"]
+        repeated = [i for i in items if i.originalname == "test_race" and not i.get_closest_marker("race_detector")]
         items[:] = [item for item in items if item not in set(repeated)]
         config.hook.pytest_deselected(items=repeated)
 

@@ -91,6 +91,7 @@ def test_shared_memory_of_each_device(plain, capability):
 # (a misaligned vector load would fault in the CPU itself).
 BUGS = {
     "missing_barrier": (r"uninitialised shared memory|data race .* on shared memory", "uninitialised,race"),
+    "missing_barrier_after_returned_struct": (r"uninitialised shared memory|data race .* shared", "uninitialised,race"),
     "shared_race": (r"data race .* on shared memory", "race"),
     "missing_syncwarp": (r"uninitialised shared memory|data race .* on shared memory", "uninitialised,race"),
     "uninitialised_shared": (r"read of uninitialised shared memory \+160", "uninitialised"),
@@ -110,6 +111,7 @@ BUGS = {
     "missing_cp_async_barrier": (r"uninitialised shared memory|data race .* on shared memory", "uninitialised,race"),
     "cp_async_never_waited": (r"cp.async still outstanding", "async_wait"),
     "misaligned_vector_load": (r"misaligned access .* needs a multiple of 16", None),
+    "misaligned_word": (r"misaligned access .* needs a multiple of 4", "alignment"),
     "index_past_member_array": (r"index 64 is outside an array of type 'float \[64\]'", "bounds"),
     "shared_overrun": (r"write past the end of shared memory", "bounds,shared_overrun"),
     "launch_with_too_little_shared_memory": (r"shared_storage .* needs 16384 bytes", None),
@@ -157,7 +159,8 @@ def test_messages_name_file_line_block_and_thread(race):
 
 
 def test_plain_mode_finds_misuse(plain):
-    for bug in ("shuffle_mask", "divergent_barrier", "cp_async_never_waited", "missing_wgmma_fence", "shared_overrun"):
+    bugs = ["shuffle_mask", "divergent_barrier", "cp_async_never_waited", "missing_wgmma_fence", "shared_overrun"]
+    for bug in [*bugs, "misaligned_vector_load", "misaligned_word"]:
         assert re.search(BUGS[bug][0], plain.run(f"bug_{bug}", 1)), bug
 
 

@@ -3,8 +3,6 @@
 
 #if defined(__CUDACC__)
 #define PYOPS_HOST_DEVICE __host__ __device__ __forceinline__
-#elif defined(PYOPS_EMULATOR)
-#define PYOPS_HOST_DEVICE inline
 #else
 // Arithmetic that reaches a CPU kernel's inner loop must not survive as a call.
 #define PYOPS_HOST_DEVICE inline __attribute__((always_inline))

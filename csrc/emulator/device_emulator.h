@@ -7,7 +7,8 @@
 
 #include "emulator/builtins.h"
 
-#define PYOPS_DEVICE inline
+// As on the GPU, and so that every store is seen: the compiler does not instrument `*p = f()` where f returns a struct.
+#define PYOPS_DEVICE inline __attribute__((always_inline))
 
 namespace pyops {
 
@@ -78,6 +79,11 @@ PYOPS_ENGINE T fetch_add_acq_rel(T* p, std::type_identity_t<T> v, PYOPS_HERE) {
   return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
 }
 namespace detail {
+template <class V, class P>
+inline V* vector_at(P* p) {
+  if (reinterpret_cast<uintptr_t>(p) % alignof(V) != 0) emulator::misaligned(p, alignof(V));
+  return reinterpret_cast<V*>(p);
+}
 template <int N>
 PYOPS_ENGINE void red_add(float* p, const float (&v)[N], PYOPS_HERE) {
   if (reinterpret_cast<uintptr_t>(p) % (N * sizeof(float)) != 0)

@@ -1,6 +1,6 @@
 // What instrumented kernels call: the compiler's thread-sanitizer and undefined-behaviour hooks, implemented here
-// instead of by the sanitizers' own run-time libraries. Accesses are looked at in race mode only, alignment and indices
-// of member arrays always.
+// instead of by the sanitizers' own run-time libraries. Accesses are looked at in race mode only, their alignment and
+// indices of member arrays always.
 #include "emulator/race.h"
 
 namespace pyops::emulator {
@@ -17,11 +17,6 @@ inline void on_access(const void* p, size_t bytes, bool write, const void* pc) {
 struct SourcePlace {
   const char* file;
   uint32_t line, column;
-};
-struct TypeMismatch {
-  SourcePlace place;
-  const void* type;
-  unsigned char log_alignment, kind;
 };
 struct OutOfBounds {
   SourcePlace place;
@@ -41,16 +36,17 @@ std::string text(const SourcePlace& place, const void* pc) {
   return " at " + (slash == std::string::npos ? file : file.substr(slash + 1)) + ":" + std::to_string(place.line);
 }
 
-void type_mismatch(const TypeMismatch* data, uintptr_t address, const void* pc) {
+[[gnu::cold]] void misaligned_access(const void* p, size_t alignment, const void* pc) {
   const Engine* e = engine();
   if (e == nullptr || e->current == nullptr || !enabled(Detector::alignment)) return;
   const EngineScope scope;
-  const std::string type = static_cast<const TypeDescriptor*>(data->type)->name;
-  const std::string why = address == 0
-                              ? "access through a null pointer to "
-                              : "misaligned access (address ends in " + std::to_string(address % 64) +
-                                    ", needs a multiple of " + std::to_string(1u << data->log_alignment) + ") of type ";
-  raise_error(why + type + text(data->place, pc) + "; " + describe(e->current));
+  raise_error("misaligned access (address ends in " + std::to_string(reinterpret_cast<uintptr_t>(p) % 64) +
+              ", needs a multiple of " + std::to_string(alignment) + ")" + locate(pc) + "; " + describe(e->current));
+}
+// The compiler calls __tsan_read<n> and __tsan_write<n> where the type promises a multiple of n.
+inline void on_aligned_access(const void* p, size_t bytes, bool write, const void* pc) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes != 0) misaligned_access(p, bytes, pc);
+  on_access(p, bytes, write, pc);
 }
 
 void out_of_bounds(const OutOfBounds* data, uintptr_t index, const void* pc) {
@@ -63,10 +59,13 @@ void out_of_bounds(const OutOfBounds* data, uintptr_t index, const void* pc) {
 }
 
 }  // namespace
+
+#define PYOPS_PC __builtin_return_address(0)
+
+void misaligned(const void* p, size_t alignment) { misaligned_access(p, alignment, PYOPS_PC); }
 }  // namespace pyops::emulator
 
-using pyops::emulator::on_access;
-#define PYOPS_PC __builtin_return_address(0)
+using pyops::emulator::on_access, pyops::emulator::on_aligned_access;
 
 extern "C" {
 
@@ -76,13 +75,13 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 
-#define PYOPS_ACCESS(SIZE)                                                           \
-  void __tsan_read##SIZE(void* p) { on_access(p, SIZE, false, PYOPS_PC); }           \
-  void __tsan_write##SIZE(void* p) { on_access(p, SIZE, true, PYOPS_PC); }           \
-  void __tsan_unaligned_read##SIZE(void* p) { on_access(p, SIZE, false, PYOPS_PC); } \
-  void __tsan_unaligned_write##SIZE(void* p) { on_access(p, SIZE, true, PYOPS_PC); } \
-  void __tsan_volatile_read##SIZE(void* p) { on_access(p, SIZE, false, PYOPS_PC); }  \
-  void __tsan_volatile_write##SIZE(void* p) { on_access(p, SIZE, true, PYOPS_PC); }
+#define PYOPS_ACCESS(SIZE)                                                                  \
+  void __tsan_read##SIZE(void* p) { on_aligned_access(p, SIZE, false, PYOPS_PC); }          \
+  void __tsan_write##SIZE(void* p) { on_aligned_access(p, SIZE, true, PYOPS_PC); }          \
+  void __tsan_unaligned_read##SIZE(void* p) { on_access(p, SIZE, false, PYOPS_PC); }        \
+  void __tsan_unaligned_write##SIZE(void* p) { on_access(p, SIZE, true, PYOPS_PC); }        \
+  void __tsan_volatile_read##SIZE(void* p) { on_aligned_access(p, SIZE, false, PYOPS_PC); } \
+  void __tsan_volatile_write##SIZE(void* p) { on_aligned_access(p, SIZE, true, PYOPS_PC); }
 PYOPS_ACCESS(1)
 PYOPS_ACCESS(2)
 PYOPS_ACCESS(4)
@@ -118,16 +117,7 @@ PYOPS_ATOMIC_HOOKS(64, uint64_t)
 void __tsan_atomic_thread_fence(int) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 void __tsan_atomic_signal_fence(int) {}
 
-void __ubsan_handle_type_mismatch_v1(void* data, uintptr_t address) {
-  pyops::emulator::type_mismatch(static_cast<pyops::emulator::TypeMismatch*>(data), address, PYOPS_PC);
-}
-void __ubsan_handle_type_mismatch_v1_abort(void* data, uintptr_t address) {
-  pyops::emulator::type_mismatch(static_cast<pyops::emulator::TypeMismatch*>(data), address, PYOPS_PC);
-}
 void __ubsan_handle_out_of_bounds(void* data, uintptr_t index) {
-  pyops::emulator::out_of_bounds(static_cast<pyops::emulator::OutOfBounds*>(data), index, PYOPS_PC);
-}
-void __ubsan_handle_out_of_bounds_abort(void* data, uintptr_t index) {
   pyops::emulator::out_of_bounds(static_cast<pyops::emulator::OutOfBounds*>(data), index, PYOPS_PC);
 }
 

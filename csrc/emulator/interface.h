@@ -33,6 +33,8 @@ void require_hopper(const char* what, const Location& location);
 int resident_blocks();  // of one multiprocessor, for cooperative launches
 
 [[noreturn]] void fail(const char* what, const Location& location);
+// Fails at its caller's place, unless the detector is silenced.
+void misaligned(const void* p, size_t alignment);
 
 // Warp collectives: each lane hands in an operand and a place for its result, the last to arrive works for all.
 struct Lane {

@@ -31,6 +31,27 @@ __global__ void missing_barrier(const float* in, float* out, int bug) {
 }
 PYOPS_TEST(bug_missing_barrier) { return run(missing_barrier, 64, variant); }
 
+struct Powers {
+  float value[6];
+};
+PYOPS_DEVICE Powers powers_of(const float* in, unsigned t) {
+  Powers p;
+  p.value[0] = in[t];
+  for (int i = 1; i < 6; ++i) p.value[i] = p.value[i - 1] * p.value[0];
+  return p;
+}
+// What a function returns is built where it goes to; called twice, so that only PYOPS_DEVICE puts it in line.
+__global__ void missing_barrier_after_returned_struct(const float* in, float* out, int bug) {
+  auto& s = shared_storage<Powers[32]>();
+  const unsigned t = threadIdx.x;
+  s[t] = powers_of(in, t);
+  if (!bug) __syncthreads();
+  out[t] = s[31 - t].value[5] + powers_of(in, t + 32).value[3];
+}
+PYOPS_TEST(bug_missing_barrier_after_returned_struct) {
+  return run(missing_barrier_after_returned_struct, 32, variant);
+}
+
 // The second round overwrites what slow threads of the first still read.
 __global__ void write_after_read(const float* in, float* out, int bug) {
   auto& s = shared_storage<Exchange>();
@@ -187,6 +208,12 @@ __global__ void misaligned_vector(const float* in, float* out, int bug) {
   store_vec(out + threadIdx.x * 4, load_vec<4>(in + bug + threadIdx.x * 4));
 }
 PYOPS_TEST(bug_misaligned_vector_load) { return run(misaligned_vector, 32, variant); }
+
+__global__ void misaligned_word(const float* in, float* out, int bug) {
+  const auto* words = reinterpret_cast<const float*>(reinterpret_cast<const char*>(in) + 2 * bug);
+  out[threadIdx.x] = words[threadIdx.x];
+}
+PYOPS_TEST(bug_misaligned_word) { return run(misaligned_word, 32, variant); }
 
 __global__ void past_member_array(const float* in, float* out, int bug) {
   auto& s = shared_storage<Exchange>();

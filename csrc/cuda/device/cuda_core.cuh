@@ -164,6 +164,10 @@ PYOPS_DEVICE unsigned long long fetch_add_acq_rel(unsigned long long* p, unsigne
 }
 
 namespace detail {
+template <class V, class P>
+PYOPS_DEVICE V* vector_at(P* p) {
+  return reinterpret_cast<V*>(p);
+}
 PYOPS_DEVICE void red_add(float* p, const float (&v)[2]) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(v[0]), "f"(v[1]) : "memory");

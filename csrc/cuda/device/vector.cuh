@@ -119,7 +119,7 @@ union VecWords {
 
 template <int N, class T>
 PYOPS_DEVICE Vec<T, N> load_vec(const T* p) {
-  return *reinterpret_cast<const Vec<T, N>*>(p);
+  return *detail::vector_at<const Vec<T, N>>(p);
 }
 // Through the read-only path: the memory must not be written by this kernel.
 template <int N, class T>
@@ -127,7 +127,7 @@ PYOPS_DEVICE Vec<T, N> load_vec_readonly(const T* p) {
   using W = detail::Words<T, N>;
   detail::VecWords<T, N> u;
 #pragma unroll
-  for (int i = 0; i < W::count; ++i) u.word[i] = __ldg(reinterpret_cast<const typename W::type*>(p) + i);
+  for (int i = 0; i < W::count; ++i) u.word[i] = __ldg(detail::vector_at<const typename W::type>(p) + i);
   return u.vec;
 }
 // For data read once: evicted first.
@@ -136,12 +136,12 @@ PYOPS_DEVICE Vec<T, N> load_vec_streaming(const T* p) {
   using W = detail::Words<T, N>;
   detail::VecWords<T, N> u;
 #pragma unroll
-  for (int i = 0; i < W::count; ++i) u.word[i] = __ldcs(reinterpret_cast<const typename W::type*>(p) + i);
+  for (int i = 0; i < W::count; ++i) u.word[i] = __ldcs(detail::vector_at<const typename W::type>(p) + i);
   return u.vec;
 }
 template <class T, int N>
 PYOPS_DEVICE void store_vec(T* p, const Vec<T, N>& v) {
-  *reinterpret_cast<Vec<T, N>*>(p) = v;
+  *detail::vector_at<Vec<T, N>>(p) = v;
 }
 template <class T, int N>
 PYOPS_DEVICE void store_vec_streaming(T* p, const Vec<T, N>& v) {
@@ -149,7 +149,7 @@ PYOPS_DEVICE void store_vec_streaming(T* p, const Vec<T, N>& v) {
   detail::VecWords<T, N> u;
   u.vec = v;
 #pragma unroll
-  for (int i = 0; i < W::count; ++i) __stcs(reinterpret_cast<typename W::type*>(p) + i, u.word[i]);
+  for (int i = 0; i < W::count; ++i) __stcs(detail::vector_at<typename W::type>(p) + i, u.word[i]);
 }
 
 // Adds without returning the old values; p is aligned to the vector.
