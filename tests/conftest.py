@@ -45,7 +45,7 @@ def _race_detector(request):
         return
     library.configure_emulator(race=1)
     yield
-    library.configure_emulator(race=0)
+    library.configure_emulator(race=os.environ.get("PYOPS_EMULATOR_RACE", "0"))
 
 
 # `make test` has a quarter of an hour. It runs each op's accuracy everywhere, and leaves to others:
