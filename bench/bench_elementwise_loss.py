@@ -8,14 +8,18 @@ from .case import Case, Function, Provider, with_both_directions
 from .peers import standard_providers
 
 STEM = "elementwise_loss"
-OPS = ("mse_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits", "kl_div")
+OPS = (
+    "mse_loss", "smooth_l1_loss", "binary_cross_entropy_with_logits", "kl_div", "l1_loss", "huber_loss",
+    "binary_cross_entropy",
+)  # fmt: skip
+QUICK = ("mse_loss", "binary_cross_entropy_with_logits")
+SMALL = 1024  # a loss over little is the price of a call
 
 
 def cases(device: str) -> list[Case]:
     shape, dtype = ((4096, 1024), torch.float32) if device == "cpu" else ((32768, 4096), torch.bfloat16)
-    return with_both_directions(
-        [Case(op, shape, dtype, device, quick=op in OPS[::2], output=(), args=arguments(op)) for op in OPS]
-    )
+    found = [Case(op, shape, dtype, device, quick=op in QUICK, output=(), args=arguments(op)) for op in OPS]
+    return with_both_directions([*found, Case("mse_loss", (SMALL,), dtype, device, output=())])
 
 
 def arguments(op: str) -> dict[str, Any]:
@@ -39,12 +43,19 @@ def bytes(case: Case) -> int:
 
 def flops(case: Case) -> int:
     """A handful of operations; ten more for each exponential and logarithm."""
-    each = {"mse_loss": 3, "smooth_l1_loss": 6, "binary_cross_entropy_with_logits": 28, "kl_div": 14}[case.op]
+    each = {
+        "mse_loss": 3, "l1_loss": 2, "smooth_l1_loss": 6, "huber_loss": 6, "binary_cross_entropy_with_logits": 28,
+        "binary_cross_entropy": 54, "kl_div": 14,
+    }[case.op]  # fmt: skip
     return case.numel * each * (1 + case.backward)
 
 
 def bind(functional: Any, case: Case) -> Function:
-    return lambda t: getattr(functional, case.op)(t["x"], t["target"], **case.args)
+    """Probabilities are made of ``x`` and ``target``, in every provider alike."""
+    function = getattr(functional, case.op)
+    if case.op == "binary_cross_entropy":
+        return lambda t: function(t["x"].sigmoid(), t["target"].sigmoid())
+    return lambda t: function(t["x"], t["target"], **case.args)
 
 
 def providers(case: Case) -> dict[str, Provider]:

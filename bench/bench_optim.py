@@ -23,11 +23,17 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "adam": ("Adam", {}),
     "adamw": ("AdamW", {"amsgrad": True}),
     "clip_grad_norm": ("", {}),
+    "clip_grad_value": ("", {}),
+    "ema": ("", {}),
 }
 OPS = tuple(RULES)
 # float32 moved per parameter: read p, g and the states; write p and the states
-TRAFFIC = {"sgd": 5, "adagrad": 5, "rmsprop": 5, "adam": 7, "adamw": 9, "clip_grad_norm": 3}
-FLOPS = {"sgd": 4, "adagrad": 7, "rmsprop": 8, "adam": 13, "adamw": 14, "clip_grad_norm": 3}
+TRAFFIC = {
+    "sgd": 5, "adagrad": 5, "rmsprop": 5, "adam": 7, "adamw": 9, "clip_grad_norm": 3, "clip_grad_value": 2, "ema": 3,
+}  # fmt: skip
+FLOPS = {
+    "sgd": 4, "adagrad": 7, "rmsprop": 8, "adam": 13, "adamw": 14, "clip_grad_norm": 3, "clip_grad_value": 2, "ema": 3,
+}  # fmt: skip
 
 
 def resnet50() -> list[tuple[int, ...]]:
@@ -94,7 +100,8 @@ def views(flat: torch.Tensor, net: str) -> list[torch.Tensor]:
 
 
 def stepping(module: Any, case: Case, **arguments: Any) -> Function:
-    """The first call on some tensors makes the optimizer; every call takes a step. Clipping returns the gradients."""
+    """The first call on some tensors makes the optimizer; every call takes a step. Clipping returns the gradients; an
+    average of weights has ``x`` follow ``grad``."""
     kept: list[Any] = [None, None]  # the tensor that holds the parameters, and what was made of it
 
     def parameters(t: Tensors) -> list[torch.Tensor]:
@@ -113,21 +120,32 @@ def stepping(module: Any, case: Case, **arguments: Any) -> Function:
     def clip(t: Tensors) -> torch.Tensor:
         if kept[0] is not t["x"]:
             kept[:] = t["x"], parameters(t)
-        module.clip_grad_norm_(kept[1], 1.0, **arguments)
+        getattr(module, f"{case.op}_")(kept[1], 1.0, **arguments)
         return t["grad"]
 
-    return clip if case.op == "clip_grad_norm" else step
+    def average(t: Tensors) -> torch.Tensor:
+        if kept[0] is not t["x"]:
+            kept[:] = t["x"], [views(t[name], case.args["net"]) for name in ("x", "grad")]
+        follow(*kept[1], None)
+        return t["x"]
+
+    if case.op == "ema":
+        follow = module.get_ema_multi_avg_fn(0.99)
+        return average
+    return clip if case.op.startswith("clip") else step
 
 
 def bind(functional: Any, case: Case) -> Function:
     if functional is not torch.nn.functional:
         return stepping(optim, case)
-    return stepping(torch.nn.utils if case.op == "clip_grad_norm" else torch.optim, case, foreach=True)
+    if case.op == "ema":
+        return stepping(torch.optim.swa_utils, case)
+    return stepping(torch.nn.utils if case.op.startswith("clip") else torch.optim, case, foreach=True)
 
 
 def providers(case: Case) -> dict[str, Provider]:
     found = pyops_providers(bind, case)
     found["torch"] = Provider(lambda: bind(torch.nn.functional, case))
-    if case.op not in ("rmsprop", "clip_grad_norm"):
+    if case.op in ("sgd", "adagrad", "adam", "adamw"):
         found["torch fused"] = Provider(lambda: stepping(torch.optim, case, fused=True))
     return found

@@ -23,6 +23,7 @@ def cases(device: str) -> list[Case]:
         case_of((batch, 96, 112, 112), (0, 1, 0, 1), "constant", device=device, channels_last=True),
         case_of((batch, 64, 56, 56), (3, 3, 3, 3), "reflect", device=device),
         case_of((batch, 64, 56, 56), (1, 1, 1, 1), "circular", device=device),
+        case_of((batch, 64, 56, 56), (1, 1, 1, 1), "replicate", device=device),
     ]
     return with_both_directions(found)
 

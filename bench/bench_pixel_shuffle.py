@@ -6,10 +6,12 @@ from .case import Case, Function, Provider, with_both_directions
 from .peers import standard_providers
 
 STEM = "pixel_shuffle"
-OPS = ("pixel_shuffle", "pixel_unshuffle")
+OPS = ("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 
 
 def case_of(op: str, shape: tuple[int, ...], factor: int, **more: Any) -> Case:
+    if op == "channel_shuffle":
+        return Case(op, shape, args={"factor": factor}, **more)
     n, c, h, w = shape
     q = factor * factor
     up = op == "pixel_shuffle"
@@ -24,6 +26,7 @@ def cases(device: str) -> list[Case]:
         case_of("pixel_shuffle", (batch, 27, 112, 112), 3, device=device),
         case_of("pixel_shuffle", (batch, 64, 112, 112), 2, device=device, channels_last=True),
         case_of("pixel_unshuffle", (batch, 16, 224, 224), 2, device=device),
+        case_of("channel_shuffle", (batch, 240, 28, 28), 3, device=device),
     ]
     return with_both_directions(found)
 
@@ -32,6 +35,7 @@ def tiny(device: str) -> list[Case]:
     return [
         case_of("pixel_shuffle", (1, 8, 3, 5), 2, device=device, backward=True),
         case_of("pixel_unshuffle", (1, 2, 6, 9), 3, device=device, backward=True),
+        case_of("channel_shuffle", (1, 6, 3, 5), 3, device=device, backward=True),
     ]
 
 

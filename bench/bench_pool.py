@@ -10,10 +10,12 @@ from .case import Case, Function, Provider, with_both_directions
 from .peers import standard_providers
 
 STEM = "pool"
-OPS = ("max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d")
+OPS = (
+    "max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d", "lp_pool2d", "avg_pool1d", "max_pool3d",
+)  # fmt: skip
 
 
-def pool(op: str, shape: tuple[int, ...], output: tuple[int, int], device: str, **args: Any) -> Case:
+def pool(op: str, shape: tuple[int, ...], output: tuple[int, ...], device: str, **args: Any) -> Case:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return Case(op, shape, dtype, device, args=args, output=(*shape[:2], *output))
 
@@ -25,6 +27,9 @@ def cases(device: str) -> list[Case]:
             pool("max_pool2d", (32, 64, 512, 512), (509, 509), device, kernel_size=4, stride=1),
             pool("avg_pool2d", (256, 64, 112, 112), (56, 56), device, kernel_size=2),
             pool("adaptive_avg_pool2d", (256, 2048, 7, 7), (1, 1), device, output_size=1),
+            pool("lp_pool2d", (256, 64, 112, 112), (56, 56), device, norm_type=2.0, kernel_size=2),
+            pool("avg_pool1d", (256, 512, 1024), (512,), device, kernel_size=2),
+            pool("max_pool3d", (16, 64, 16, 56, 56), (8, 28, 28), device, kernel_size=2),
         ]
     else:
         found = [
@@ -33,6 +38,9 @@ def cases(device: str) -> list[Case]:
             pool("avg_pool2d", (8, 64, 112, 112), (56, 56), device, kernel_size=2),
             pool("adaptive_avg_pool2d", (8, 1280, 7, 7), (1, 1), device, output_size=1),
             pool("adaptive_max_pool2d", (8, 256, 50, 50), (7, 7), device, output_size=7),
+            pool("lp_pool2d", (8, 64, 112, 112), (56, 56), device, norm_type=2.0, kernel_size=2),
+            pool("avg_pool1d", (8, 512, 1024), (512,), device, kernel_size=2),
+            pool("max_pool3d", (1, 64, 16, 56, 56), (8, 28, 28), device, kernel_size=2),
         ]
     quick = [dataclasses.replace(case, quick=i in (0, 2)) for i, case in enumerate(found)]
     last = dataclasses.replace(found[0], channels_last=True)
@@ -48,6 +56,7 @@ def tiny(device: str) -> list[Case]:
             pool("avg_pool2d", (1, 3, 9, 8), (4, 4), device, kernel_size=2),
             pool("adaptive_max_pool2d", (1, 3, 7, 8), (3, 3), device, output_size=3),
             pool("adaptive_avg_pool2d", (1, 3, 7, 8), (3, 3), device, output_size=3),
+            pool("lp_pool2d", (1, 3, 9, 8), (4, 4), device, norm_type=2.0, kernel_size=2),
         )
     ]
 
@@ -61,16 +70,19 @@ def outputs(case: Case) -> int:
 
 
 def bytes(case: Case) -> int:
-    """Forward x → y, and a byte for each maximum where a gradient follows; backward dy and the bytes → dx."""
+    """Forward x → y, and a byte for each maximum where a gradient follows; backward dy and the bytes → dx; with powers
+    x and y as well."""
+    if case.op == "lp_pool2d":
+        return (case.numel + outputs(case)) * case.dtype.itemsize * (1 + 2 * case.backward)
     place = 1 if "max" in case.op and case.backward else 0
     y = outputs(case) * (case.dtype.itemsize + place)
     return (case.numel * case.dtype.itemsize + y) * (1 + case.backward)
 
 
 def flops(case: Case) -> int:
-    """A comparison or an addition for each element of each window."""
+    """A comparison or an addition for each element of each window, and its square."""
     kernel = case.args.get("kernel_size")
-    taps = kernel * kernel if kernel else case.numel // outputs(case)
+    taps = kernel ** (len(case.shape) - 2) * (1 + (case.op == "lp_pool2d")) if kernel else case.numel // outputs(case)
     return outputs(case) * taps * (1 + case.backward)
 
 
