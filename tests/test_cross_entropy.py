@@ -256,3 +256,14 @@ def test_memory_is_the_gradient_alone():
     size = x.numel() * 4
     assert peak_bytes(lambda: F.cross_entropy(x.detach(), labels)) < size // 4
     assert peak_bytes(lambda: torch.autograd.grad(F.cross_entropy(x, labels), x)) < 1.25 * size
+
+
+def test_memory_of_the_fused_layer_is_that_of_a_chunk():
+    """A chunk of logits is 32 MiB, all of them are 250; backward has few of them and of their gradients at a time."""
+    x, weight = torch.randn(4096, 64, requires_grad=True), torch.randn(16000, 64, requires_grad=True)
+    labels = torch.arange(4096)
+    run = lambda: F.linear_cross_entropy(x, weight, labels)
+    torch.autograd.grad(F.linear_cross_entropy(x[:2], weight[:3], labels[:2]), (x, weight))
+    with torch.no_grad():
+        assert peak_bytes(run) < 48 << 20
+    assert peak_bytes(lambda: torch.autograd.grad(run(), (x, weight))) < 160 << 20

@@ -26,7 +26,8 @@ from ..core.samples import Maker, Sample, checked
 
 _kernels = library.triton_kernels("cross_entropy")
 _torch = torch.nn.functional
-CHUNK_ELEMENTS = 1 << 23  # logits that linear_cross_entropy holds at a time
+# Of the logits that linear_cross_entropy holds at a time; from here on glibc gives memory back that is freed
+CHUNK_BYTES = 32 << 20
 
 
 def _statistics(x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
@@ -324,7 +325,7 @@ def linear_cross_entropy(
         target: int64 labels, Tensor[*].
         bias: Tensor[C] or None.
         class_weight, ignore_index, reduction, label_smoothing, z_loss: ``weight`` and so on of ``cross_entropy``.
-        chunk: rows at a time; None: as many as make 8 million logits.
+        chunk: rows at a time; None: as many as have 32 MiB of logits.
 
     Returns:
         A scalar, or with ``"none"`` a Tensor of the target's shape, in the dtype of the products.
@@ -346,18 +347,21 @@ def linear_cross_entropy(
     if chunk is not None and chunk < 1:
         check.fail(ValueError, op, "chunk", chunk, "at least 1 row")
     rows, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    step = chunk or max(CHUNK_ELEMENTS // max(weight.shape[0], 1), 1)
+    step = chunk or CHUNK_BYTES // max(weight.shape[0] * weight.element_size(), 1) + 1
 
     def losses(x: torch.Tensor, t: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
         logits: Any = autocast.cast(op, _torch.linear(x, w, b))[0]
         return _labelled(op, logits, t, class_weight, ignore_index, "none", smoothing, z, True)
 
     failures: list[Exception] = []
+    recomputing = False
 
     def losses_or_failure(*part: Any) -> torch.Tensor:
         try:
             return losses(*part)
         except Exception as error:
+            if recomputing:  # checkpoint's own signal to stop, whose traceback holds the logits
+                raise
             failures.append(error)
             return part[0]
 
@@ -372,6 +376,7 @@ def linear_cross_entropy(
                 raise failures[0]
         else:
             parts.append(losses(*part))
+    recomputing = True
     loss = torch.cat(parts)
     if reduction == "none":
         return loss.reshape(target.shape)
