@@ -29,41 +29,50 @@ def attention(shape: tuple[int, ...], causal: bool, kv_heads: int | None = None,
     return Case(OP, shape, args=args, **fields)
 
 
+def decoding(shape: tuple[int, ...], keys: int, kv_heads: int, **fields: Any) -> Case:
+    """Few queries against a cache of `keys` keys."""
+    return Case(OP, shape, args={"causal": False, "kv_heads": kv_heads, "keys": keys}, **fields)
+
+
 def cases(device: str) -> list[Case]:
     if device == "cpu":
         found = [attention((1, 8, 1024, 64), causal, quick=True) for causal in (False, True)]
         found += [attention((2, 8, 512, 128), False), attention((4, 12, 128, 32), False)]
         found += [attention((1, 8, 1024, 64), False, dtype=torch.bfloat16)]
-        return with_both_directions(found)
+        return [*with_both_directions(found), decoding((1, 32, 1, 128), 4096, 8), decoding((4, 8, 1, 64), 8192, 8)]
     half = {"dtype": torch.bfloat16, "device": device}
     found = [attention((4, 32, 4096, 128), causal, quick=True, **half) for causal in (False, True)]
     found += [attention((16, 16, 2048, 64), causal, **half) for causal in (False, True)]
     found += [attention((1, 64, length, 128), True, 8, **half) for length in (2048, 8192, 16384)]
-    return with_both_directions([*found, attention((4, 16, 1024, 64), False, device=device)])
+    found += [attention((4, 16, 1024, 64), False, device=device)]
+    few = [decoding((B, 64, 1, 128), keys, 8, **half) for B, keys in ((1, 131072), (16, 8192))]
+    return [*with_both_directions(found), *few]
 
 
 def tiny(device: str) -> list[Case]:
     shapes = [(1, 2, 9, 8), (1, 2, 70, 72)]
-    return [attention(shape, True, device=device, backward=True) for shape in shapes]
+    found = [attention(shape, True, device=device, backward=True) for shape in shapes]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    return [*found, decoding((1, 4, 2, 16), 150, 2, device=device, dtype=dtype)]
 
 
 def shapes(case: Case) -> dict[str, tuple[int, ...]]:
     B, H, L, D = case.shape
-    kv = (B, case.args.get("kv_heads", H), L, D)
+    kv = (B, case.args.get("kv_heads", H), case.args.get("keys", L), D)
     return {"key": kv, "value": kv}
 
 
 def bytes(case: Case) -> int:
     """Forward q, k, v → o; backward q, k, v, o, do → dq, dk, dv."""
     B, H, L, D = case.shape
-    q, kv = B * H * L * D, B * case.args.get("kv_heads", H) * L * D
+    q, kv = B * H * L * D, B * case.args.get("kv_heads", H) * case.args.get("keys", L) * D
     return (2 * q + 2 * kv + case.backward * (4 * q + 4 * kv)) * case.dtype.itemsize
 
 
 def flops(case: Case) -> int:
     """Two products forward, five backward (the scores once more); half of it under a causal mask."""
     B, H, L, D = case.shape
-    return B * H * L * L * D * 2 * (2 + 5 * case.backward) // (2 if case.args["causal"] else 1)
+    return B * H * L * case.args.get("keys", L) * D * 2 * (2 + 5 * case.backward) // (2 if case.args["causal"] else 1)
 
 
 def bind(functional: Any, case: Case) -> Function:

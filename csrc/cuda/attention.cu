@@ -3,11 +3,12 @@
 //   dv[j] = sum_i p do[i],  ds = p * (do[i].v[j] - delta[i]) * scale,  delta[i] = do[i].o[i] - dlse[i]
 //   dq[i] = sum_j ds k[j],  dk[j] = sum_i ds q[i]
 // layout   q: [B, H, L, D] · k: [B, H / G, S, D] · v: [B, H / G, S, E] · o: [B, H, L, E] · lse: [B, H, L], or packed
-// mapping  bf16, fp16: tensor cores (attention_mma.cuh, on Hopper attention_hopper.cu); fp32, fp64: CUDA cores
-//          (attention_plain.cuh)
+// mapping  bf16, fp16: tensor cores (attention_mma.cuh, on Hopper attention_hopper.cu, few queries attention_decode.cuh);
+//          fp32, fp64: CUDA cores (attention_plain.cuh)
 // memory   q, k, v, o once per block of 64 rows of the other side, from L2; lse and delta beyond inputs and outputs
 // numerics softmax and sums in fp32 (fp64 for fp64); deterministic
-#include "cuda/attention_mma.cuh"
+#include "common/attention_binding.h"
+#include "cuda/attention_decode.cuh"
 #include "cuda/attention_plain.cuh"
 
 namespace pyops::attention {
@@ -15,7 +16,13 @@ namespace {
 
 // The one choice between the kernels of bf16 and fp16.
 template <class T>
-void forward_half(const Problem<float>& p, const Tensors<T>& t, cudaStream_t stream) {
+void forward_half(const OpScope& op, const Problem<float>& p, const Tensors<T>& t, cudaStream_t stream) {
+  if (const int64_t count = decode_parts(p); count > 0) {
+    const Tensor o = op.empty<float>({count, p.B, p.H, p.L, p.E}), lse = op.empty<float>({count, p.B, p.H, p.L});
+    const Parts parts{count, op.out<float>(o, "o of parts", {count, p.B, p.H, p.L, p.E}),
+                      op.out<float>(lse, "lse of parts", {count, p.B, p.H, p.L})};
+    return forward_decode(p, t, parts, stream);
+  }
   if constexpr (hopper_built)
     if (suits_hopper(p, t)) return forward_hopper(p, t, stream);
   forward_mma(p, t, stream);
@@ -31,8 +38,6 @@ void backward_half(const Problem<float>& p, const Tensors<T>& t, cudaStream_t st
 }  // namespace pyops::attention
 
 // binding
-
-#include "common/attention_binding.h"
 
 namespace pyops {
 namespace {
@@ -60,7 +65,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
     t.lse = attention::out_lse<A>(op, a, lse);
     const auto stream = static_cast<cudaStream_t>(op.stream());
     if constexpr (sizeof(T) == 2)
-      attention::forward_half(p, t, stream);
+      attention::forward_half(op, p, t, stream);
     else
       attention::forward_plain(p, t, stream);
     return std::make_tuple(o, lse);

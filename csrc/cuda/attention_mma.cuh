@@ -53,16 +53,16 @@ struct BackwardStorage {
   float lse[BN], delta[BN];
 };
 
-// Rows [r0, r0 + Rows) of a matrix with `rows` rows of `width` values; zero beyond both.
-template <class T, int Rows, int W>
-PYOPS_DEVICE void load_tile(Tile<T, Rows, W>& tile, const T* from, int64_t stride, int64_t r0, int64_t rows, int width,
-                            bool whole_vectors) {
+// Rows of `width` values, row r at from + at(r); zero where at(r) is negative, and beyond the width.
+template <class T, int Rows, int W, class At>
+PYOPS_DEVICE void load_rows(Tile<T, Rows, W>& tile, const T* from, int width, bool whole_vectors, const At& at) {
   constexpr int chunks = W / 8;
 #pragma unroll 4
   for (int i = threadIdx.x; i < Rows * chunks; i += mma_threads) {
     const int r = i / chunks, c = i % chunks * 8;
-    const bool there = r0 + r < rows;
-    const T* row = from + (r0 + r) * stride;
+    const int64_t offset = at(r);
+    const bool there = offset >= 0;
+    const T* row = from + offset;
     if (whole_vectors) {
       const bool valid = there && c < width;
       cp_async<16>(&tile.at[r][c], valid ? row + c : from, valid);
@@ -72,6 +72,13 @@ PYOPS_DEVICE void load_tile(Tile<T, Rows, W>& tile, const T* from, int64_t strid
     }
   }
   cp_async_commit();
+}
+
+// Rows [r0, r0 + Rows) of a matrix with `rows` rows.
+template <class T, int Rows, int W>
+PYOPS_DEVICE void load_tile(Tile<T, Rows, W>& tile, const T* from, int64_t stride, int64_t r0, int64_t rows, int width,
+                            bool whole_vectors) {
+  load_rows(tile, from, width, whole_vectors, [&](int r) { return r0 + r < rows ? (r0 + r) * stride : int64_t(-1); });
 }
 
 // s += rows 16 * warp .. of a times rows of b transposed.
@@ -128,29 +135,63 @@ PYOPS_DEVICE void store_row(T* row, int width, const float (&sum)[W / 8][4], int
   }
 }
 
-template <class T, int W, int BN>
+// Which query of which head row r of a block of queries is. When decoding, the few queries of all heads that share a
+// key head lie one head after the other; rows past the last have query L.
+template <bool decode>
+struct QueryRows {
+  int64_t head0, row0, L, G;
+  PYOPS_DEVICE bool beyond(int64_t r) const { return decode && row0 + r >= G * L; }
+  PYOPS_DEVICE int64_t head(int64_t r) const { return decode && !beyond(r) ? head0 + (row0 + r) / L : head0; }
+  PYOPS_DEVICE int64_t query(int64_t r) const {
+    if constexpr (!decode) return row0 + r;
+    return beyond(r) ? L : (row0 + r) % L;
+  }
+};
+
+// Decoding: what each of `count` parts of the keys gives, [count, B, H, L, E] and [count, B, H, L].
+struct Parts {
+  int64_t count;
+  float *o, *lse;
+  PYOPS_DEVICE int64_t row(const Problem<float>& p, int64_t part, int64_t b, int64_t h, int64_t i) const {
+    return ((part * p.B + b) * p.H + h) * p.L + i;
+  }
+};
+
+template <class T, int W, int BN, bool decode>
 __global__ void __launch_bounds__(mma_threads)
-    attention_fwd_mma_kernel(Problem<float> p, Tensors<T> t, int64_t blocks, bool whole_vectors) {
+    attention_fwd_mma_kernel(Problem<float> p, Tensors<T> t, int64_t blocks, bool whole_vectors, Parts parts) {
   auto& shared = shared_storage<ForwardStorage<T, W, BN>>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   // Blocks with most keys first: a causal mask leaves the last queries the most work.
-  const Place at = place_of(static_cast<int64_t>(gridDim.x) - 1 - blockIdx.x, p.H, blocks);
+  const int64_t heads = decode ? p.H / p.G : p.H;
+  const Place at = place_of(static_cast<int64_t>(gridDim.x) - 1 - blockIdx.x, heads, blocks * parts.count);
   const Example e = example(p, at.b);
-  const int64_t i0 = at.block * mma_rows;
-  if (i0 >= e.L) return;
-  const T* q = t.q + at.b * p.q.batch + at.h * p.q.head + e.q0 * p.q.row;
-  const T* k = t.k + at.b * p.k.batch + at.h / p.G * p.k.head + e.k0 * p.k.row;
-  const T* v = t.v + at.b * p.v.batch + at.h / p.G * p.v.head + e.k0 * p.v.row;
+  const int64_t i0 = at.block / parts.count * mma_rows, part = at.block % parts.count;
+  if (!decode && i0 >= e.L) return;
+  const QueryRows<decode> rows{decode ? at.h * p.G : at.h, i0, p.L, p.G};
+  const int64_t key_head = decode ? at.h : at.h / p.G;
+  const T* q = t.q + at.b * p.q.batch + e.q0 * p.q.row;
+  const T* k = t.k + at.b * p.k.batch + key_head * p.k.head + e.k0 * p.k.row;
+  const T* v = t.v + at.b * p.v.batch + key_head * p.v.head + e.k0 * p.v.row;
   const int D = static_cast<int>(p.D), E = static_cast<int>(p.E);
-  const Range all = range_of<true>(e, i0, i0 + mma_rows < e.L ? i0 + mma_rows : e.L);
-  const int first = all.low / BN * BN;
+  Range all = decode ? range_of<true>(e, 0, e.L) : range_of<true>(e, i0, i0 + mma_rows < e.L ? i0 + mma_rows : e.L);
+  int first = all.low / BN * BN;
+  if constexpr (decode) {
+    const int64_t tiles = all.high > first ? ceil_div(all.high - first, BN) : 0;
+    const int each = static_cast<int>(ceil_div(tiles, parts.count)) * BN;
+    first += static_cast<int>(part) * each;
+    if (first + each < all.high) all.high = first + each;
+  }
   const bool extras = p.has_extras();
 
   float sum[W / 8][4] = {}, most[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
   Range range[2];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) range[half] = range_of<true>(e, i0 + warp * 16 + lane / 4 + half * 8);
-  load_tile(shared.q, q, p.q.row, i0, e.L, D, whole_vectors);
+  for (int half = 0; half < 2; ++half) range[half] = range_of<true>(e, rows.query(warp * 16 + lane / 4 + half * 8));
+  load_rows(shared.q, q, D, whole_vectors, [&](int r) {
+    const int64_t i = rows.query(r);
+    return i < e.L ? rows.head(r) * p.q.head + i * p.q.row : int64_t(-1);
+  });
   if (first < all.high) load_tile(shared.k, k, p.k.row, first, e.S, D, whole_vectors);
 
   for (int j0 = first; j0 < all.high; j0 += BN) {
@@ -170,9 +211,9 @@ __global__ void __launch_bounds__(mma_threads)
 #pragma unroll 1
       for (int n = 0; n < BN / 2; ++n) {
         float& x = shared.scratch.at[n][threadIdx.x];
-        const int64_t i = i0 + row_of(n), key = j0 + column_of(n);
+        const int64_t i = rows.query(row_of(n)), h = rows.head(row_of(n)), key = j0 + column_of(n);
         float slope;
-        x = e.sees(i, key) && i < e.L ? extra_score(p, e, at.b, at.h, i, key, x, slope) * log2_e : -INFINITY;
+        x = e.sees(i, key) && i < e.L ? extra_score(p, e, at.b, h, i, key, x, slope) * log2_e : -INFINITY;
       }
       shared.scratch.get(s);
     }
@@ -210,7 +251,8 @@ __global__ void __launch_bounds__(mma_threads)
       shared.scratch.put(s);
 #pragma unroll 1
       for (int n = 0; n < BN / 2; ++n)
-        shared.scratch.at[n][threadIdx.x] *= kept(p, at.b, at.h, i0 + row_of(n), j0 + column_of(n));
+        shared.scratch.at[n][threadIdx.x] *=
+            kept(p, at.b, rows.head(row_of(n)), rows.query(row_of(n)), j0 + column_of(n));
       shared.scratch.get(s);
     }
     cp_async_wait<1>();
@@ -222,13 +264,22 @@ __global__ void __launch_bounds__(mma_threads)
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float all_lanes = warp_sum<4>(total[half]);
-    const int64_t i = i0 + warp * 16 + lane / 4 + half * 8;
+    const int64_t r = warp * 16 + lane / 4 + half * 8, i = rows.query(r), h = rows.head(r);
     if (i >= e.L) continue;
-    store_row<T, W>(t.o + at.b * p.o.batch + at.h * p.o.head + (e.q0 + i) * p.o.row, E, sum, half,
-                    most[half] == -INFINITY ? 0.0f : 1.0f / all_lanes);
-    if (lane % 4 == 0)
-      t.lse[at.b * p.lse_batch + at.h * p.lse_head + e.q0 + i] =
-          most[half] == -INFINITY ? -INFINITY : (most[half] + log2f(all_lanes)) * ln_2;
+    const float factor = most[half] == -INFINITY ? 0.0f : 1.0f / all_lanes;
+    const float lse = most[half] == -INFINITY ? -INFINITY : (most[half] + log2f(all_lanes)) * ln_2;
+    if constexpr (decode) {
+      const int64_t row = parts.row(p, part, at.b, h, i);
+#pragma unroll
+      for (int n = 0; n < W / 4; ++n) {
+        const int c = n / 2 * 8 + lane % 4 * 2 + n % 2;
+        if (c < E) parts.o[row * E + c] = sum[n / 2][half * 2 + n % 2] * factor;
+      }
+      if (lane % 4 == 0) parts.lse[row] = lse;
+    } else {
+      store_row<T, W>(t.o + at.b * p.o.batch + h * p.o.head + (e.q0 + i) * p.o.row, E, sum, half, factor);
+      if (lane % 4 == 0) t.lse[at.b * p.lse_batch + h * p.lse_head + e.q0 + i] = lse;
+    }
   }
 }
 
@@ -364,15 +415,15 @@ bool whole_vectors(const Problem<float>& p, const Tensors<T>& t) {
   return p.D % 8 == 0 && p.E % 8 == 0 && aligned(t.q) && aligned(t.k) && aligned(t.v) && aligned(t.dy);
 }
 
-template <class T, int W, int BN>
-void launch_fwd_mma(const Problem<float>& p, const Tensors<T>& t, cudaStream_t stream) {
-  const int64_t blocks = mma_blocks(p.L);
-  launch(attention_fwd_mma_kernel<T, W, BN>,
-         {.grid = static_cast<unsigned>(p.B * p.H * blocks),
+template <class T, int W, int BN, bool decode>
+void launch_fwd_mma(const Problem<float>& p, const Tensors<T>& t, const Parts& parts, cudaStream_t stream) {
+  const int64_t blocks = mma_blocks(decode ? p.G * p.L : p.L), heads = decode ? p.H / p.G : p.H;
+  launch(attention_fwd_mma_kernel<T, W, BN, decode>,
+         {.grid = static_cast<unsigned>(p.B * heads * blocks * parts.count),
           .block = mma_threads,
           .smem = sizeof(ForwardStorage<T, W, BN>),
           .stream = stream},
-         p, t, blocks, whole_vectors(p, t));
+         p, t, blocks, whole_vectors(p, t), parts);
 }
 
 template <class T, int W, int BN, bool by_query, bool want_first, bool want_second>
@@ -386,15 +437,15 @@ void launch_bwd_mma(const Problem<float>& p, const Tensors<T>& t, cudaStream_t s
          p, t, blocks, whole_vectors(p, t));
 }
 
-template <class T>
-void forward_mma(const Problem<float>& p, const Tensors<T>& t, cudaStream_t stream) {
+template <bool decode = false, class T>
+void forward_mma(const Problem<float>& p, const Tensors<T>& t, cudaStream_t stream, const Parts& parts = {1}) {
   const int64_t width = p.D > p.E ? p.D : p.E;
   if (width <= 64)
-    launch_fwd_mma<T, 64, 64>(p, t, stream);
+    launch_fwd_mma<T, 64, 64, decode>(p, t, parts, stream);
   else if (width <= 128)
-    launch_fwd_mma<T, 128, 64>(p, t, stream);
+    launch_fwd_mma<T, 128, 64, decode>(p, t, parts, stream);
   else
-    launch_fwd_mma<T, 256, 32>(p, t, stream);
+    launch_fwd_mma<T, 256, 32, decode>(p, t, parts, stream);
 }
 
 // Tiles as large as the registers allow without spilling.
