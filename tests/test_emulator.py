@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -171,6 +173,49 @@ def test_statistics_and_configuration(plain):
     assert plain.statistic("no such counter") == 2**64 - 1
     with pytest.raises(ValueError):
         plain.configure(schedule="sideways")
+
+
+@pytest.fixture
+def h100(plain):
+    plain.configure(multiprocessors=132)
+    yield plain
+    plain.configure(multiprocessors=2, one_mapping=1)
+
+
+def test_a_grid_of_132_multiprocessors(h100):
+    assert h100.run("grid_barrier", 1) == ""
+
+
+def test_stacks_in_mappings_of_their_own(h100):
+    """As before Linux 6.13: right where they are few, and too many are refused by the name of the limit."""
+    h100.configure(one_mapping=0)
+    assert h100.run("grid_barrier") == ""
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    found = h100.run("grid_barrier", 1)
+    assert (
+        (found == "") if limit > 100_000 else re.search(rf"33792 threads .*67584 .*vm.max_map_count.* {limit}", found)
+    )
+    assert h100.run("grid_barrier") == ""
+
+
+def test_a_stack_that_overflows_ends_the_process(library):
+    """By its guard page, in both ways of making one; elsewhere it would write into the next thread's stack."""
+    for one_mapping in (1, 0):
+        done = subprocess.run(
+            [sys.executable, "-c", OVERFLOW_SCRIPT, str(emulator.build()), str(one_mapping)],
+            capture_output=True,
+            cwd=emulator.ROOT,
+        )
+        assert done.returncode == -signal.SIGSEGV, done
+
+
+OVERFLOW_SCRIPT = """
+import sys
+from tests import emulator_library as emulator
+library = emulator.Library(sys.argv[1])
+library.configure(one_mapping=sys.argv[2])
+library.run("stack_depth", 1)
+"""
 
 
 ASAN_SCRIPT = """

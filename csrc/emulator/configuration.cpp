@@ -34,6 +34,8 @@ bool set(Configuration& c, const std::string& key, const std::string& value) {
     c.race = number() != 0;
   } else if (key == "poison") {
     c.poison = number() != 0;
+  } else if (key == "one_mapping") {
+    c.one_mapping = number() != 0;
   } else if (key == "threads") {
     if (number() < 1) return false;
     c.threads = static_cast<int>(number());

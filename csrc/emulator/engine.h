@@ -33,6 +33,7 @@ struct Configuration {
 #else
   size_t stack_bytes = 64 << 10;
 #endif
+  bool one_mapping = true;  // all stacks, where the kernel can guard pages within one
   int multiprocessors = 2;
   int resident_blocks = 2;
   int l2_bytes = 50 << 20;
@@ -240,6 +241,7 @@ struct Engine {
   // memory
   char* stacks = nullptr;
   size_t stack_stride = 0, stack_bytes = 0, stacks_mapped = 0;
+  bool stacks_in_one_mapping = false;
   char* region = nullptr;  // shared memory of all blocks of the gang, `arena_stride` apart
   size_t region_bytes = 0, region_capacity = 0, arena_stride = 0, shared_bytes = 0;
 

@@ -2,7 +2,10 @@
 
 #include <sys/mman.h>
 
+#include <cstdio>
 #include <new>
+#include <stdexcept>
+#include <string>
 
 // The sanitizer follows kernels from stack to stack; the engine itself is not instrumented.
 #if defined(PYOPS_EMULATOR_ASAN)
@@ -75,12 +78,49 @@ void forbid(const void*, size_t) {}
 void allow(const void*, size_t) {}
 #endif
 
+namespace {
+
+// Linux 6.13 and later forbid pages within one mapping; the C library's headers may be older than that.
+constexpr int madv_guard_install = 102;
+// Mappings left to the rest of the process where stacks take two each.
+constexpr size_t other_mappings = 2048;
+
+size_t mappings_of_a_process() {
+  size_t limit = 65530;  // the kernel's default
+  if (FILE* file = std::fopen("/proc/sys/vm/max_map_count", "r")) {
+    if (std::fscanf(file, "%zu", &limit) != 1) limit = 65530;
+    std::fclose(file);
+  }
+  return limit;
+}
+
+// Where the kernel only protects whole mappings, each stack and each guard page becomes one.
+void split_into_mappings(char* stacks, size_t stride, size_t guard_bytes, size_t count) {
+  const size_t limit = mappings_of_a_process();
+  bool done = 2 * count + other_mappings <= limit;
+  for (size_t i = 0; done && i < count; ++i) done = mprotect(stacks + i * stride, guard_bytes, PROT_NONE) == 0;
+  if (done) return;
+  throw std::runtime_error("the stacks of " + std::to_string(count) + " threads at a time need " +
+                           std::to_string(2 * count) + " mappings of memory, and vm.max_map_count allows a process " +
+                           std::to_string(limit) + ": raise it (sysctl), emulate fewer multiprocessors " +
+                           "(PYOPS_EMULATOR_MULTIPROCESSORS), or take Linux 6.13 or later, which needs one for all");
+}
+
+}  // namespace
+
 // Untouched pages cost nothing, so every fiber gets a full stride; the page below each stack stops an overflow.
-char* map_stacks(size_t bytes, size_t stride, size_t guard_bytes, size_t count) {
+char* map_stacks(size_t bytes, size_t stride, size_t guard_bytes, size_t count, bool in_one_mapping) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   auto* stacks = static_cast<char*>(memory);
-  for (size_t i = 0; i < count; ++i) mprotect(stacks + i * stride, guard_bytes, PROT_NONE);
+  bool done = in_one_mapping;
+  for (size_t i = 0; done && i < count; ++i) done = madvise(stacks + i * stride, guard_bytes, madv_guard_install) == 0;
+  try {
+    if (!done) split_into_mappings(stacks, stride, guard_bytes, count);
+  } catch (...) {
+    unmap_stacks(stacks, bytes);
+    throw;
+  }
   return stacks;
 }
 

@@ -20,7 +20,8 @@ void entered_stack(StackBounds& from);
 void forbid(const void* p, size_t bytes);
 void allow(const void* p, size_t bytes);
 
-char* map_stacks(size_t bytes, size_t stride, size_t guard_bytes, size_t count);
+// count stacks, `stride` apart, with a guard below each; in one mapping where asked for and the kernel can, else two each.
+char* map_stacks(size_t bytes, size_t stride, size_t guard_bytes, size_t count, bool in_one_mapping);
 void unmap_stacks(char* stacks, size_t bytes);
 // Prepares a stack on which the first switch enters `entry`.
 void* initial_stack_pointer(char* stack_end, void (*entry)());

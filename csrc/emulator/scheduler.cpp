@@ -6,6 +6,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <thread>
+#include <utility>
 
 #include "emulator/fiber.h"
 #include "emulator/race.h"
@@ -284,9 +285,11 @@ void Engine::prepare(const Launch& l) {
   threads = threads_per_block * static_cast<int>(gang_blocks);
 
   const size_t stride = c.stack_bytes + guard_bytes, stacks_needed = stride * static_cast<size_t>(threads);
-  if (stride != stack_stride || stacks_needed > stacks_mapped) {
-    unmap_stacks(stacks, stacks_mapped);
-    stacks = map_stacks(stacks_needed, stride, guard_bytes, static_cast<size_t>(threads));
+  if (stride != stack_stride || stacks_needed > stacks_mapped || c.one_mapping != stacks_in_one_mapping) {
+    unmap_stacks(stacks, std::exchange(stacks_mapped, 0));
+    stacks = nullptr;
+    stacks = map_stacks(stacks_needed, stride, guard_bytes, static_cast<size_t>(threads), c.one_mapping);
+    stacks_in_one_mapping = c.one_mapping;
     stack_stride = stride;
     stack_bytes = c.stack_bytes;
     stacks_mapped = stacks_needed;

@@ -410,12 +410,29 @@ __global__ void rotate_grid(unsigned* counter, int* values, int rounds) {
 }
 PYOPS_TEST(grid_barrier) {
   Buffer<unsigned> counter("counter", 1, true);
-  const auto blocks = static_cast<unsigned>(std::min(4, max_cooperative_blocks(rotate_grid, 64, 0)));
-  Buffer<int> values("values", blocks * 64, true);
+  const auto threads = variant == 0 ? 64u : 256u;  // 1: an H100, a block on each multiprocessor
+  const int fitting = max_cooperative_blocks(rotate_grid, static_cast<int>(threads), 0);
+  const auto blocks = static_cast<unsigned>(std::min(variant == 0 ? 4 : 132, fitting));
+  Buffer<int> values("values", blocks * threads, true);
   counter[0] = 0;
-  launch(rotate_grid, {.grid = blocks, .block = 64, .cooperative = true}, counter.get(), values.get(), 3);
+  launch(rotate_grid, {.grid = blocks, .block = threads, .cooperative = true}, counter.get(), values.get(), 3);
   test::synchronize();
   for (size_t i = 0; i < values.size(); ++i) PYOPS_EXPECT_EQUAL(values[i], (i + 3) % values.size(), i);
+  return "";
+}
+
+// A frame of a kilobyte for each level: variant 1 needs more than the 64 KB of an emulated thread.
+__device__ __attribute__((noinline)) int descend(int levels) {
+  volatile int frame[256];
+  for (int i = 0; i < 256; ++i) frame[i] = levels;
+  return levels == 0 ? 0 : frame[levels % 256] + descend(levels - 1) - frame[0] + 1;
+}
+__global__ void depth_of_calls(int levels, int* out) { out[threadIdx.x] = descend(levels + threadIdx.x % 2); }
+PYOPS_TEST(stack_depth) {
+  Buffer<int> out("out", 32, true);
+  launch(depth_of_calls, {.grid = 1, .block = 32}, variant == 0 ? 8 : 200, out.get());
+  test::synchronize();
+  for (size_t i = 0; i < 32; ++i) PYOPS_EXPECT_EQUAL(out[i], static_cast<int>(8 + i % 2), i);
   return "";
 }
 
