@@ -173,6 +173,60 @@ def test_more_than_2_31_elements_have_the_right_shape():
     assert F.conv_transpose2d(x, w, stride=2).shape == (8, 64, 8193, 4097)
 
 
+# input sides, taps, keywords; the last: an input without positions as well, whose filter does not fit that of no output
+NO_POSITIONS = {
+    "all sides": ((1, 1, 1), (2, 2, 2), {"padding": 1}),
+    "one side": ((1, 3, 2), (2, 2, 3), {"padding": (1, 0, 1)}),
+    "strides and spaces": ((2, 2, 3), (1, 2, 2), {"padding": (2, 1, 1), "stride": (3, 2, 1), "dilation": (1, 1, 2)}),
+    "output padding": ((1, 2, 2), (1, 2, 2), {"padding": 1, "output_padding": (1, 0, 0), "dilation": 2}),
+    "no input": ((0, 2, 1), (3, 2, 2), {"padding": (2, 0, 0), "dilation": (2, 1, 1)}),
+}
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("name", NO_POSITIONS)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_transposed_to_no_positions(backend, n, name, groups):
+    """Empty in every dtype, where torch is in float32 alone and refuses others; gradients of every order are 0."""
+    size, taps, how = NO_POSITIONS[name]
+    how = {k: v if isinstance(v, int) else v[:n] for k, v in how.items()} | {"groups": groups}
+    call = lambda functional, *inputs: getattr(functional, f"conv_transpose{n}d")(*inputs, **how)
+    shapes = (2, 4, *size[:n]), (4, 4 // groups, *taps[:n]), (4,)
+    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    with backends.backend(backend):
+        y = call(F, *inputs)
+        first = torch.autograd.grad(y.sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum((g + 1).square().sum() for g in first), inputs[:2], allow_unused=True)
+    assert y.shape[:2] == (2, 4) and y.numel() == 0
+    assert all(g.shape == t.shape and not g.any() for g, t in zip(first, inputs))
+    assert all(g is None or not g.any() for g in second)
+    if all(size[:n]) and not {"dilation", "stride"} & set(how):
+        assert y.shape == call(torch.nn.functional, *(t.detach().float() for t in inputs)).shape
+    assert call(F, *(t.detach().to("meta") for t in inputs)).shape == y.shape
+
+
+def test_transposed_to_no_positions_compiles():
+    x, w = torch.randn(2, 4, 1, 3, requires_grad=True), torch.randn(4, 4, 2, 2, requires_grad=True)
+    f = lambda x, w: F.conv_transpose2d(x, w, padding=(1, 0))
+    for compiled in (torch.compile(f, backend="aot_eager", fullgraph=True, dynamic=d) for d in (False, True)):
+        y = compiled(x, w)
+        assert y.shape == (2, 4, 0, 4)
+        assert not any(g.any() for g in torch.autograd.grad(y.sum(), (x, w)))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_sizes_below_zero_are_refused_as_by_torch(n):
+    x, w = torch.randn(2, 4, *(3, 1, 1)[:n]), torch.randn(4, 4, *(2, 2, 2)[:n])
+    for name, how in (("conv_transpose", {"padding": 3}), ("conv", {"dilation": 9})):
+        same_refusal(getattr(F, f"{name}{n}d"), getattr(torch.nn.functional, f"{name}{n}d"), x, w, **how)
+    same_refusal(
+        getattr(F, f"conv{n}d"),
+        getattr(torch.nn.functional, f"conv{n}d"),
+        x,
+        w[..., :1].expand_as(w)[:, :, :1].repeat(1, 1, 4, *[1] * (n - 1)),
+    )
+
+
 def test_explain_names_room_and_algorithm():
     text = str(explain.explain("conv2d", [(1, 8, 9, 9), (8, 8, 3, 3)]))
     assert "room conv " in text and "gemm" in text

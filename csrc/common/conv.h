@@ -133,8 +133,10 @@ Sizes sizes_of(const Scope& op, int64_t N, int64_t C, int64_t K, int64_t groups,
     op.check(r[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0, "a size of the geometry is out of range");
     const int64_t reach = x[i] + 2 * padding[i], span = dilation[i] * (r[i] - 1) + 1;
     op.check(reach < (int64_t(1) << 30), "a side of the input is too large");
-    op.check(span <= reach, "the filter does not fit the padded input");
-    const int64_t count = (reach - span) / stride[i] + 1;
+    // a transposed convolution may have an input or an output of no positions: then the filter is too large, by less
+    // than a stride more than that
+    op.check(span <= reach + stride[i], "the filter does not fit the padded input");
+    const int64_t count = (reach + stride[i] - span) / stride[i];
     s.x[i] = x[i], s.r[i] = r[i], s.stride[i] = stride[i], s.padding[i] = padding[i], s.dilation[i] = dilation[i];
     s.y[i] = y.empty() ? count : y[i];
     op.check(s.y[i] <= count, "there are more output positions than the filter has places");

@@ -54,7 +54,7 @@ Tensor forward(const OpScope& op, const Tensor& x, const Tensor& w, const Option
         op.in_optional<scalar_t>(b, "b", {s.K}),
         optional_image_in<scalar_t>(op, residual, "residual", s.N, s.K, s.y, channels_last), int(kind), parameters};
     auto* py = image_out<scalar_t>(op, y, "y", s.N, s.K, s.y, channels_last);
-    if (s.N > 0) product(s, forward_space(s), false, channels_last, algorithm, px, pw, epilogue, py);
+    if (s.N * s.y_plane() > 0) product(s, forward_space(s), false, channels_last, algorithm, px, pw, epilogue, py);
     return y;
   });
 }

@@ -58,7 +58,8 @@ template <class T>
 bool on_hopper(const Sizes& s, const Space& space, int64_t C, int64_t K, bool last, const std::string& algorithm,
                const T* x, const T* other, const T* residual = nullptr) {
   const auto aligned = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  return algorithm == "wgmma" && aligned(x) && aligned(other) && aligned(residual) &&
+  const bool empty = s.x_plane() * s.y_plane() == 0;  // which no tensor map describes
+  return algorithm == "wgmma" && !empty && aligned(x) && aligned(other) && aligned(residual) &&
          hopper::serves<T>(space, C, K, s.G, last, s.taps());
 }
 
@@ -236,7 +237,7 @@ Tensor forward(const OpScope& op, const Tensor& x, const Tensor& w, const Option
                           optional_image_in<T>(op, residual, "residual", s.N, s.K, s.y, channels_last),
                           static_cast<int>(kind), parameters};
     auto* py = image_out<T>(op, y, "y", s.N, s.K, s.y, channels_last);
-    if (s.N == 0) return y;
+    if (s.N * s.y_plane() == 0) return y;
     Filters<T> filters{pw, false, channels_last};
     product(op, s, forward_space(s), px, filters, end, py, s.C / s.G, s.K / s.G, algorithm);
     return y;

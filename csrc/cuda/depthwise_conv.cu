@@ -183,7 +183,7 @@ void filter(const OpScope& op, const Sizes& s, const Space& space, bool transpos
   const int64_t in = transposed ? s.K : s.C, out = transposed ? s.C : s.K;
   const int64_t items = ceil_div(space.w.count, outputs) * space.d.count * space.h.count * (last ? out : 1);
   op.check(items < (int64_t(1) << 31), "an image has too many positions");
-  if (s.N == 0) return;
+  if (s.N * items == 0) return;
   const Depthwise<T> p{x,
                        w,
                        end,

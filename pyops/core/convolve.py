@@ -289,8 +289,8 @@ def convolve_transposed(
         (p - 1) * s - 2 * pad + d * (k - 1) + e + 1
         for p, s, pad, d, k, e in zip(x.shape[2:], stride, padding, dilation, weight.shape[2:], extra)
     ]
-    if any(s < 1 for s in size):
-        check.fail(RuntimeError, op, "padding", padding, f"an output of at least one position; its size is {size}")
+    if any(s < 0 for s in size):
+        check.fail(RuntimeError, op, "padding", padding, f"an output of no negative size; it is {size}")
     geometry = (_three(size, 1), _three(stride, 1), _three(padding, 0), _three(dilation, 1))
     call = _in_canonical_form(op, out, input.dim() == dims + 2, x, weight, bias, geometry, groups)
     return call.run(call.family.dgrad)

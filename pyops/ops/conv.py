@@ -66,7 +66,8 @@ _TRANSPOSE = """Transposed convolution in {n} dimension{s}; drops in for torch.n
         output_padding: positions added at the end, less than the stride or the dilation.
 
     Returns:
-        Tensor[N, K, *] with ``(size-1)*stride - 2*padding + dilation*(taps-1) + output_padding + 1`` positions a side.
+        Tensor[N, K, *] with ``(size-1)*stride - 2*padding + dilation*(taps-1) + output_padding + 1`` positions a side;
+        empty where that is 0, in every dtype, as torch is in float32.
 """
 
 
