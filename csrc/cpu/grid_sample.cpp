@@ -3,7 +3,8 @@
 // layout   x: [N, C, D, H, W] or [N, D, H, W, C] · grid: [N, P, dims] · y: [N, C, P] or [N, P, C]
 // mapping  a thread takes blocks of points and all their channels, for dx channels and all their points, so that nobody
 //          else adds to what it adds to; lanes over points, or over the channels of channels_last
-// memory   taps of a block of points stay in the first-level cache and serve every channel
+// memory   taps of a block of points stay in the first-level cache and serve every channel; the two linear taps along
+//          W lie side by side and are read as one
 // numerics acc_t; dx in the order of the points, whatever the number of threads
 #include "common/grid_sample_binding.h"
 #include "common/registry.h"
@@ -21,7 +22,7 @@ inline constexpr int64_t block_points = 64;
 // What the coordinates of a block of points read along one axis; branch-free, so that the compiler makes vectors of it.
 template <class A, int T>
 struct AxisTaps {
-  int32_t index[T][block_points];
+  int32_t index[T][block_points], base[block_points];
   A weight[T][block_points], slope[T][block_points];
 
   template <int64_t padding>
@@ -32,15 +33,34 @@ struct AxisTaps {
       for (int k = 0; k < T; ++k) index[k][p] = t.index[k], weight[k][p] = t.weight[k], slope[k][p] = t.slope[k];
     }
   }
+
+  // Two taps as the neighbours base and base + 1 of an axis of at least two elements: where one of them is outside, the
+  // other may have to change its place.
+  void pair(int64_t size) {
+    const int32_t last = int32_t(size - 2);
+    for (int64_t p = 0; p < block_points; ++p) {
+      const int32_t first = index[0][p], low = first > 0 ? first : 0;
+      base[p] = low < last ? low : last;
+      const bool turned = first != base[p];
+      const auto turn = [&](auto& a, auto& b) {
+        const auto was = a;
+        a = turned ? b : a, b = turned ? was : b;
+      };
+      turn(index[0][p], index[1][p]), turn(weight[0][p], weight[1][p]), turn(slope[0][p], slope[1][p]);
+    }
+  }
 };
 
 // The taps of up to block_points points; beyond them, those of the point 0. A tap outside has index 0 and `inside` 0, else
-// all bits.
+// all bits. Where `paired`, the taps 2 r and 2 r + 1, whether inside or not, are the elements base + row[r] and the next.
 template <class A, int T, bool slopes>
 struct Block {
   static constexpr int most = T == 2 ? 8 : T * T;
+  static constexpr bool linear = T == 2;
   int taps;
-  int64_t points;
+  bool paired;
+  int64_t points, row[most / 2 + 1];
+  int32_t base[block_points];
   int32_t index[most][block_points], inside[most][block_points];
   A weight[most][block_points], slope[slopes ? 3 : 1][most][block_points];
 
@@ -59,15 +79,23 @@ struct Block {
       else
         axis[d].template read<reflection>(g, sizes[d], s.rule.align_corners);
     }
+    paired = linear && s.W > 1 && s.H > 1 && (s.dims == 2 || s.D > 1);
+    if constexpr (T == 2)
+      for (int64_t d = 0; paired && d < s.dims; ++d) axis[d].pair(sizes[d]);
     if (s.dims == 2) {
-      std::fill_n(axis[2].index[0], block_points, 0);
+      std::fill_n(axis[2].index[0], block_points, 0), std::fill_n(axis[2].base, block_points, 0);
       std::fill_n(axis[2].weight[0], block_points, A(1));
       std::fill_n(axis[2].slope[0], block_points, A(0));
     }
     taps = 0;
     for (int k = 0; k < (s.dims == 3 ? T : 1); ++k)
       for (int j = 0; j < T; ++j)
-        for (int i = 0; i < T; ++i, ++taps) combine(s, axis, k, j, i);
+        for (int i = 0; i < T; ++i, ++taps) {
+          combine(s, axis, k, j, i);
+          row[taps / 2] = (int64_t(k) * s.H + j) * s.W;
+        }
+    for (int64_t p = 0; paired && p < block_points; ++p)
+      base[p] = (axis[2].base[p] * int32_t(s.H) + axis[1].base[p]) * int32_t(s.W) + axis[0].base[p];
   }
 
   void combine(const Shape& s, const AxisTaps<A, T>* axis, int k, int j, int i) {
@@ -114,6 +142,66 @@ PYOPS_INLINE Vec<A> gathered(const T* plane, const int32_t* index, const int32_t
   return Vec<A>::load(lane);
 }
 
+template <class A>
+struct Neighbours {
+  Vec<A> left, right;
+};
+
+// Elements of a plane by their index, each with the one behind it.
+template <class A, class T>
+PYOPS_INLINE Neighbours<A> neighbours(const T* plane, const int32_t* index) {
+  using V = Vec<A>;
+  constexpr int W = int(V::width);
+#if defined(__SSE2__)
+  if constexpr (std::is_same_v<T, float>) {
+    // Two floats are read as a double. A part of a register of 16 bytes has the pairs of two points in `a`, those of the
+    // next two in `b`, so that left and right are parted within it.
+    const auto pairs = [&]<int... i>(int first, std::integer_sequence<int, i...>) {
+      const simd::Native<double> read = {simd::read<double>(plane + index[first + i / 2 * 4 + i % 2])...};
+      return simd::bits_as<simd::Native<float>>(read);
+    };
+    const auto a = pairs(0, std::make_integer_sequence<int, W / 2>());
+    const auto b = pairs(2, std::make_integer_sequence<int, W / 2>());
+    return [&]<int... i>(std::integer_sequence<int, i...>) {
+      return Neighbours<A>{V(__builtin_shufflevector(a, b, (i / 2 % 2 * W + i / 4 * 4 + i % 2 * 2)...)),
+                           V(__builtin_shufflevector(a, b, (i / 2 % 2 * W + i / 4 * 4 + i % 2 * 2 + 1)...))};
+    }(std::make_integer_sequence<int, W>());
+  }
+#endif
+  A left[W], right[W];
+  for (int i = 0; i < W; ++i) left[i] = A(plane[index[i]]), right[i] = A(plane[index[i] + 1]);
+  return {V::load(left), V::load(right)};
+}
+
+// v where inside, else 0.
+template <class A>
+PYOPS_INLINE Vec<A> masked(const Vec<A>& v, const int32_t* inside) {
+  if constexpr (sizeof(A) == 4) {
+    return simd::bits_as<simd::Native<A>>(simd::bits_as<simd::Native<int32_t>>(v.v) &
+                                          simd::read<simd::Native<int32_t>>(inside));
+  } else {
+    Vec<A> kept;
+    for (int i = 0; i < Vec<A>::width; ++i) kept.v[i] = inside[i] ? v.v[i] : A(0);
+    return kept;
+  }
+}
+
+// use(tap, vector of its elements) for the taps of a vector of points from p on.
+template <class A, class B, class T, class F>
+PYOPS_INLINE void each_tap_of(const B& b, const T* plane, int64_t p, F&& use) {
+  if constexpr (B::linear) {
+    const auto each_pair = [&](int taps) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int t = 0; t < taps; t += 2) {
+        const auto [left, right] = neighbours<A>(plane + b.row[t / 2], b.base + p);
+        use(t, masked(left, b.inside[t] + p)), use(t + 1, masked(right, b.inside[t + 1] + p));
+      }
+    };
+    if (b.paired) return b.taps == 4 ? each_pair(4) : each_pair(8);
+  }
+  for (int t = 0; t < b.taps; ++t) use(t, gathered<A>(plane, b.index[t] + p, b.inside[t] + p));
+}
+
 template <class T, class A, int taps>
 void sample(const T* x, const T* grid, T* y, const Shape& s) {
   using V = Vec<A>;
@@ -143,8 +231,7 @@ void sample(const T* x, const T* grid, T* y, const Shape& s) {
             const T* plane = from + c * s.S();
             each_vector<A>(b.points, [&](int64_t p, auto lanes) {
               V sum;
-              for (int t = 0; t < b.taps; ++t)
-                sum = fma(V::load(b.weight[t] + p), gathered<A>(plane, b.index[t] + p, b.inside[t] + p), sum);
+              each_tap_of<A>(b, plane, p, [&](int t, const V& v) { sum = fma(V::load(b.weight[t] + p), v, sum); });
               sum.store(to + c * s.P + p, lanes);
             });
           }
@@ -177,11 +264,11 @@ void sample_bwd_grid(const T* dy, const T* x, const T* grid, T* dgrid, const Sha
       } else {
         for (int64_t c = 0; c < s.C; ++c) {
           const T *plane = from + c * s.S(), *gc = g + c * s.P;
-          for (int t = 0; t < b.taps; ++t)
-            for (int64_t p = 0; p < b.points; ++p) {
-              const A v = A(plane[b.index[t][p]]);
-              dot[t][p] += A(gc[p]) * (b.inside[t][p] ? v : A(0));
-            }
+          each_vector<A>(b.points, [&](int64_t p, auto lanes) {
+            const V gradient = V::load(gc + p, lanes);
+            each_tap_of<A>(b, plane, p,
+                           [&](int t, const V& v) { fma(gradient, v, V::load(dot[t] + p)).store(dot[t] + p); });
+          });
         }
       }
       T* to = dgrid + (n * s.P + first) * s.dims;
@@ -193,6 +280,45 @@ void sample_bwd_grid(const T* dy, const T* x, const T* grid, T* dgrid, const Sha
         }
     }
   });
+}
+
+// Two neighbours of a plane in one register.
+template <class A>
+struct PairOf {
+  typedef A type __attribute__((vector_size(2 * sizeof(A))));
+  typedef std::conditional_t<sizeof(A) == 4, int32_t, int64_t> Word __attribute__((vector_size(2 * sizeof(A))));
+};
+
+// The same weights, pair by pair: `kept` has all bits where inside.
+template <class A, class B>
+struct Pairs {
+  typename PairOf<A>::type weight[B::most / 2][block_points];
+  typename PairOf<A>::Word kept[B::most / 2][block_points];
+
+  explicit Pairs(const B& b) {
+    for (int t = 0; t < b.taps; t += 2)
+      for (int64_t p = 0; p < block_points; ++p) {
+        weight[t / 2][p] = typename PairOf<A>::type{b.weight[t][p], b.weight[t + 1][p]};
+        kept[t / 2][p] = typename PairOf<A>::Word{b.inside[t][p], b.inside[t + 1][p]};
+      }
+  }
+};
+
+// Adds a block of points to `channels` planes; four at a time, as neighbouring points wait for each other's sums.
+template <int channels, class A, class T, class B>
+PYOPS_INLINE void add_pairs(const B& b, const Pairs<A, B>& pairs, const T* dy, int64_t P, A* planes, int64_t S) {
+  for (int64_t p = 0; p < b.points; ++p)
+    for (int r = 0; r < b.taps / 2; ++r) {
+      A* to = planes + b.base[p] + b.row[r];
+#pragma GCC unroll 4
+      for (int c = 0; c < channels; ++c) {
+        const auto term = pairs.weight[r][p] * A(dy[c * P + p]);
+        auto sum = simd::read<typename PairOf<A>::type>(to + c * S);
+        sum +=
+            simd::bits_as<typename PairOf<A>::type>(simd::bits_as<typename PairOf<A>::Word>(term) & pairs.kept[r][p]);
+        std::memcpy(to + c * S, &sum, sizeof sum);
+      }
+    }
 }
 
 // Adds the channels [first, last) of one example into sum: [channels, S] or, channels_last, [S, C] from `first` on.
@@ -215,7 +341,19 @@ void add_points(const T* dy, const T* grid, A* sum, const Shape& s, int64_t firs
         }
       continue;
     }
-    for (int64_t c = first; c < last; ++c) {
+    int64_t c = first;
+    if constexpr (Block<A, taps, false>::linear) {
+      if (b.paired) {
+        Pairs<A, Block<A, taps, false>> pairs(b);
+        const auto add = [&](auto channels) {
+          add_pairs<channels()>(b, pairs, dy + c * s.P + at, s.P, sum + (c - first) * s.S(), s.S());
+          c += channels();
+        };
+        while (c + 4 <= last) add(std::integral_constant<int, 4>());
+        while (c < last) add(std::integral_constant<int, 1>());
+      }
+    }
+    for (; c < last; ++c) {
       const T* from = dy + c * s.P + at;
       A* plane = sum + (c - first) * s.S();
       for (int64_t p = 0; p < b.points; ++p) {

@@ -32,12 +32,16 @@ acc_t row_max(const scalar_t* x, int64_t n) {
   return most;
 }
 
+// exp(x - max) waits in y, and exp(x - max) / sum in dx, where they are wide enough to hold it: no exponential is taken
+// twice.
+template <class scalar_t, class acc_t>
+inline constexpr bool holds_exponentials = std::is_same_v<scalar_t, acc_t>;
+
 template <class scalar_t, class acc_t>
 void softmax_row(bool log_of, const scalar_t* x, scalar_t* y, acc_t* top, acc_t* total, int64_t N) {
   using V = Vec<acc_t>;
   const V most(*top = row_max<acc_t>(x, N));
-  // exp(x - max) waits in y where y is wide enough to hold it.
-  const bool kept = std::is_same_v<scalar_t, acc_t> && !log_of;
+  const bool kept = holds_exponentials<scalar_t, acc_t> && !log_of;
   Totals<acc_t, 1> sums;
   accumulate(sums, N, [&](int64_t i, auto lanes, auto& t) {
     const V e = exp(V::load(x + i, lanes) - most);
@@ -62,15 +66,21 @@ void softmax_gradient_row(bool log_of, const scalar_t* dy, const scalar_t* x, ac
                           int64_t N) {
   using V = Vec<acc_t>;
   const V most(top), scale(acc_t(1) / total);
+  const bool kept = holds_exponentials<scalar_t, acc_t> && !log_of;
+  const auto probability = [&](int64_t i, auto lanes) { return exp(V::load(x + i, lanes) - most) * scale; };
   Totals<acc_t, 1> sums;
   accumulate(sums, N, [&](int64_t i, auto lanes, auto& t) {
     V g = V::load(dy + i, lanes);
-    if (!log_of) g = g * (exp(V::load(x + i, lanes) - most) * scale);
+    if (!log_of) {
+      const V p = probability(i, lanes);
+      if (kept) p.store(dx + i, lanes);
+      g = g * p;
+    }
     t[0] += keep(g, lanes);
   });
   const V dot(sum(sums[0]));
   each_vector<acc_t>(N, [&](int64_t i, auto lanes) {
-    const V p = exp(V::load(x + i, lanes) - most) * scale, g = V::load(dy + i, lanes);
+    const V p = kept ? V::load(dx + i, lanes) : probability(i, lanes), g = V::load(dy + i, lanes);
     (log_of ? g - p * dot : p * (g - dot)).store(dx + i, lanes);
   });
 }
@@ -82,11 +92,17 @@ PYOPS_INLINE void softmax_columns(bool log_of, const scalar_t* x, scalar_t* y, a
   using V = Vec<acc_t>;
   V most(-std::numeric_limits<acc_t>::infinity()), sums;
   for (int64_t n = 0; n < N; ++n) most = max(V::load(x + n * S, lanes), most);
-  for (int64_t n = 0; n < N; ++n) sums += exp(V::load(x + n * S, lanes) - most);
+  const bool kept = holds_exponentials<scalar_t, acc_t> && !log_of;
+  for (int64_t n = 0; n < N; ++n) {
+    const V e = exp(V::load(x + n * S, lanes) - most);
+    if (kept) e.store(y + n * S, lanes);
+    sums += e;
+  }
   const V factor = log_of ? log(sums) : V(acc_t(1)) / sums;
   for (int64_t n = 0; n < N; ++n) {
-    const V centred = V::load(x + n * S, lanes) - most;
-    (log_of ? centred - factor : exp(centred) * factor).store(y + n * S, lanes);
+    const auto centred = [&] { return V::load(x + n * S, lanes) - most; };
+    const V value = log_of ? centred() - factor : (kept ? V::load(y + n * S, lanes) : exp(centred())) * factor;
+    value.store(y + n * S, lanes);
   }
   most.store(top, lanes);
   sums.store(total, lanes);
@@ -97,13 +113,20 @@ PYOPS_INLINE void softmax_gradient_columns(bool log_of, const scalar_t* dy, cons
                                            const acc_t* total, scalar_t* dx, int64_t N, int64_t S, Lanes lanes) {
   using V = Vec<acc_t>;
   const V most = V::load(top, lanes), scale = V(acc_t(1)) / V::load(total, lanes);
+  const bool kept = holds_exponentials<scalar_t, acc_t> && !log_of;
+  const auto probability = [&](int64_t n) { return exp(V::load(x + n * S, lanes) - most) * scale; };
   V dot;
   for (int64_t n = 0; n < N; ++n) {
-    const V g = V::load(dy + n * S, lanes);
-    dot += log_of ? g : g * (exp(V::load(x + n * S, lanes) - most) * scale);
+    V g = V::load(dy + n * S, lanes);
+    if (!log_of) {
+      const V p = probability(n);
+      if (kept) p.store(dx + n * S, lanes);
+      g = g * p;
+    }
+    dot += g;
   }
   for (int64_t n = 0; n < N; ++n) {
-    const V p = exp(V::load(x + n * S, lanes) - most) * scale, g = V::load(dy + n * S, lanes);
+    const V p = kept ? V::load(dx + n * S, lanes) : probability(n), g = V::load(dy + n * S, lanes);
     (log_of ? g - p * dot : p * (g - dot)).store(dx + n * S, lanes);
   }
 }
