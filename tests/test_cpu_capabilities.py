@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,3 +47,17 @@ def test_the_kernels_of_every_instruction_set_agree(tmp_path):
                     got, want, rtol=0, atol=16 * epsilon * scale, equal_nan=True,
                     msg=lambda text, name=name, case=case, what=what: f"{name} and {names[0]}: {case}, {what}: {text}",
                 )  # fmt: skip
+
+
+def test_the_widest_instruction_set_of_the_machine_is_active():
+    """An editable install compiles it alone, a wheel all; either way it is what runs."""
+    listing = Path("/proc/cpuinfo")
+    flags = set(listing.read_text().partition("flags")[2].partition("\n")[0].split()) if listing.exists() else set()
+    if not flags or "PYOPS_CPU_CAPABILITY" in os.environ:
+        pytest.skip("this machine does not list what its CPU runs, or another instruction set was asked for")
+    needed = {
+        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"},
+        "avx2": {"avx2", "fma", "f16c"},
+    }
+    widest = next((name for name, wanted in needed.items() if wanted <= flags), "baseline")
+    assert library.cpu_capability() == widest
