@@ -38,8 +38,14 @@ def cases(device: str) -> list[Case]:
     if device == "cpu":
         found = [attention((1, 8, 1024, 64), causal, quick=True) for causal in (False, True)]
         found += [attention((2, 8, 512, 128), False), attention((4, 12, 128, 32), False)]
-        found += [attention((1, 8, 1024, 64), False, dtype=torch.bfloat16)]
-        return [*with_both_directions(found), decoding((1, 32, 1, 128), 4096, 8), decoding((4, 8, 1, 64), 8192, 8)]
+        kinds = [(width, causal) for width in (64, 128) for causal in (False, True)]
+        found += [attention((1, 8, 1024, width), causal, dtype=torch.bfloat16) for width, causal in kinds]
+        few = [
+            decoding(shape, keys, 8, dtype=dtype)
+            for shape, keys in (((1, 32, 1, 128), 4096), ((4, 8, 1, 64), 8192))
+            for dtype in (torch.float32, torch.bfloat16)
+        ]
+        return [*with_both_directions(found), *few]
     half = {"dtype": torch.bfloat16, "device": device}
     found = [attention((4, 32, 4096, 128), causal, quick=True, **half) for causal in (False, True)]
     found += [attention((16, 16, 2048, 64), causal, **half) for causal in (False, True)]

@@ -6,135 +6,36 @@
 // mapping  forward: a thread takes blocks of queries through all keys they see (online softmax)
 //          backward: a thread takes blocks of keys of one key head through all queries of its G heads
 // memory   keys transposed once; a block of scores stays in the nearest cache; O(L + S) beyond inputs and outputs
-// numerics products and sums in acc_t; dq in a fixed number of partial sums, added in order: deterministic
+// numerics products and sums in acc_t; bf16 forward on CPUs that multiply it (product_bf16.h): weights rounded to bf16
+//          before they are multiplied by values, not where they are summed
+//          dq in a fixed number of partial sums, added in order: deterministic
 #include "common/attention_binding.h"
-#include "cpu/math.h"
+#include "cpu/attention.h"
 #include "cpu/parallel.h"
-#include "cpu/product.h"
+#include "cpu/product_bf16.h"
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
 
 // ---- kernels
 
-using attention::Example;
-using attention::Problem;
-
-inline constexpr int64_t query_block = 96;  // a multiple of product_rows
-inline constexpr int64_t key_block = 64;
-// Rows of the score block: room for key_block rounded up to product_rows, read as rows of the transpose.
-inline constexpr int64_t score_stride = 80;
-
-template <class acc_t>
-inline constexpr acc_t infinity = std::numeric_limits<acc_t>::infinity();
-
-// Rows that a product rounds up to may be rows of a window that ends here: they must add nothing.
-template <class acc_t>
-void clear_rounding(acc_t* s, int64_t rows) {
-  for (int64_t r = rows; r < round_up(rows, product_rows); ++r)
-    std::fill(s + r * score_stride, s + r * score_stride + key_block, acc_t(0));
-}
-
-template <int lanes, class V, size_t... i>
-PYOPS_INLINE auto largest_of_lanes(const V& v, std::index_sequence<i...>) {
-  const auto a = __builtin_shufflevector(v, v, int(i)...), b = __builtin_shufflevector(v, v, int(i + lanes / 2)...);
-  const auto most = ((a > b) | (a != a)) ? a : b;
-  if constexpr (lanes == 4)
-    return (most[0] > most[1] || most[0] != most[0]) ? most[0] : most[1];
-  else
-    return largest_of_lanes<lanes / 2>(most, std::make_index_sequence<lanes / 4>());
-}
-// A NaN in any lane stays.
-template <class acc_t>
-PYOPS_INLINE acc_t largest(const Vec<acc_t>& v) {
-  if constexpr (Vec<acc_t>::width == 2)
-    return (v.v[0] > v.v[1] || v.v[0] != v.v[0]) ? v.v[0] : v.v[1];
-  else
-    return largest_of_lanes<Vec<acc_t>::width>(v.v, std::make_index_sequence<Vec<acc_t>::width / 2>());
-}
-
-template <class acc_t>
-struct Lanes {
-  Vec<acc_t> first;  // 0, 1, 2, ...
-  PYOPS_INLINE Lanes() {
-    for (int64_t i = 0; i < Vec<acc_t>::width; ++i) first.v[i] = acc_t(i);
-  }
-  // v in the lanes whose index + base lies in [low, high), -inf in the others.
-  PYOPS_INLINE Vec<acc_t> within(const Vec<acc_t>& v, int64_t base, int64_t low, int64_t high) const {
-    const Vec<acc_t> at = first + Vec<acc_t>(acc_t(base)), outside(-infinity<acc_t>);
-    return select(at >= Vec<acc_t>(acc_t(low)), select(at < Vec<acc_t>(acc_t(high)), v, outside), outside);
-  }
-};
-
-// One row of dropout factors of a block: 0 or 1. j0 is a multiple of 4.
-template <class acc_t>
-void keep_row(const Problem<acc_t>& p, int64_t b, int64_t h, int64_t i, int64_t j0, acc_t* factor) {
-  const RandomStream stream(p.random);
-  const int64_t first = attention::random_row(p, b, h, i) + j0 / 4;
-#pragma omp simd
-  for (int64_t g = 0; g < key_block / 4; ++g) {
-    const Words4 w = philox4x32(stream.seed, stream.offset, uint64_t(first + g));
-    for (int n = 0; n < 4; ++n) factor[4 * g + n] = is_kept(w[n], p.threshold) ? acc_t(1) : acc_t(0);
-  }
-}
-
-// Products q.k of one row, in place, become scores; -inf where query i does not see the key. With `slope_of`, also the
-// factor d score / d (scale * q.k), which is 1 without a soft cap.
-template <class acc_t>
-void finish_scores(const Problem<acc_t>& p, const Example& e, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n,
-                   acc_t* s, acc_t* slope_of) {
-  using V = Vec<acc_t>;
-  const int64_t low = e.first_key(i) - j0, high = std::min(e.last_key(i) - j0, n);
-  const acc_t alibi = p.slopes != nullptr ? p.slopes[b * p.slopes_batch + h] : acc_t(0);
-  const Lanes<acc_t> lanes;
-  for (int64_t j = 0; j < key_block; j += V::width) {
-    V v = V::load(s + j) * V(p.scale);
-    if (p.softcap != 0) {
-      const V t = tanh(v * V(1 / p.softcap));
-      v = t * V(p.softcap);
-      if (slope_of != nullptr) (V(acc_t(1)) - t * t).store(slope_of + j);
-    }
-    if (p.slopes != nullptr) v = v - V(alibi) * abs(lanes.first + V(acc_t(j0 + j - i - e.shift)));
-    if (low > j || high < j + V::width) v = lanes.within(v, j, low, high);
-    v.store(s + j);
-  }
-  if (p.bias != nullptr) {
-    const acc_t* bias = p.bias + attention::mask_at(p, b, h, i, j0);
-    for (int64_t j = 0; j < n; ++j) s[j] += bias[j * p.mask_column];
-  } else if (p.allowed != nullptr) {
-    const bool* allowed = p.allowed + attention::mask_at(p, b, h, i, j0);
-    for (int64_t j = 0; j < n; ++j)
-      if (!allowed[j * p.mask_column]) s[j] = -infinity<acc_t>;
-  }
-}
-
-// Whether a boolean mask hides the whole block.
-template <class acc_t>
-bool is_hidden(const Problem<acc_t>& p, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t j0, int64_t n) {
-  if (p.allowed == nullptr) return false;
-  const int64_t rows = p.mask_row == 0 ? 1 : i1 - i0, columns = p.mask_column == 0 ? 1 : n;
-  for (int64_t i = i0; i < i0 + rows; ++i) {
-    const bool* allowed = p.allowed + attention::mask_at(p, b, h, i, j0);
-    for (int64_t j = 0; j < columns; ++j)
-      if (allowed[j]) return false;
-  }
-  return true;
-}
-
-// Keys of every head, transposed block by block: [B, H / G, blocks][D][key_block]; values in acc_t: [.., S][stride].
-template <class scalar_t, class acc_t>
+// Keys of every head, transposed block by block: [B, H / G, blocks][depth][key_block]; values: [.., blocks][rows][stride].
+template <class Products, class scalar_t, class acc_t>
 struct PackedKeys {
-  int64_t blocks, stride, heads;
-  bool direct;  // values are read where they are
-  Buffer<acc_t> keys, values;
+  using Word = typename Products::Word;
+  int64_t blocks, depth, rows, stride, heads;  // depth and rows in words
+  bool direct;                                 // values are read where they are
+  Buffer<Word> keys, values;
   const scalar_t* v;
 
   PackedKeys(const Problem<acc_t>& p, const scalar_t* k, const scalar_t* v)
       : blocks(ceil_div(p.S, key_block)),
+        depth(ceil_div(p.D, Products::step)),
+        rows(key_block / Products::step),
         stride(round_up(p.E, Vec<acc_t>::width)),
         heads(p.G > 0 ? p.H / p.G : 0),
-        direct(std::is_same_v<scalar_t, acc_t> && stride == p.E),
-        keys(p.B * heads * blocks * p.D * key_block),
-        values(direct ? 0 : p.B * heads * p.S * stride),
+        direct(std::is_same_v<scalar_t, Word> && stride == p.E),
+        keys(p.B * heads * blocks * depth * key_block),
+        values(direct ? 0 : p.B * heads * blocks * rows * stride),
         v(v) {
     parallel_for(p.B * heads * blocks, 4, [&](int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end; ++at) {
@@ -143,70 +44,40 @@ struct PackedKeys {
         const int64_t n = std::min(key_block, e.S - j);
         if (n <= 0) continue;
         const scalar_t* k_row = k + b * p.k.batch + h * p.k.head + (e.k0 + j) * p.k.row;
-        pack_columns(keys.get() + at * p.D * key_block, key_block, k_row, p.k.row, n, p.D);
+        Products::pack_columns(keys.get() + at * depth * key_block, key_block, k_row, p.k.row, n, p.D);
         if (direct) continue;
         const scalar_t* v_row = v + b * p.v.batch + h * p.v.head + (e.k0 + j) * p.v.row;
-        pack_rows(values.get() + ((b * heads + h) * p.S + j) * stride, stride, v_row, p.v.row, n, p.E);
+        Products::pack_summed(values.get() + at * rows * stride, stride, v_row, p.v.row, n, p.E);
       }
     });
   }
 
-  const acc_t* keys_of(const Problem<acc_t>& p, int64_t b, int64_t h, int64_t j) const {
-    return keys.get() + ((b * heads + h) * blocks + j / key_block) * p.D * key_block;
+  int64_t block(int64_t b, int64_t h, int64_t j) const { return (b * heads + h) * blocks + j / key_block; }
+  Matrix<const Word> keys_of(int64_t b, int64_t h, int64_t j) const {
+    return {keys.get() + block(b, h, j) * depth * key_block, key_block, 1};
   }
-  Matrix<const acc_t> values_of(const Problem<acc_t>& p, const Example& e, int64_t b, int64_t h, int64_t j) const {
-    if constexpr (std::is_same_v<scalar_t, acc_t>)
+  Matrix<const Word> values_of(const Problem<acc_t>& p, const Example& e, int64_t b, int64_t h, int64_t j) const {
+    if constexpr (std::is_same_v<scalar_t, Word>)
       if (direct) return {v + b * p.v.batch + h * p.v.head + (e.k0 + j) * p.v.row, p.v.row, 1};
-    return {values.get() + ((b * heads + h) * p.S + j) * stride, stride, 1};
+    return {values.get() + block(b, h, j) * rows * stride, stride, 1};
   }
 };
 
-// What the online softmax carries from one block of keys to the next, per query of a block.
-template <class acc_t>
-struct OnlineSoftmax {
-  acc_t most[query_block];                    // largest score so far
-  alignas(64) Vec<acc_t> total[query_block];  // sum of exp(score - most), by lane
-
-  // Scores of row r, times scale, become exp(score - most); rescales what was summed before where a larger one came.
-  PYOPS_INLINE void step(int64_t r, acc_t* s, const Vec<acc_t>& scale, acc_t* o, int64_t width) {
-    using V = Vec<acc_t>;
-    constexpr int64_t W = V::width;
-    V block[key_block / W], top = block[0] = V::load(s) * scale;
-#pragma GCC unroll 32
-    for (int64_t j = 1; j < key_block / W; ++j) top = max(top, block[j] = V::load(s + j * W) * scale);
-    const acc_t before = most[r], now = std::max(largest(top), before);
-    const V base(now == -infinity<acc_t> ? acc_t(0) : now);
-    if (!(now == before)) {
-      const V factor = exp(V(before) - base);
-      total[r] = total[r] * factor;
-      for (int64_t e = 0; e < width; e += W) (V::load(o + e) * factor).store(o + e);
-      most[r] = now;
-    }
-    V sum = total[r];
-#pragma GCC unroll 32
-    for (int64_t j = 0; j < key_block / W; ++j) {
-      const V power = exp(block[j] - base);
-      power.store(s + j * W);
-      sum += power;
-    }
-    total[r] = sum;
-  }
-};
-
-template <class scalar_t, class acc_t>
-void attention_fwd_block(const Problem<acc_t>& p, const PackedKeys<scalar_t, acc_t>& packed, const scalar_t* q,
-                         scalar_t* o, acc_t* lse, int64_t b, int64_t h, int64_t i0, acc_t* scratch) {
+template <class Products, class scalar_t, class acc_t>
+void attention_fwd_block(const Problem<acc_t>& p, const PackedKeys<Products, scalar_t, acc_t>& packed,
+                         const scalar_t* q, scalar_t* o, acc_t* lse, int64_t b, int64_t h, int64_t i0, acc_t* scratch) {
   using V = Vec<acc_t>;
   const Example e = attention::example(p, b);
   const int64_t rows = std::min(query_block, e.L - i0), width = packed.stride, hk = h / p.G;
   if (rows <= 0) return;
-  acc_t *s = scratch, *sum = s + query_block * score_stride, *q_rows = sum + query_block * width,
-        *factor = q_rows + query_block * p.D;
+  acc_t *s = scratch, *sum = s + query_block * score_stride, *factor = sum + query_block * width;
+  auto* q_rows = reinterpret_cast<typename Products::Word*>(factor + key_block);
   const bool plain = p.softcap == 0 && p.slopes == nullptr && p.bias == nullptr && p.allowed == nullptr;
   OnlineSoftmax<acc_t> state;
-  for (int64_t r = 0; r < rows; ++r) state.most[r] = -infinity<acc_t>, state.total[r] = V();
+  state.begin(rows);
   std::fill(sum, sum + query_block * width, acc_t(0));
-  pack_rows(q_rows, p.D, q + b * p.q.batch + h * p.q.head + (e.q0 + i0) * p.q.row, p.q.row, rows, p.D);
+  Products::pack_rows(q_rows, packed.depth, q + b * p.q.batch + h * p.q.head + (e.q0 + i0) * p.q.row, p.q.row, rows,
+                      p.D);
 
   const int64_t first = e.first_key_of(i0, i0 + rows) / key_block * key_block, last = e.last_key_of(i0, i0 + rows);
   for (int64_t j0 = first; j0 < last; j0 += key_block) {
@@ -215,30 +86,36 @@ void attention_fwd_block(const Problem<acc_t>& p, const PackedKeys<scalar_t, acc
     const int64_t r0 = std::max<int64_t>(0, e.first_query_of(j0, j0 + n) - i0) / product_rows * product_rows;
     const int64_t r1 = std::min(rows, e.last_query_of(j0, j0 + n) - i0);
     if (r0 >= r1 || is_hidden(p, b, h, i0 + r0, i0 + r1, j0, n)) continue;
-    product<false>(Matrix<const acc_t>{q_rows + r0 * p.D, p.D, 1},
-                   Matrix<const acc_t>{packed.keys_of(p, b, hk, j0), key_block, 1},
-                   Matrix<acc_t>{s + r0 * score_stride, score_stride, 1}, r1 - r0, key_block, p.D);
+    const Matrix<acc_t> scores{s + r0 * score_stride, score_stride, 1};
+    Products::template product<false>({q_rows + r0 * packed.depth, packed.depth, 1}, packed.keys_of(b, hk, j0), scores,
+                                      r1 - r0, key_block, packed.depth);
     for (int64_t r = r0; r < r1; ++r) {
       acc_t* row = s + r * score_stride;
       const bool whole = plain && e.first_key(i0 + r) <= j0 && e.last_key(i0 + r) >= j0 + key_block;
       if (!whole) finish_scores(p, e, b, h, i0 + r, j0, n, row, static_cast<acc_t*>(nullptr));
-      state.step(r, row, V(whole ? p.scale : acc_t(1)), sum + r * width, width);
+      state.look(r, row, V(whole ? p.scale : acc_t(1)));
+    }
+    for (int64_t r = r0; r < r1; ++r) {
+      acc_t* row = s + r * score_stride;
+      state.weigh(r, row, sum + r * width, width);
       if (p.random != nullptr) {
         keep_row(p, b, h, i0 + r, j0, factor);
         for (int64_t j = 0; j < key_block; j += V::width) (V::load(row + j) * V::load(factor + j)).store(row + j);
       }
     }
-    clear_rounding(s + r0 * score_stride, r1 - r0);
-    product<true>(Matrix<const acc_t>{s + r0 * score_stride, score_stride, 1}, packed.values_of(p, e, b, hk, j0),
-                  Matrix<acc_t>{sum + r0 * width, width, 1}, r1 - r0, width, n);
+    clear_rounding(scores.at, r1 - r0);
+    Products::template product<true>(Products::narrow_rows(scores, r1 - r0, key_block),
+                                     packed.values_of(p, e, b, hk, j0), {sum + r0 * width, width, 1}, r1 - r0, width,
+                                     ceil_div(n, Products::step));
   }
 
   scalar_t* o_row = o + b * p.o.batch + h * p.o.head + (e.q0 + i0) * p.o.row;
   acc_t* lse_row = lse + b * p.lse_batch + h * p.lse_head + e.q0 + i0;
   for (int64_t r = 0; r < rows; ++r, o_row += p.o.row) {
     const acc_t total = pyops::PYOPS_CPU_CAPABILITY::sum(state.total[r]);
-    lse_row[r] = state.most[r] == -infinity<acc_t> ? -infinity<acc_t> : state.most[r] + std::log(total);
-    const V factor(state.most[r] == -infinity<acc_t> ? acc_t(0) : (p.random != nullptr ? p.keep_scale : 1) / total);
+    // A row that saw nothing has a total of 0, one with a score that is no number has none.
+    lse_row[r] = total == 0 ? -infinity<acc_t> : state.most[r] + std::log(total);
+    const V factor(total == 0 ? acc_t(0) : (p.random != nullptr ? p.keep_scale : 1) / total);
     each_vector<acc_t>(
         p.E, [&](int64_t c, auto lanes) { (V::load(sum + r * width + c, lanes) * factor).store(o_row + c, lanes); });
   }
@@ -253,60 +130,78 @@ bool has_few_queries(const Problem<acc_t>& p) {
   return p.L * p.G <= few_rows && p.cu_q == nullptr;
 }
 
-template <class scalar_t, class acc_t>
+// Prefetchers lose a stream that is read in blocks.
+template <class T>
+PYOPS_INLINE void prefetch(const T* p, int64_t elements) {
+  for (int64_t i = 0; i < elements; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(p + i);
+}
+
+template <class Products, class scalar_t, class acc_t>
 void attention_fwd_few(const Problem<acc_t>& p, const scalar_t* q, const scalar_t* k, const scalar_t* v, scalar_t* o,
                        acc_t* lse) {
   using V = Vec<acc_t>;
+  using Word = typename Products::Word;
   const int64_t heads = p.H / p.G, rows = p.L * p.G, parts = std::max<int64_t>(1, ceil_div(p.S, few_keys));
-  const int64_t width = round_up(p.E, V::width);
+  const int64_t width = round_up(p.E, V::width), depth = ceil_div(p.D, Products::step);
   // Of each part and row: sum over values, largest score, sum of weights.
   Buffer<acc_t> partial(p.B * heads * parts * few_rows * (width + 2));
   const auto part_of = [&](int64_t head, int64_t part) {
     return partial.get() + (head * parts + part) * few_rows * (width + 2);
   };
   parallel_for(p.B * heads * parts, 2, [&](int64_t begin, int64_t end) {
-    Buffer<acc_t> scratch(few_rows * score_stride + rows * p.D + key_block * width + key_block, acc_t(0));
-    acc_t *s = scratch.get(), *values = s + few_rows * score_stride, *factor = values + key_block * width,
-          *q_rows = factor + key_block;
+    Buffer<acc_t> scratch(few_rows * score_stride + key_block, acc_t(0));
+    Buffer<Word> words(few_rows * depth + key_block * std::max(depth, width), Word(0));
+    acc_t *s = scratch.get(), *factor = s + few_rows * score_stride;
+    Word *q_rows = words.get(), *block = q_rows + few_rows * depth;
+    const Matrix<acc_t> scores{s, score_stride, 1};
     for (int64_t at = begin; at < end; ++at) {
       const int64_t part = at % parts, hk = at / parts % heads, b = at / parts / heads;
       const Example e = attention::example(p, b);
       acc_t *sum = part_of(b * heads + hk, part), *most = sum + few_rows * width, *total = most + few_rows;
       std::fill(sum, sum + few_rows * width, acc_t(0));
       OnlineSoftmax<acc_t> state;
+      state.begin(rows);
       for (int64_t r = 0; r < rows; ++r) {
-        state.most[r] = -infinity<acc_t>, state.total[r] = V();
         const scalar_t* row = q + b * p.q.batch + (hk * p.G + r / p.L) * p.q.head + r % p.L * p.q.row;
-        pack_rows(q_rows + r * p.D, p.D, row, p.q.row, 1, p.D);
+        Products::pack_rows(q_rows + r * depth, depth, row, p.q.row, 1, p.D);
       }
       const int64_t first = std::max(part * few_keys, e.first_key_of(0, p.L) / key_block * key_block);
       const int64_t last = std::min((part + 1) * few_keys, e.last_key_of(0, p.L));
       for (int64_t j0 = first; j0 < last; j0 += key_block) {
         const int64_t n = std::min(key_block, e.S - j0);
         const scalar_t* k_row = k + b * p.k.batch + hk * p.k.head + j0 * p.k.row;
-        for (int64_t j = 0; j < n; ++j)
-          for (int64_t r = 0; r < rows; ++r) {
-            Totals<acc_t, 1> dot;
-            accumulate(dot, p.D, [&](int64_t d, auto lanes, auto& t) {
-              t[0] = fma(V::load(q_rows + r * p.D + d, lanes), V::load(k_row + j * p.k.row + d, lanes), t[0]);
-            });
-            s[r * score_stride + j] = pyops::PYOPS_CPU_CAPABILITY::sum(dot[0]);
-          }
+        if constexpr (std::is_same_v<Word, acc_t>) {  // one key at a time needs no transposed copy
+          for (int64_t j = 0; j < n; ++j)
+            for (int64_t r = 0; r < rows; ++r) {
+              Totals<acc_t, 1> dot;
+              accumulate(dot, p.D, [&](int64_t d, auto lanes, auto& t) {
+                t[0] = fma(V::load(q_rows + r * p.D + d, lanes), V::load(k_row + j * p.k.row + d, lanes), t[0]);
+              });
+              s[r * score_stride + j] = pyops::PYOPS_CPU_CAPABILITY::sum(dot[0]);
+            }
+        } else {
+          prefetch(k_row + key_block * p.k.row, key_block * p.D);
+          Products::pack_columns(block, key_block, k_row, p.k.row, n, p.D);
+          Products::template product<false>({q_rows, depth, 1}, {block, key_block, 1}, scores, rows, key_block, depth);
+        }
         for (int64_t r = 0; r < rows; ++r) {
           acc_t* row = s + r * score_stride;
           const int64_t h = hk * p.G + r / p.L, i = r % p.L;
           finish_scores(p, e, b, h, i, j0, n, row, static_cast<acc_t*>(nullptr));
-          state.step(r, row, V(acc_t(1)), sum + r * width, width);
+          state.look(r, row, V(acc_t(1)));
+          state.weigh(r, row, sum + r * width, width);
           if (p.random == nullptr) continue;
           keep_row(p, b, h, i, j0, factor);
           for (int64_t j = 0; j < key_block; j += V::width) (V::load(row + j) * V::load(factor + j)).store(row + j);
         }
         const scalar_t* v_row = v + b * p.v.batch + hk * p.v.head + j0 * p.v.row;
-        Matrix<const acc_t> block{values, width, 1};
-        if constexpr (std::is_same_v<scalar_t, acc_t>)
-          if (width == p.E) block = {v_row, p.v.row, 1};
-        if (block.at == values) pack_rows(values, width, v_row, p.v.row, n, p.E);
-        product<true>(Matrix<const acc_t>{s, score_stride, 1}, block, Matrix<acc_t>{sum, width, 1}, rows, width, n);
+        Matrix<const Word> values{block, width, 1};
+        if constexpr (std::is_same_v<scalar_t, Word>)
+          if (width == p.E) values = {v_row, p.v.row, 1};
+        prefetch(v_row + key_block * p.v.row, key_block * p.E);
+        if (values.at == block) Products::pack_summed(block, width, v_row, p.v.row, n, p.E);
+        Products::template product<true>(Products::narrow_rows(scores, rows, key_block), values, {sum, width, 1}, rows,
+                                         width, ceil_div(n, Products::step));
       }
       for (int64_t r = 0; r < rows; ++r)
         most[r] = state.most[r], total[r] = pyops::PYOPS_CPU_CAPABILITY::sum(state.total[r]);
@@ -316,20 +211,18 @@ void attention_fwd_few(const Problem<acc_t>& p, const scalar_t* q, const scalar_
   for (int64_t head = 0; head < p.B * heads; ++head)
     for (int64_t r = 0; r < rows; ++r) {
       acc_t top = -infinity<acc_t>, total = 0;
-      for (int64_t part = 0; part < parts; ++part) {
-        const acc_t most = part_of(head, part)[few_rows * width + r];
-        top = (most > top || most != most) ? most : top;
-      }
+      for (int64_t part = 0; part < parts; ++part) top = std::max(top, part_of(head, part)[few_rows * width + r]);
+      const acc_t base = top == -infinity<acc_t> ? acc_t(0) : top;
       std::fill(merged.get(), merged.get() + width, acc_t(0));
-      for (int64_t part = 0; part < parts && top != -infinity<acc_t>; ++part) {
+      for (int64_t part = 0; part < parts; ++part) {
         const acc_t* from = part_of(head, part);
-        const acc_t weight = std::exp(from[few_rows * width + r] - top);
+        const acc_t weight = std::exp(from[few_rows * width + r] - base);
         total += weight * from[few_rows * (width + 1) + r];
         for (int64_t c = 0; c < width; ++c) merged[c] += weight * from[r * width + c];
       }
       const int64_t b = head / heads, h = head % heads * p.G + r / p.L, i = r % p.L;
-      lse[b * p.lse_batch + h * p.lse_head + i] = top == -infinity<acc_t> ? top : top + std::log(total);
-      const V factor(top == -infinity<acc_t> ? acc_t(0) : (p.random != nullptr ? p.keep_scale : 1) / total);
+      lse[b * p.lse_batch + h * p.lse_head + i] = total == 0 ? -infinity<acc_t> : top + std::log(total);
+      const V factor(total == 0 ? acc_t(0) : (p.random != nullptr ? p.keep_scale : 1) / total);
       scalar_t* row = o + b * p.o.batch + h * p.o.head + i * p.o.row;
       each_vector<acc_t>(
           p.E, [&](int64_t c, auto lanes) { (V::load(merged.get() + c, lanes) * factor).store(row + c, lanes); });
@@ -339,17 +232,20 @@ void attention_fwd_few(const Problem<acc_t>& p, const scalar_t* q, const scalar_
 template <class scalar_t, class acc_t>
 void attention_fwd_all(const Problem<acc_t>& p, const scalar_t* q, const scalar_t* k, const scalar_t* v, scalar_t* o,
                        acc_t* lse) {
-  if (has_few_queries(p)) return attention_fwd_few(p, q, k, v, o, lse);
-  const PackedKeys<scalar_t, acc_t> packed(p, k, v);
-  const int64_t blocks = ceil_div(p.L, query_block);
-  parallel_for(p.B * p.H * blocks, 1, [&](int64_t begin, int64_t end) {
-    // Rows that a product rounds up to are read and never used; they must only be numbers.
-    Buffer<acc_t> scratch(query_block * (score_stride + packed.stride + p.D) + key_block, acc_t(0));
-    for (int64_t at = begin; at < end; ++at) {
-      // First, last, second, last but one: with a causal mask each thread gets as much work as the others.
-      const int64_t n = at % blocks, block = n % 2 == 0 ? n / 2 : blocks - 1 - n / 2, head = at / blocks;
-      attention_fwd_block(p, packed, q, o, lse, head / p.H, head % p.H, block * query_block, scratch.get());
-    }
+  with_products<scalar_t>([&]<class Products>(Products) {
+    if (has_few_queries(p)) return attention_fwd_few<Products>(p, q, k, v, o, lse);
+    const PackedKeys<Products, scalar_t, acc_t> packed(p, k, v);
+    const int64_t blocks = ceil_div(p.L, query_block);
+    parallel_for(p.B * p.H * blocks, 1, [&](int64_t begin, int64_t end) {
+      // Rows that a product rounds up to are read and never used; they must only be numbers.
+      static_assert(sizeof(acc_t) == sizeof(typename Products::Word));
+      Buffer<acc_t> scratch(query_block * (score_stride + packed.stride + packed.depth) + key_block, acc_t(0));
+      for (int64_t at = begin; at < end; ++at) {
+        // First, last, second, last but one: with a causal mask each thread gets as much work as the others.
+        const int64_t n = at % blocks, block = n % 2 == 0 ? n / 2 : blocks - 1 - n / 2, head = at / blocks;
+        attention_fwd_block(p, packed, q, o, lse, head / p.H, head % p.H, block * query_block, scratch.get());
+      }
+    });
   });
 }
 

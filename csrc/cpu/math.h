@@ -95,6 +95,19 @@ template <class acc_t>
 PYOPS_INLINE Vec<acc_t> max(const Vec<acc_t>& a, const Vec<acc_t>& b) {
   return ((a.v > b.v) | (a.v != a.v)) ? a.v : b.v;
 }
+// The greater; b where one of them is NaN: one instruction.
+template <class acc_t>
+PYOPS_INLINE Vec<acc_t> greater(const Vec<acc_t>& a, const Vec<acc_t>& b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(acc_t) == 4) return simd::bits_as<simd::Native<acc_t>>(_mm512_maskz_max_ps(0xffff, a.v, b.v));
+  if constexpr (sizeof(acc_t) == 8) return simd::bits_as<simd::Native<acc_t>>(_mm512_maskz_max_pd(0xff, a.v, b.v));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(acc_t) == 4) return simd::bits_as<simd::Native<acc_t>>(_mm256_max_ps(a.v, b.v));
+  if constexpr (sizeof(acc_t) == 8) return simd::bits_as<simd::Native<acc_t>>(_mm256_max_pd(a.v, b.v));
+#else
+  return a.v > b.v ? a.v : b.v;
+#endif
+}
 template <class acc_t>
 PYOPS_INLINE Vec<acc_t> min(const Vec<acc_t>& a, const Vec<acc_t>& b) {
   return ((a.v < b.v) | (a.v != a.v)) ? a.v : b.v;
@@ -252,6 +265,13 @@ PYOPS_INLINE Vec<acc_t> log_of_one_plus(const Vec<acc_t>& f, const acc_t (&h)[n]
 template <class acc_t>
 PYOPS_INLINE Vec<acc_t> exp(const Vec<acc_t>& x) {
   const auto e = simd::PowerOfE<acc_t>::of_any(x);
+  return e.scale(Vec<acc_t>(acc_t(1)) + e.q);
+}
+
+// The same for x <= 0 or NaN.
+template <class acc_t>
+PYOPS_INLINE Vec<acc_t> exp_down(const Vec<acc_t>& x) {
+  const simd::PowerOfE<acc_t> e(greater(Vec<acc_t>(simd::Float<acc_t>::smallest), x));
   return e.scale(Vec<acc_t>(acc_t(1)) + e.q);
 }
 

@@ -1,0 +1,162 @@
+// attention · CPU: what forward and backward share: the blocks they cut scores into, how products become scores, and the
+// online softmax.
+#pragma once
+
+#include "common/attention.h"
+#include "cpu/math.h"
+#include "cpu/product.h"
+
+namespace pyops::PYOPS_CPU_CAPABILITY {
+
+using attention::Example;
+using attention::Problem;
+
+inline constexpr int64_t query_block = 96;  // a multiple of product_rows
+inline constexpr int64_t key_block = 64;
+// Rows of the score block: room for key_block rounded up to product_rows, read as rows of the transpose.
+inline constexpr int64_t score_stride = 80;
+
+template <class acc_t>
+inline constexpr acc_t infinity = std::numeric_limits<acc_t>::infinity();
+
+// Rows that a product rounds up to may be rows of a window that ends here: they must add nothing.
+template <class acc_t>
+void clear_rounding(acc_t* s, int64_t rows) {
+  for (int64_t r = rows; r < round_up(rows, product_rows); ++r)
+    std::fill(s + r * score_stride, s + r * score_stride + key_block, acc_t(0));
+}
+
+template <int lanes, class V, size_t... i>
+PYOPS_INLINE auto largest_of_lanes(const V& v, std::index_sequence<i...>) {
+  const auto a = __builtin_shufflevector(v, v, int(i)...), b = __builtin_shufflevector(v, v, int(i + lanes / 2)...);
+  const auto most = a > b ? a : b;
+  if constexpr (lanes == 4)
+    return most[0] > most[1] ? most[0] : most[1];
+  else
+    return largest_of_lanes<lanes / 2>(most, std::make_index_sequence<lanes / 4>());
+}
+// Of lanes that are numbers.
+template <class acc_t>
+PYOPS_INLINE acc_t largest(const Vec<acc_t>& v) {
+  if constexpr (Vec<acc_t>::width == 2)
+    return v.v[0] > v.v[1] ? v.v[0] : v.v[1];
+  else
+    return largest_of_lanes<Vec<acc_t>::width>(v.v, std::make_index_sequence<Vec<acc_t>::width / 2>());
+}
+
+template <class acc_t>
+struct Lanes {
+  Vec<acc_t> first;  // 0, 1, 2, ...
+  PYOPS_INLINE Lanes() {
+    for (int64_t i = 0; i < Vec<acc_t>::width; ++i) first.v[i] = acc_t(i);
+  }
+  // v in the lanes whose index + base lies in [low, high), -inf in the others.
+  PYOPS_INLINE Vec<acc_t> within(const Vec<acc_t>& v, int64_t base, int64_t low, int64_t high) const {
+    const Vec<acc_t> at = first + Vec<acc_t>(acc_t(base)), outside(-infinity<acc_t>);
+    return select(at >= Vec<acc_t>(acc_t(low)), select(at < Vec<acc_t>(acc_t(high)), v, outside), outside);
+  }
+};
+
+// One row of dropout factors of a block: 0 or 1. j0 is a multiple of 4.
+template <class acc_t>
+void keep_row(const Problem<acc_t>& p, int64_t b, int64_t h, int64_t i, int64_t j0, acc_t* factor) {
+  const RandomStream stream(p.random);
+  const int64_t first = attention::random_row(p, b, h, i) + j0 / 4;
+#pragma omp simd
+  for (int64_t g = 0; g < key_block / 4; ++g) {
+    const Words4 w = philox4x32(stream.seed, stream.offset, uint64_t(first + g));
+    for (int n = 0; n < 4; ++n) factor[4 * g + n] = is_kept(w[n], p.threshold) ? acc_t(1) : acc_t(0);
+  }
+}
+
+// Products q.k of one row, in place, become scores; -inf where query i does not see the key. With `slope_of`, also the
+// factor d score / d (scale * q.k), which is 1 without a soft cap.
+template <class acc_t>
+void finish_scores(const Problem<acc_t>& p, const Example& e, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n,
+                   acc_t* s, acc_t* slope_of) {
+  using V = Vec<acc_t>;
+  const int64_t low = e.first_key(i) - j0, high = std::min(e.last_key(i) - j0, n);
+  const acc_t alibi = p.slopes != nullptr ? p.slopes[b * p.slopes_batch + h] : acc_t(0);
+  const Lanes<acc_t> lanes;
+  for (int64_t j = 0; j < key_block; j += V::width) {
+    V v = V::load(s + j) * V(p.scale);
+    if (p.softcap != 0) {
+      const V t = tanh(v * V(1 / p.softcap));
+      v = t * V(p.softcap);
+      if (slope_of != nullptr) (V(acc_t(1)) - t * t).store(slope_of + j);
+    }
+    if (p.slopes != nullptr) v = v - V(alibi) * abs(lanes.first + V(acc_t(j0 + j - i - e.shift)));
+    if (low > j || high < j + V::width) v = lanes.within(v, j, low, high);
+    v.store(s + j);
+  }
+  if (p.bias != nullptr) {
+    const acc_t* bias = p.bias + attention::mask_at(p, b, h, i, j0);
+    for (int64_t j = 0; j < n; ++j) s[j] += bias[j * p.mask_column];
+  } else if (p.allowed != nullptr) {
+    const bool* allowed = p.allowed + attention::mask_at(p, b, h, i, j0);
+    for (int64_t j = 0; j < n; ++j)
+      if (!allowed[j * p.mask_column]) s[j] = -infinity<acc_t>;
+  }
+}
+
+// Whether a boolean mask hides the whole block.
+template <class acc_t>
+bool is_hidden(const Problem<acc_t>& p, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t j0, int64_t n) {
+  if (p.allowed == nullptr) return false;
+  const int64_t rows = p.mask_row == 0 ? 1 : i1 - i0, columns = p.mask_column == 0 ? 1 : n;
+  for (int64_t i = i0; i < i0 + rows; ++i) {
+    const bool* allowed = p.allowed + attention::mask_at(p, b, h, i, j0);
+    for (int64_t j = 0; j < columns; ++j)
+      if (allowed[j]) return false;
+  }
+  return true;
+}
+
+// What the online softmax carries from one block of keys to the next, per query of a block. A score that is no number
+// is nobody's largest, but makes the total NaN.
+template <class acc_t>
+struct OnlineSoftmax {
+  using V = Vec<acc_t>;
+  static constexpr int64_t W = V::width;
+  acc_t most[query_block];           // largest score so far
+  acc_t before[query_block];         // the same before this block
+  alignas(64) V total[query_block];  // sum of exp(score - most), by lane
+
+  void begin(int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r) most[r] = -infinity<acc_t>, total[r] = V();
+  }
+
+  // Row r of a block becomes `scale` times what it is: its scores. All rows of a block are looked at before the first
+  // is weighed, which may have to wait for a branch.
+  PYOPS_INLINE void look(int64_t r, acc_t* s, const V& scale) {
+    V top(-infinity<acc_t>);
+#pragma GCC unroll 32
+    for (int64_t j = 0; j < key_block; j += W) {
+      const V score = V::load(s + j) * scale;
+      score.store(s + j);
+      top = greater(score, top);
+    }
+    before[r] = most[r];
+    most[r] = std::max(before[r], largest(top));
+  }
+
+  // Scores become exp(score - most); rescales what was summed before where a larger one came.
+  PYOPS_INLINE void weigh(int64_t r, acc_t* s, acc_t* o, int64_t width) {
+    const V base(most[r] == -infinity<acc_t> ? acc_t(0) : most[r]);
+    V sum = total[r];
+    if (most[r] != before[r]) {
+      const V factor = exp_down(V(before[r]) - base);
+      sum = sum * factor;
+      for (int64_t e = 0; e < width; e += W) (V::load(o + e) * factor).store(o + e);
+    }
+#pragma GCC unroll 32
+    for (int64_t j = 0; j < key_block; j += W) {
+      const V power = exp_down(V::load(s + j) - base);
+      power.store(s + j);
+      sum += power;
+    }
+    total[r] = sum;
+  }
+};
+
+}  // namespace pyops::PYOPS_CPU_CAPABILITY
