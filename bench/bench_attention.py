@@ -52,6 +52,7 @@ def cases(device: str) -> list[Case]:
     found += [attention((1, 64, length, 128), True, 8, **half) for length in (2048, 8192, 16384)]
     found += [attention((4, 16, 1024, 64), False, device=device)]
     few = [decoding((B, 64, 1, 128), keys, 8, **half) for B, keys in ((1, 131072), (16, 8192))]
+    few.append(decoding((1, 64, 1, 128), 131072, 8, device=device))
     return [*with_both_directions(found), *few]
 
 

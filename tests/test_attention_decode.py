@@ -34,6 +34,7 @@ CASES = {
     ),
     "a negative scale": (1, 1, 1, 3, 200, 32, 32, {"scale": -0.3}),
 }
+DTYPES = (torch.bfloat16, torch.float32)  # a kernel each
 RACE = ("the last part has fewer keys", "heads that share keys", "parts without keys that count", "scores with extras")
 
 
@@ -76,21 +77,23 @@ def passes(case, dtype):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_forward(case, dtype):
     passes(case, dtype)
 
 
 @pytest.mark.race
 @pytest.mark.parametrize("case", RACE)
-def test_race(backend, case):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_race(backend, case, dtype):
     if backend == "emulator":
-        passes(case, torch.bfloat16)
+        passes(case, dtype)
 
 
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
-def test_masks(kind):
-    q, k, v = drawn(2, 4, 2, 3, 150, 32, 32, torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masks(kind, dtype):
+    q, k, v = drawn(2, 4, 2, 3, 150, 32, 32, dtype)
     g = torch.Generator().manual_seed(1)
     mask = torch.rand(2, 1, 3, 150, generator=g) > 0.5
     mask[0, 0, 1] = False  # a query that sees nothing
@@ -107,18 +110,21 @@ def test_masks(kind):
     close(split(q, k, v, mask if kind == "boolean" else mask.to(q.dtype)), exact, q.dtype)
 
 
-def test_dropout_drops_what_one_part_drops():
-    q, k, v = drawn(1, 4, 2, 2, 200, 32, 32, torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_drops_what_one_part_drops(dtype):
+    q, k, v = drawn(1, 4, 2, 2, 200, 32, 32, dtype)
     results = []
     for name in ("emulator", "cpu"):
         torch.manual_seed(3)
         with backends.backend(name):
             results.append(F.scaled_dot_product_attention(q, k, v, dropout_p=0.4, enable_gqa=True))
-    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+    allowed = 0.02 if dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(*results, rtol=allowed, atol=allowed)
 
 
-def test_values_that_are_no_numbers_reach_the_output():
-    q, k, v = drawn(1, 1, 1, 2, 200, 16, 16, torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_are_no_numbers_reach_the_output(dtype):
+    q, k, v = drawn(1, 1, 1, 2, 200, 16, 16, dtype)
     v[0, 0, 190, 3] = math.nan
     o, _ = split(q, k, v)
     assert o[..., 3].isnan().all() and o[..., :3].isfinite().all() and o[..., 4:].isfinite().all()
@@ -127,11 +133,10 @@ def test_values_that_are_no_numbers_reach_the_output():
     assert o[0, 0, 1].isnan().all() and o[0, 0, 0, :3].isfinite().all() and lse[0, 0, 0].isfinite()
 
 
-def test_packed_sequences():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_sequences(dtype):
     lengths_q, lengths_k = (3, 0, 1), (150, 4, 0)
-    q, k, v = (
-        torch.randn(sum(n), h, 32).to(torch.bfloat16) for n, h in zip((lengths_q, lengths_k, lengths_k), (4, 2, 2))
-    )
+    q, k, v = (torch.randn(sum(n), h, 32).to(dtype) for n, h in zip((lengths_q, lengths_k, lengths_k), (4, 2, 2)))
     cu = [torch.tensor((0, *n)).cumsum(0) for n in (lengths_q, lengths_k)]
     with backends.backend("emulator"):
         o = F.attention_varlen(q, k, v, *cu, causal="bottom_right")
@@ -140,22 +145,26 @@ def test_packed_sequences():
         for sequence in zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k))
     ]
     expected = torch.cat([part[0].transpose(0, 1) for part in parts])
-    torch.testing.assert_close(o.double(), expected, rtol=0.02, atol=0.02)
+    allowed = 0.02 if dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(o.double(), expected, rtol=allowed, atol=allowed)
 
 
-def test_gradients_use_the_merged_log_sum_exp():
-    q, k, v = (t.requires_grad_() for t in drawn(1, 4, 2, 3, 150, 32, 32, torch.bfloat16))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_use_the_merged_log_sum_exp(dtype):
+    q, k, v = (t.requires_grad_() for t in drawn(1, 4, 2, 3, 150, 32, 32, dtype))
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
     with backends.backend("emulator"):
         o = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         grads = torch.autograd.grad(o.float().sin().sum(), (q, k, v))
     wanted = torch.autograd.grad(attention._oracle(*exact, enable_gqa=True).sin().sum(), exact)
+    allowed = 0.02 if dtype == torch.bfloat16 else 2e-5
     for a, b in zip(grads, wanted):
-        torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(a.double(), b, rtol=allowed, atol=allowed)
 
 
-def test_bits_do_not_depend_on_the_schedule():
-    tensors = drawn(2, 4, 2, 3, 200, 32, 32, torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_the_schedule(dtype):
+    tensors = drawn(2, 4, 2, 3, 200, 32, 32, dtype)
     runs = []
     for schedule in ("forward", "deep-reverse"):
         library.configure_emulator(schedule=schedule)

@@ -3,8 +3,8 @@
 //   dv[j] = sum_i p do[i],  ds = p * (do[i].v[j] - delta[i]) * scale,  delta[i] = do[i].o[i] - dlse[i]
 //   dq[i] = sum_j ds k[j],  dk[j] = sum_i ds q[i]
 // layout   q: [B, H, L, D] · k: [B, H / G, S, D] · v: [B, H / G, S, E] · o: [B, H, L, E] · lse: [B, H, L], or packed
-// mapping  bf16, fp16: tensor cores (attention_mma.cuh, on Hopper attention_hopper.cu, few queries attention_decode.cuh);
-//          fp32, fp64: CUDA cores (attention_plain.cuh)
+// mapping  bf16, fp16: tensor cores (attention_mma.cuh, on Hopper attention_hopper.cu); fp32, fp64: CUDA cores
+//          (attention_plain.cuh); few queries but of fp64: keys in parts (attention_decode.cuh)
 // memory   q, k, v, o once per block of 64 rows of the other side, from L2; lse and delta beyond inputs and outputs
 // numerics softmax and sums in fp32 (fp64 for fp64); deterministic
 #include "common/attention_binding.h"
@@ -14,24 +14,33 @@
 namespace pyops::attention {
 namespace {
 
-// The one choice between the kernels of bf16 and fp16.
+// The one choice between the kernels.
 template <class T>
-void forward_half(const OpScope& op, const Problem<float>& p, const Tensors<T>& t, cudaStream_t stream) {
-  if (const int64_t count = decode_parts(p); count > 0) {
-    const Tensor o = op.empty<float>({count, p.B, p.H, p.L, p.E}), lse = op.empty<float>({count, p.B, p.H, p.L});
-    const Parts parts{count, op.out<float>(o, "o of parts", {count, p.B, p.H, p.L, p.E}),
-                      op.out<float>(lse, "lse of parts", {count, p.B, p.H, p.L})};
-    return forward_decode(p, t, parts, stream);
+void forward(const OpScope& op, const Problem<accumulate_t<T>>& p, const Tensors<T>& t, cudaStream_t stream) {
+  if constexpr (sizeof(T) <= 4)
+    if (const int64_t count = decode_parts<T>(p); count > 0) {
+      const Tensor o = op.empty<float>({count, p.B, p.H, p.L, p.E}), lse = op.empty<float>({count, p.B, p.H, p.L});
+      const Parts parts{count, op.out<float>(o, "o of parts", {count, p.B, p.H, p.L, p.E}),
+                        op.out<float>(lse, "lse of parts", {count, p.B, p.H, p.L})};
+      return forward_decode(p, t, parts, stream);
+    }
+  if constexpr (sizeof(T) == 2) {
+    if constexpr (hopper_built)
+      if (suits_hopper(p, t)) return forward_hopper(p, t, stream);
+    forward_mma(p, t, stream);
+  } else {
+    forward_plain(p, t, stream);
   }
-  if constexpr (hopper_built)
-    if (suits_hopper(p, t)) return forward_hopper(p, t, stream);
-  forward_mma(p, t, stream);
 }
 template <class T>
-void backward_half(const Problem<float>& p, const Tensors<T>& t, cudaStream_t stream) {
-  if constexpr (hopper_built)
-    if (suits_hopper(p, t)) return backward_hopper(p, t, stream);
-  backward_mma(p, t, stream);
+void backward(const Problem<accumulate_t<T>>& p, const Tensors<T>& t, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    if constexpr (hopper_built)
+      if (suits_hopper(p, t)) return backward_hopper(p, t, stream);
+    backward_mma(p, t, stream);
+  } else {
+    backward_plain(p, t, stream);
+  }
 }
 
 }  // namespace
@@ -64,10 +73,7 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
     t.o = attention::out<T>(op, a, o, "o", p.H, p.rows_q, p.E);
     t.lse = attention::out_lse<A>(op, a, lse);
     const auto stream = static_cast<cudaStream_t>(op.stream());
-    if constexpr (sizeof(T) == 2)
-      attention::forward_half(op, p, t, stream);
-    else
-      attention::forward_plain(p, t, stream);
+    attention::forward(op, p, t, stream);
     return std::make_tuple(o, lse);
   });
 }
@@ -106,10 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dy, const Optiona
     const auto stream = static_cast<cudaStream_t>(op.stream());
     launch(attention::attention_delta_kernel<T>,
            {.grid = static_cast<unsigned>(ceil_div(p.B * p.H * p.L, 4)), .block = 128, .stream = stream}, p, t);
-    if constexpr (sizeof(T) == 2)
-      attention::backward_half(p, t, stream);
-    else
-      attention::backward_plain(p, t, stream);
+    attention::backward(p, t, stream);
     return std::make_tuple(dq, dk, dv);
   });
 }

@@ -54,6 +54,37 @@ PYOPS_DEVICE Range range_of(const Example& e, int64_t r0, int64_t r1) {
     return {static_cast<int>(e.first_query_of(r0, r1)), static_cast<int>(e.last_query_of(r0, r1))};
 }
 
+// Which query of which head row r of a block of queries is. When decoding, the few queries of all heads that share a
+// key head lie one head after the other; rows past the last have query L.
+template <bool decode>
+struct QueryRows {
+  int64_t head0, row0, L, G;
+  PYOPS_DEVICE bool beyond(int64_t r) const { return decode && row0 + r >= G * L; }
+  PYOPS_DEVICE int64_t head(int64_t r) const { return decode && !beyond(r) ? head0 + (row0 + r) / L : head0; }
+  PYOPS_DEVICE int64_t query(int64_t r) const {
+    if constexpr (!decode) return row0 + r;
+    return beyond(r) ? L : (row0 + r) % L;
+  }
+};
+
+// Decoding: what each of `count` parts of the keys gives, [count, B, H, L, E] and [count, B, H, L].
+struct Parts {
+  int64_t count;
+  float *o, *lse;
+  PYOPS_DEVICE int64_t row(const Problem<float>& p, int64_t part, int64_t b, int64_t h, int64_t i) const {
+    return ((part * p.B + b) * p.H + h) * p.L + i;
+  }
+};
+
+// The keys of one part: whole tiles of `tile` keys but for the last, of those that some query sees.
+PYOPS_DEVICE Range part_of_keys(const Example& e, int tile, int64_t part, int64_t count) {
+  const Range all = range_of<true>(e, 0, e.L);
+  const int first = all.low / tile * tile;
+  const int64_t tiles = all.high > first ? ceil_div(all.high - first, tile) : 0;
+  const int each = static_cast<int>(ceil_div(tiles, count)) * tile, low = first + static_cast<int>(part) * each;
+  return {low, low + each < all.high ? low + each : all.high};
+}
+
 // A score from the product q.k with everything but the visible range; `slope` is its derivative by scale * q.k.
 template <class A>
 PYOPS_DEVICE A extra_score(const Problem<A>& p, const Example& e, int64_t b, int64_t h, int64_t i, int64_t j, A product,

@@ -135,28 +135,6 @@ PYOPS_DEVICE void store_row(T* row, int width, const float (&sum)[W / 8][4], int
   }
 }
 
-// Which query of which head row r of a block of queries is. When decoding, the few queries of all heads that share a
-// key head lie one head after the other; rows past the last have query L.
-template <bool decode>
-struct QueryRows {
-  int64_t head0, row0, L, G;
-  PYOPS_DEVICE bool beyond(int64_t r) const { return decode && row0 + r >= G * L; }
-  PYOPS_DEVICE int64_t head(int64_t r) const { return decode && !beyond(r) ? head0 + (row0 + r) / L : head0; }
-  PYOPS_DEVICE int64_t query(int64_t r) const {
-    if constexpr (!decode) return row0 + r;
-    return beyond(r) ? L : (row0 + r) % L;
-  }
-};
-
-// Decoding: what each of `count` parts of the keys gives, [count, B, H, L, E] and [count, B, H, L].
-struct Parts {
-  int64_t count;
-  float *o, *lse;
-  PYOPS_DEVICE int64_t row(const Problem<float>& p, int64_t part, int64_t b, int64_t h, int64_t i) const {
-    return ((part * p.B + b) * p.H + h) * p.L + i;
-  }
-};
-
 template <class T, int W, int BN, bool decode>
 __global__ void __launch_bounds__(mma_threads)
     attention_fwd_mma_kernel(Problem<float> p, Tensors<T> t, int64_t blocks, bool whole_vectors, Parts parts) {
@@ -174,14 +152,9 @@ __global__ void __launch_bounds__(mma_threads)
   const T* k = t.k + at.b * p.k.batch + key_head * p.k.head + e.k0 * p.k.row;
   const T* v = t.v + at.b * p.v.batch + key_head * p.v.head + e.k0 * p.v.row;
   const int D = static_cast<int>(p.D), E = static_cast<int>(p.E);
-  Range all = decode ? range_of<true>(e, 0, e.L) : range_of<true>(e, i0, i0 + mma_rows < e.L ? i0 + mma_rows : e.L);
-  int first = all.low / BN * BN;
-  if constexpr (decode) {
-    const int64_t tiles = all.high > first ? ceil_div(all.high - first, BN) : 0;
-    const int each = static_cast<int>(ceil_div(tiles, parts.count)) * BN;
-    first += static_cast<int>(part) * each;
-    if (first + each < all.high) all.high = first + each;
-  }
+  Range all = decode ? part_of_keys(e, BN, part, parts.count)
+                     : range_of<true>(e, i0, i0 + mma_rows < e.L ? i0 + mma_rows : e.L);
+  const int first = all.low / BN * BN;
   const bool extras = p.has_extras();
 
   float sum[W / 8][4] = {}, most[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
