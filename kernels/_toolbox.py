@@ -27,6 +27,7 @@ class Specimen(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     hot: bool = True
+    divisible: tuple[str, ...] = ()  # sizes that 16 divides in real use, beside those tests/triton_compile.py knows
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -4,7 +4,8 @@
   dq[i] = sum_j ds k[j],  dk[j] = sum_i ds q[i];  score as in csrc/common/attention.h
 layout   q: [B, H, L, D] · k: [B, H / G, S, D] · v: [B, H / G, S, E] · o: [B, H, L, E] · lse: [B, H, L], or packed
 mapping  a program owns BLOCK_M rows of one side and walks over tiles of BLOCK_N rows of the other:
-         queries for o and dq, keys for dk and dv (there everything is transposed)
+         queries for o and dq, keys for dk and dv (there everything is transposed); few queries: those of all heads that
+         share a key head against a part of the keys, then a program per row merges the parts, in order
 memory   lse and delta beyond inputs and outputs
 numerics softmax and sums in fp32 (fp64 for fp64); no atomics: deterministic
 """
@@ -138,37 +139,53 @@ def kept(state, threshold, b, h, i, j, H, L, S, acc_t: tl.constexpr, KEEP_SCALE:
 @triton.jit
 def attention_fwd_kernel(
     q, k, v, o, lse, mask, lengths, cu_q, cu_k, slopes, state,
-    H, G, L, S, rows_q, rows_k, D, E, blocks, mask_b, mask_h, mask_l, mask_s, slopes_b, threshold,
+    H, G, L, S, rows_q, rows_k, D, E, blocks, parts, mask_b, mask_h, mask_l, mask_s, slopes_b, threshold,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     KEEP_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK_E: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries through all the keys it sees: online softmax."""
+    """One block of queries through all the keys it sees: online softmax. DECODE: one part of the keys, its results to
+    o [parts, B, H, L, E] and lse [parts, B, H, L]."""
     acc_t: tl.constexpr = lse.dtype.element_ty
     PACKED: tl.constexpr = cu_q is not None
     pid = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    b, h, block = pid // blocks // H, pid // blocks % H, (pid % blocks).to(tl.int32)
+    if DECODE:  # rows of a block: the queries of the first head, of the second, ...
+        b, kh = pid // (blocks * parts) // (H // G), pid // (blocks * parts) % (H // G)
+        part = pid % parts
+        r = (pid // parts % blocks).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
+        there = r < G * L
+        row = tl.where(there, r % L, L)
+        h = kh * G + tl.where(there, r // L, 0)
+        heads = h[:, None]
+        i0, span = 0, L
+    else:
+        b, h = pid // blocks // H, pid // blocks % H
+        kh, heads = h // G, h
+        i0, span = (pid % blocks).to(tl.int32) * BLOCK_M, BLOCK_M
+        row = i0 + tl.arange(0, BLOCK_M)
     q0, k0, rows, keys = example(b, lengths, cu_q, cu_k, L, S)
     shift = keys - rows if BOTTOM_RIGHT else keys * 0
-    i0 = block * BLOCK_M
-    row = i0 + tl.arange(0, BLOCK_M)
     i = row[:, None]
     own = load_rows(q, b, h, q0, H, rows_q, D, row, rows, BLOCK_D, PACKED)
     low, high = keys * 0, keys
     if LEFT >= 0:
         low = tl.maximum(i0 + shift - LEFT, 0) // BLOCK_N * BLOCK_N
     if RIGHT >= 0:
-        high = tl.minimum(keys, i0 + BLOCK_M + shift + RIGHT)
+        high = tl.minimum(keys, i0 + (tl.minimum(rows, span) if DECODE else span) + shift + RIGHT)
+    if DECODE:
+        each = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), parts) * BLOCK_N
+        low += part * each
+        high = tl.minimum(high, low + each)
     top = tl.full((BLOCK_M,), MINUS_INFINITY, acc_t)
     total = tl.zeros((BLOCK_M,), acc_t)
     out = tl.zeros((BLOCK_M, BLOCK_E), acc_t)
     for j0 in range(low.to(tl.int32), high.to(tl.int32), BLOCK_N):
         column = j0 + tl.arange(0, BLOCK_N)
         j = column[None, :]
-        s = dot(own, tl.trans(load_rows(k, b, h // G, k0, H // G, rows_k, D, column, keys, BLOCK_D, PACKED)))
+        s = dot(own, tl.trans(load_rows(k, b, kh, k0, H // G, rows_k, D, column, keys, BLOCK_D, PACKED)))
         seen = is_seen(i, j, rows, keys, shift, LEFT, RIGHT)
         s, _ = score_of(
-            s, i, j, seen, b, h, shift, mask, slopes, mask_b, mask_h, mask_l, mask_s, slopes_b, SCALE, SOFTCAP
+            s, i, j, seen, b, heads, shift, mask, slopes, mask_b, mask_h, mask_l, mask_s, slopes_b, SCALE, SOFTCAP
         )
         s *= LOG2_E
         now = tl.maximum(top, tl.max(s, 1))
@@ -178,15 +195,49 @@ def attention_fwd_kernel(
         total = total * factor + tl.sum(p, 1)
         top = now
         if state is not None:
-            p *= kept(state, threshold, b, h, i, j, H, L, S, acc_t, KEEP_SCALE)
-        values = load_rows(v, b, h // G, k0, H // G, rows_k, E, column, keys, BLOCK_E, PACKED)
+            p *= kept(state, threshold, b, heads, i, j, H, L, S, acc_t, KEEP_SCALE)
+        values = load_rows(v, b, kh, k0, H // G, rows_k, E, column, keys, BLOCK_E, PACKED)
         out = out * factor[:, None] + dot(p.to(values.dtype), values)
-    none = top == MINUS_INFINITY
+    none = total == 0.0  # a score that is no number leaves no total either, but not 0
     safe = tl.where(none, 1.0, total)
     out = tl.where(none[:, None], 0.0, out / safe[:, None])
-    store_rows(o, out, b, h, q0, H, rows_q, E, row, rows, BLOCK_E, PACKED)
-    at = statistic(b, h, q0, H, rows_q, row, PACKED)
-    tl.store(lse + at, tl.where(none, MINUS_INFINITY, (top + tl.log2(safe)) * LN_2), mask=row < rows)
+    result = tl.where(none, MINUS_INFINITY, (top + tl.log2(safe)) * LN_2)
+    if DECODE:
+        batch = tl.num_programs(0) // (blocks * parts) // (H // G)
+        store_rows(o, out, part * batch + b, h, 0, H, L, E, row, rows, BLOCK_E, False)
+        tl.store(lse + statistic(part * batch + b, h, 0, H, L, row, False), result, mask=row < rows)
+    else:
+        store_rows(o, out, b, h, q0, H, rows_q, E, row, rows, BLOCK_E, PACKED)
+        tl.store(lse + statistic(b, h, q0, H, rows_q, row, PACKED), result, mask=row < rows)
+
+
+@triton.jit
+def attention_merge_kernel(part_o, part_lse, o, lse, cu_q, H, L, rows_q, E, parts, BLOCK_E: tl.constexpr):
+    """o = sum over parts of exp(lse_part - lse) o_part,  lse = log sum exp(lse_part), of one row."""
+    acc_t: tl.constexpr = lse.dtype.element_ty
+    PACKED: tl.constexpr = cu_q is not None
+    pid = tl.program_id(0).to(tl.int64)
+    rows_of_part = tl.num_programs(0)
+    b, h, i = pid // L // H, pid // L % H, (pid % L).to(tl.int32)
+    q0, _, rows, _ = example(b, None, cu_q, cu_q, L, L)
+    top = tl.full((), MINUS_INFINITY, acc_t)
+    for part in range(parts):
+        top = tl.maximum(top, tl.load(part_lse + part * rows_of_part + pid))
+    base = tl.where(top == MINUS_INFINITY, 0.0, top)
+    column = tl.arange(0, BLOCK_E)
+    total = tl.zeros((), acc_t)
+    out = tl.zeros((BLOCK_E,), acc_t)
+    for part in range(parts):
+        at = part * rows_of_part + pid
+        weight = tl.exp(tl.load(part_lse + at) - base)
+        total += weight
+        out += weight * tl.load(part_o + at * E + column, mask=column < E, other=0.0)
+    none = total == 0.0
+    safe = tl.where(none, 1.0, total)
+    row = i + tl.arange(0, 1)
+    store_rows(o, (out / safe)[None, :], b, h, q0, H, rows_q, E, row, rows, BLOCK_E, PACKED)
+    result = tl.where(none, MINUS_INFINITY, base + tl.log(safe))
+    tl.store(lse + statistic(b, h, q0, H, rows_q, i, PACKED), result, mask=i < rows)
 
 
 @triton.jit
@@ -287,19 +338,30 @@ def attention_bwd_kernel(
         store_rows(dv, sum_second, b, head, k0, H // G, rows_k, E, own, limit, BLOCK_E, PACKED)
 
 
-def _tile(dtype: torch.dtype, width: int) -> tuple[int, int]:
-    """Block sizes (BLOCK_M, BLOCK_N) whose tiles fit registers and shared memory."""
+def _tile(dtype: torch.dtype, width: int, backward: bool = False) -> tuple[int, int, int]:
+    """Block sizes (BLOCK_M, BLOCK_N) and warps whose tiles fit shared memory, and registers but for a few."""
     if dtype == torch.float64:
-        return 16, 16
+        return 16, 16, 4
     if dtype == torch.float32:
-        return (32, 32) if width <= 128 else (16, 16)
-    return (64, 64) if width <= 128 else (64, 32)
+        return (32, 16 if backward else 32, 8) if width <= 128 else (16, 16, 8)
+    return 64, 64 if width <= 64 else 16 if backward else 32, 8
+
+
+# Few queries: so many of them at most, and of the programs of one part at least twice as many as processors.
+_FEW = 16
+
+
+def _processors(device: torch.device) -> int:
+    """Triton's interpreter runs one program after the other; a few parts are enough there."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 class _Call:
     """Sizes, constants and mask of one call, as the kernels take them."""
 
-    def __init__(self, q, k, v, mask, cu_q, slopes, scale, softcap, left, right, bottom_right, dropout, max_q, max_k):
+    def __init__(
+        self, backward, q, k, v, mask, cu_q, slopes, scale, softcap, left, right, bottom_right, dropout, max_q, max_k
+    ):  # fmt: skip
         self.packed = cu_q is not None
         self.batch = len(cu_q) - 1 if self.packed else q.shape[0]
         self.heads, key_heads = q.shape[1], k.shape[1]
@@ -312,29 +374,55 @@ class _Call:
         self.sizes = (self.heads, self.groups, max_q, max_k, q.shape[rows], k.shape[rows], d, e)
         self.offsets = (*strides, self.heads if slopes is not None and slopes.dim() == 2 else 0)
         self.threshold = round(dropout * 2**31)
-        self.tile = _tile(q.dtype, max(d, e))
+        self.tile = _tile(q.dtype, max(d, e), backward)
         self.constants = {
             "SCALE": scale, "SOFTCAP": softcap, "LEFT": left, "RIGHT": right, "BOTTOM_RIGHT": bottom_right,
             "KEEP_SCALE": 1 / (1 - dropout) if dropout < 1 else 0.0,
             "BLOCK_M": self.tile[0], "BLOCK_N": self.tile[1],
             "BLOCK_D": max(power_of_two(d), 16), "BLOCK_E": max(power_of_two(e), 16),
-            "num_warps": 4, "num_stages": 2,
+            "num_warps": self.tile[2], "num_stages": 2,
         }  # fmt: skip
+
+    def parts(self, device) -> int:
+        """How many parts few queries cut the keys into; 0 where that gains nothing."""
+        heads = self.batch * self.heads // self.groups
+        if self.queries > _FEW or heads * self.queries * self.keys == 0:
+            return 0
+        programs = heads * cdiv(self.groups * self.queries, _FEW)
+        parts = min(cdiv(2 * _processors(device), programs), cdiv(self.keys, self.tile[1]))
+        return parts if parts > 1 or self.groups > 1 else 0
 
 
 def attention_fwd(
     q, k, v, mask, lengths, cu_q, cu_k, slopes, random, scale, softcap, left, right, bottom_right, dropout, max_q, max_k
 ):  # fmt: skip
-    c = _Call(q, k, v, mask, cu_q, slopes, scale, softcap, left, right, bottom_right, dropout, max_q, max_k)
+    c = _Call(False, q, k, v, mask, cu_q, slopes, scale, softcap, left, right, bottom_right, dropout, max_q, max_k)
     o = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
     shape = (q.shape[1], q.shape[0]) if c.packed else q.shape[:-1]
     lse = torch.empty(shape, dtype=accumulate_dtype(q.dtype), device=q.device)
-    blocks = cdiv(max_q, c.tile[0])
-    if c.batch * c.heads * blocks:
-        attention_fwd_kernel[(c.batch * c.heads * blocks,)](
-            q, k, v, o, lse, c.mask, lengths, cu_q, cu_k, slopes, random if dropout > 0 else None,
-            *c.sizes, blocks, *c.offsets, c.threshold, **c.constants,
+    parts = c.parts(q.device)
+    if parts:
+        blocks, constants = (
+            cdiv(c.groups * max_q, _FEW),
+            c.constants | {"BLOCK_M": _FEW, "num_warps": 4, "DECODE": True},
+        )
+        programs = c.batch * c.heads // c.groups * blocks * parts
+        to = tuple(
+            torch.empty(parts, c.batch, c.heads, max_q, *e, dtype=lse.dtype, device=q.device)
+            for e in ((v.shape[-1],), ())
+        )
+    else:
+        blocks, constants = cdiv(max_q, c.tile[0]), c.constants | {"DECODE": False}
+        programs, to = c.batch * c.heads * blocks, (o, lse)
+    if programs:
+        attention_fwd_kernel[(programs,)](
+            q, k, v, *to, c.mask, lengths, cu_q, cu_k, slopes, random if dropout > 0 else None,
+            *c.sizes, blocks, parts, *c.offsets, c.threshold, **constants,
         )  # fmt: skip
+    if parts:
+        attention_merge_kernel[(c.batch * c.heads * max_q,)](
+            *to, o, lse, cu_q, c.heads, max_q, c.sizes[4], c.sizes[7], parts, BLOCK_E=c.constants["BLOCK_E"]
+        )
     return o, lse
 
 
@@ -342,7 +430,7 @@ def attention_bwd(
     dy, dlse, q, k, v, o, lse, mask, lengths, cu_q, cu_k, slopes, random,
     scale, softcap, left, right, bottom_right, dropout, max_q, max_k,
 ):  # fmt: skip
-    c = _Call(q, k, v, mask, cu_q, slopes, scale, softcap, left, right, bottom_right, dropout, max_q, max_k)
+    c = _Call(True, q, k, v, mask, cu_q, slopes, scale, softcap, left, right, bottom_right, dropout, max_q, max_k)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = torch.empty_like(lse)
     m = c.tile[0]
@@ -369,7 +457,9 @@ def specimens() -> list[Specimen]:
     sizes = dict.fromkeys(("H", "G", "L", "S", "rows_q", "rows_k", "D", "E", "blocks"), "i32")
     offsets = dict.fromkeys(("mask_b", "mask_h", "mask_l", "mask_s", "slopes_b", "threshold"), "i32")
     for t, dtype, a, width in (("bf16", torch.bfloat16, "fp32", 128), ("fp32", torch.float32, "fp32", 64)):
-        m, n = _tile(dtype, width)
+        m, n, warps = _tile(dtype, width)
+        back = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_E"), (*_tile(dtype, width, True)[:2], width, width)))
+        whole = {"divisible": ("D", "E")}
         tiles = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": width, "BLOCK_E": width}
         shape = {"SCALE": 0.125, "SOFTCAP": 0.0, "LEFT": -1, "RIGHT": 0, "BOTTOM_RIGHT": False, "KEEP_SCALE": 1.0}
         absent = dict.fromkeys(("mask", "lengths", "cu_q", "cu_k", "slopes", "state"))
@@ -378,14 +468,25 @@ def specimens() -> list[Specimen]:
         for extra in (False, True):
             constants = shape | tiles | (dict.fromkeys(("cu_q", "cu_k")) if extra else absent)
             given = (tensors if extra else {}) | sizes | offsets
-            hot = False  # spills registers: on a GPU the CUDA kernels are the default, this twin is for comparison
-            forward = read | {"o": f"*{t}", "lse": f"*{a}"} | given
-            found.append(Specimen(attention_fwd_kernel, forward, constants, 4, hot))
+            hot = not extra  # with everything at once some spill a few registers
+            forward = read | {"o": f"*{t}", "lse": f"*{a}", "parts": "i32"} | given
+            found.append(Specimen(attention_fwd_kernel, forward, constants | {"DECODE": False}, warps, hot, **whole))
+            decode = constants | {"DECODE": True, "BLOCK_M": _FEW}
+            found.append(Specimen(attention_fwd_kernel, forward | {"o": f"*{a}"}, decode, 4, True, **whole))
             backward = {"dy": f"*{t}", "lse": f"*{a}", "delta": f"*{a}"} | read | given
             backward |= dict.fromkeys(("dq", "dk", "dv"), f"*{t}")
             for by_query in (True, False):
-                found.append(Specimen(attention_bwd_kernel, backward, constants | {"BY_QUERY": by_query}, 4, hot))
+                found.append(
+                    Specimen(
+                        attention_bwd_kernel, backward, constants | back | {"BY_QUERY": by_query}, warps, hot, **whole
+                    )
+                )
         delta = {"dy": f"*{t}", "o": f"*{t}", "dlse": f"*{a}", "delta": f"*{a}"}
         delta |= dict.fromkeys(("H", "L", "rows_q", "E", "blocks"), "i32")
-        found.append(Specimen(attention_delta_kernel, delta, {"cu_q": None, "BLOCK_M": m, "BLOCK_E": width}, 4, False))
+        found.append(
+            Specimen(attention_delta_kernel, delta, {"cu_q": None, "BLOCK_M": m, "BLOCK_E": width}, 4, True, **whole)
+        )
+        merge = {"part_o": f"*{a}", "part_lse": f"*{a}", "o": f"*{t}", "lse": f"*{a}"}
+        merge |= dict.fromkeys(("H", "L", "rows_q", "E", "parts"), "i32")
+        found.append(Specimen(attention_merge_kernel, merge, {"cu_q": None, "BLOCK_E": width}, 4, **whole))
     return found

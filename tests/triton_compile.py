@@ -62,7 +62,7 @@ def compile_specimen(specimen: Any, arch: int) -> Result:
     attrs = {
         (i,): [["tt.divisibility", 16]]
         for i, (a, t) in enumerate(signature.items())
-        if t.startswith("*") or a in ("N", "C", "S", "strip")
+        if t.startswith("*") or a in ("N", "C", "S", "strip", *specimen.divisible)
     }
     target = GPUTarget("cuda", arch, 32)
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attrs)
