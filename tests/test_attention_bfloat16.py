@@ -62,6 +62,31 @@ def test_forward(case):
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)  # its sum is of unrounded weights
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_gradients(case):
+    """As testing.py has it: within twice the error of the formula in bfloat16, and an epsilon."""
+    *sizes, options = CASES[case]
+    options = {k: torch.tensor(v) if k in ("key_lengths", "alibi_slopes") else v for k, v in options.items()}
+    inputs = drawn(*sizes)
+    exact = [t.double().requires_grad_() for t in inputs]
+    theirs = [t.clone().requires_grad_() for t in inputs]
+    if "key_lengths" in options:
+        for b, n in enumerate(options["key_lengths"]):
+            inputs[1][b, :, n:], inputs[2][b, :, n:] = math.nan, math.inf
+    ours = [t.requires_grad_() for t in inputs]
+    o, lse = attend(*ours, **options)
+    dy, dlse = torch.randn_like(o), torch.randn_like(lse)
+    results = [torch.autograd.grad((o, lse.nan_to_num(neginf=0.0)), ours, (dy, dlse))]
+    for tensors in (theirs, exact):
+        o, lse = attention._oracle(*tensors, **options, enable_gqa=True, return_lse=True)
+        cotangents = dy.to(o.dtype), dlse.to(lse.dtype)
+        results.append(torch.autograd.grad((o, lse.nan_to_num(neginf=0.0)), tensors, cotangents))
+    for ours, theirs, exact in zip(*results):
+        reference_error = (theirs.double() - exact).abs().max()
+        allowed = 2 * reference_error + torch.finfo(torch.bfloat16).eps * max(1.0, exact.abs().max())
+        assert (ours.double() - exact).abs().max() <= allowed
+
+
 @pytest.mark.parametrize("queries", [1, 20])
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
 def test_masks(kind, queries):
@@ -114,15 +139,26 @@ def test_scores_of_any_size(queries, dtype):
 
 @pytest.mark.parametrize("queries", [1, 200])
 def test_bits_do_not_depend_on_the_threads(queries):
-    tensors = drawn(2, 3, 3, queries, 1300, 65, 33)
+    tensors = [t.requires_grad_() for t in drawn(2, 3, 3, queries, 1300, 65, 33)]
     runs = []
+    before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            runs.append(attend(*tensors))
+            o, lse = attend(*tensors)
+            runs.append((o, lse, *torch.autograd.grad(o, tensors, torch.ones_like(o))))
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_gradients_of_a_weight_that_was_rounded():
+    """One query, one key of weight 1: dv is dy, dq and dk are 0, whatever is rounded."""
+    q, k, v = (t.requires_grad_() for t in drawn(1, 1, 1, 7, 1, 15, 9))
+    dy = torch.randn(1, 1, 7, 9).bfloat16()
+    dq, dk, dv = torch.autograd.grad(attend(q, k, v)[0], (q, k, v), dy)
+    torch.testing.assert_close(dv, dy.sum(2, keepdim=True, dtype=torch.float32).bfloat16(), rtol=0.01, atol=0.01)
+    assert dq.abs().max() < 1e-5 and dk.abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("queries", [1, 300])
@@ -138,4 +174,15 @@ def test_weights_are_rounded_where_the_cpu_multiplies_pairs(queries):
     o, _ = attend(q, k, v, scale=1.0)
     p = q.double().flatten().exp()
     rounded, exact = (((x / (1 + p)).bfloat16() != o.flatten()).sum() for x in (p.bfloat16().double(), p))
+    assert (rounded < 3 < exact) if has_pair_products() else (exact < 3 < rounded)
+
+
+def test_weights_of_the_gradient_are_rounded_where_the_cpu_multiplies_pairs():
+    """A head for each of 300 weights w = p / (1 + p) of the second key, whose value's gradient is 1.5 w."""
+    q = torch.linspace(-4, 0, 300).bfloat16()[None, :, None, None]
+    k = torch.tensor([0.0, 1.0]).bfloat16()[None, None, :, None].expand(1, 300, 2, 1)
+    v = torch.zeros(1, 300, 2, 1).bfloat16().requires_grad_()
+    (dv,) = torch.autograd.grad(attend(q, k, v, scale=1.0)[0], v, torch.full((1, 300, 1, 1), 1.5).bfloat16())
+    weight = q.double().flatten().sigmoid()
+    rounded, exact = (((1.5 * w).bfloat16() != dv[0, :, 1, 0]).sum() for w in (weight.bfloat16().double(), weight))
     assert (rounded < 3 < exact) if has_pair_products() else (exact < 3 < rounded)

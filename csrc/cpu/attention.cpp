@@ -6,8 +6,8 @@
 // mapping  forward: a thread takes blocks of queries through all keys they see (online softmax)
 //          backward: a thread takes blocks of keys of one key head through all queries of its G heads
 // memory   keys transposed once; a block of scores stays in the nearest cache; O(L + S) beyond inputs and outputs
-// numerics products and sums in acc_t; bf16 forward on CPUs that multiply it (product_bf16.h): weights rounded to bf16
-//          before they are multiplied by values, not where they are summed
+// numerics products and sums in acc_t; bf16 on CPUs that multiply it (product_bf16.h): p, rounded to bf16 before it is
+//          multiplied by values, not where it is summed, and ds too
 //          dq in a fixed number of partial sums, added in order: deterministic
 #include "common/attention_binding.h"
 #include "cpu/attention.h"
@@ -250,10 +250,14 @@ void attention_fwd_all(const Problem<acc_t>& p, const scalar_t* q, const scalar_
 }
 
 // Rows of one query head as the backward products read them, and what each row contributes to ds.
-template <class acc_t>
+template <class Products, class acc_t>
 struct PackedQueries {
-  int64_t rows, width, value_width;
-  Buffer<acc_t> q, dy, lse, delta;
+  using Word = typename Products::Word;
+  // In words: rows as they are multiplied, and as they are summed over, which with a value in a word is the same.
+  static constexpr bool both = Products::step == 1;
+  int64_t rows, width, value_width, depth, value_depth;
+  Buffer<Word> q, dy, q_summed, dy_summed;
+  Buffer<acc_t> lse, delta;
 
   template <class scalar_t>
   PackedQueries(const Problem<acc_t>& p, const scalar_t* q_in, const scalar_t* dy_in, const scalar_t* o_in,
@@ -261,8 +265,12 @@ struct PackedQueries {
       : rows(round_up(p.L, query_block)),
         width(round_up(p.D, Vec<acc_t>::width)),
         value_width(round_up(p.E, Vec<acc_t>::width)),
-        q(p.B * p.H * rows * width),
-        dy(p.B * p.H * rows * value_width),
+        depth(both ? width : ceil_div(p.D, Products::step)),
+        value_depth(both ? value_width : ceil_div(p.E, Products::step)),
+        q(p.B * p.H * rows * depth),
+        dy(p.B * p.H * rows * value_depth),
+        q_summed(both ? 0 : p.B * p.H * rows / Products::step * width),
+        dy_summed(both ? 0 : p.B * p.H * rows / Products::step * value_width),
         lse(p.B * p.H * rows),
         delta(p.B * p.H * rows) {
     using V = Vec<acc_t>;
@@ -274,11 +282,8 @@ struct PackedQueries {
         const scalar_t* dy_row = dy_in + b * p.o.batch + h * p.o.head + e.q0 * p.o.row;
         const scalar_t* o_row = o_in + b * p.o.batch + h * p.o.head + e.q0 * p.o.row;
         const int64_t at = b * p.lse_batch + h * p.lse_head + e.q0;
-        pack_rows(q.get() + head * rows * width, width, q_row, p.q.row, e.L, p.D);
-        pack_rows(dy.get() + head * rows * value_width, value_width, dy_row, p.o.row, e.L, p.E);
-        // Rows beyond the last are multiplied but never kept: zeros, so that no stale NaN slows them down.
-        std::fill(q.get() + (head * rows + e.L) * width, q.get() + (head + 1) * rows * width, acc_t(0));
-        std::fill(dy.get() + (head * rows + e.L) * value_width, dy.get() + (head + 1) * rows * value_width, acc_t(0));
+        pack(q, q_summed, head, depth, width, q_row, p.q.row, e.L, p.D);
+        pack(dy, dy_summed, head, value_depth, value_width, dy_row, p.o.row, e.L, p.E);
         for (int64_t i = 0; i < e.L; ++i) {
           Totals<acc_t, 1> total;
           accumulate(total, p.E, [&](int64_t c, auto lanes, auto& t) {
@@ -292,32 +297,55 @@ struct PackedQueries {
       }
     });
   }
+
+  // From row `first` of all heads' on.
+  Matrix<const Word> q_rows(int64_t first) const { return {q.get() + first * depth, depth, 1}; }
+  Matrix<const Word> dy_rows(int64_t first) const { return {dy.get() + first * value_depth, value_depth, 1}; }
+  Matrix<const Word> q_sums(int64_t first) const {
+    return {(both ? q : q_summed).get() + first / Products::step * width, width, 1};
+  }
+  Matrix<const Word> dy_sums(int64_t first) const {
+    return {(both ? dy : dy_summed).get() + first / Products::step * value_width, value_width, 1};
+  }
+
+ private:
+  // Rows beyond the last are multiplied but never kept: zeros, so that no stale NaN slows them down.
+  template <class scalar_t>
+  void pack(Buffer<Word>& to, Buffer<Word>& summed, int64_t head, int64_t to_row, int64_t summed_row,
+            const scalar_t* from, int64_t from_row, int64_t L, int64_t size) {
+    Products::pack_rows(to.get() + head * rows * to_row, to_row, from, from_row, L, size);
+    std::fill(to.get() + (head * rows + L) * to_row, to.get() + (head + 1) * rows * to_row, Word(0));
+    if (both) return;
+    const int64_t pairs = rows / Products::step;
+    Products::pack_summed(summed.get() + head * pairs * summed_row, summed_row, from, from_row, L, size);
+    std::fill(summed.get() + (head * pairs + ceil_div(L, Products::step)) * summed_row,
+              summed.get() + (head + 1) * pairs * summed_row, Word(0));
+  }
 };
 
 // One block of keys against one block of queries of one head.
-template <class acc_t>
+template <class Word, class acc_t>
 struct BackwardBlock {
-  acc_t *keys_t, *keys, *values_t;           // [D][key_block], [key_block][width], [E][key_block]
+  Word *keys_t, *keys, *values_t;            // [depth][key_block], key_block x width, [value_depth][key_block]
   acc_t *s, *ds, *dk, *dv, *factor, *slope;  // scores become p; ds; sums over queries
 };
 
-template <class acc_t>
-void attention_bwd_block(const Problem<acc_t>& p, const Example& e, const PackedQueries<acc_t>& queries,
-                         const BackwardBlock<acc_t>& w, acc_t* dq, int64_t b, int64_t h, int64_t i0, int64_t j0,
-                         int64_t n) {
+template <class Products, class acc_t>
+void attention_bwd_block(const Problem<acc_t>& p, const Example& e, const PackedQueries<Products, acc_t>& queries,
+                         const BackwardBlock<typename Products::Word, acc_t>& w, acc_t* dq, int64_t b, int64_t h,
+                         int64_t i0, int64_t j0, int64_t n) {
   using V = Vec<acc_t>;
+  constexpr int64_t step = Products::step;
   const int64_t rows = std::min(query_block, e.L - i0);
   const int64_t r0 = std::max<int64_t>(0, e.first_query_of(j0, j0 + n) - i0) / product_rows * product_rows;
   const int64_t r1 = std::min(rows, e.last_query_of(j0, j0 + n) - i0);
   if (r0 >= r1 || is_hidden(p, b, h, i0 + r0, i0 + r1, j0, n)) return;
-  const int64_t first = (b * p.H + h) * queries.rows + i0 + r0;
-  const Matrix<const acc_t> q{queries.q.get() + first * queries.width, queries.width, 1};
-  const Matrix<const acc_t> dy{queries.dy.get() + first * queries.value_width, queries.value_width, 1};
-  const int64_t m = r1 - r0;
-  product<false>(q, Matrix<const acc_t>{w.keys_t, key_block, 1}, Matrix<acc_t>{w.s, score_stride, 1}, m, key_block,
-                 p.D);
-  product<false>(dy, Matrix<const acc_t>{w.values_t, key_block, 1}, Matrix<acc_t>{w.ds, score_stride, 1}, m, key_block,
-                 p.E);
+  const int64_t first = (b * p.H + h) * queries.rows + i0 + r0, m = r1 - r0;
+  const Matrix<acc_t> p_block{w.s, score_stride, 1}, ds_block{w.ds, score_stride, 1};
+  Products::template product<false>(queries.q_rows(first), {w.keys_t, key_block, 1}, p_block, m, key_block,
+                                    ceil_div(p.D, step));
+  Products::template product<false>(queries.dy_rows(first), {w.values_t, key_block, 1}, ds_block, m, key_block,
+                                    ceil_div(p.E, step));
   const bool capped = p.softcap != 0;
   for (int64_t r = 0; r < m; ++r) {
     acc_t *s = w.s + r * score_stride, *ds = w.ds + r * score_stride;
@@ -337,20 +365,25 @@ void attention_bwd_block(const Problem<acc_t>& p, const Example& e, const Packed
       d.store(ds + j);
     }
   }
+  clear_rounding(w.s, m);
   clear_rounding(w.ds, m);
-  product<true>(Matrix<const acc_t>{w.s, 1, score_stride}, dy, Matrix<acc_t>{w.dv, queries.value_width, 1}, n,
-                queries.value_width, m);
-  product<true>(Matrix<const acc_t>{w.ds, 1, score_stride}, q, Matrix<acc_t>{w.dk, queries.width, 1}, n, queries.width,
-                m);
-  product<true>(Matrix<const acc_t>{w.ds, score_stride, 1}, Matrix<const acc_t>{w.keys, queries.width, 1},
-                Matrix<acc_t>{dq + (i0 + r0) * queries.width, queries.width, 1}, m, queries.width, n);
+  const Matrix<acc_t> dk{w.dk, queries.width, 1}, dv{w.dv, queries.value_width, 1};
+  Products::template product<true>(Products::narrow_columns(p_block, p_block, m, key_block), queries.dy_sums(first), dv,
+                                   n, queries.value_width, ceil_div(m, step));
+  // p is not needed any more.
+  Products::template product<true>(Products::narrow_columns(p_block, ds_block, m, key_block), queries.q_sums(first), dk,
+                                   n, queries.width, ceil_div(m, step));
+  Products::template product<true>(Products::narrow_rows(ds_block, m, key_block), {w.keys, queries.width, 1},
+                                   {dq + (i0 + r0) * queries.width, queries.width, 1}, m, queries.width,
+                                   ceil_div(n, step));
 }
 
-template <class scalar_t, class acc_t>
+template <class Products, class scalar_t, class acc_t>
 void attention_bwd_all(const Problem<acc_t>& p, const scalar_t* dy, const scalar_t* q, const scalar_t* k,
                        const scalar_t* v, const scalar_t* o, const acc_t* lse, const acc_t* dlse, scalar_t* dq,
                        scalar_t* dk, scalar_t* dv) {
-  const PackedQueries<acc_t> queries(p, q, dy, o, lse, dlse);
+  using Word = typename Products::Word;
+  const PackedQueries<Products, acc_t> queries(p, q, dy, o, lse, dlse);
   const int64_t heads = p.H / std::max<int64_t>(p.G, 1), blocks = ceil_div(p.S, key_block);
   // Partial sums of dq: as many as keep a few threads busy, a number that depends on the shape alone.
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(blocks, 8 / std::max<int64_t>(p.B * heads, 1)));
@@ -358,9 +391,10 @@ void attention_bwd_all(const Problem<acc_t>& p, const scalar_t* dy, const scalar
   Buffer<acc_t> partial(parts * part_size);
   parallel_for(p.B * heads * parts, 1, [&](int64_t begin, int64_t end) {
     const int64_t rows = round_up(key_block, product_rows), width = queries.width, value_width = queries.value_width;
-    const int64_t sizes[] = {p.D * key_block,
-                             key_block * width,
-                             p.E * key_block,
+    const int64_t depth = ceil_div(p.D, Products::step), value_depth = ceil_div(p.E, Products::step);
+    const int64_t sizes[] = {depth * key_block,
+                             key_block / Products::step * width,
+                             value_depth * key_block,
                              query_block * score_stride,
                              query_block * score_stride,
                              rows * width,
@@ -376,9 +410,10 @@ void attention_bwd_all(const Problem<acc_t>& p, const scalar_t* dy, const scalar
       next += round_up(sizes[n++], 16);
       return here;
     };
-    BackwardBlock<acc_t> w;
-    for (acc_t** field : {&w.keys_t, &w.keys, &w.values_t, &w.s, &w.ds, &w.dk, &w.dv, &w.factor, &w.slope})
-      *field = take();
+    BackwardBlock<Word, acc_t> w;
+    static_assert(sizeof(Word) == sizeof(acc_t));
+    for (Word** field : {&w.keys_t, &w.keys, &w.values_t}) *field = reinterpret_cast<Word*>(take());
+    for (acc_t** field : {&w.s, &w.ds, &w.dk, &w.dv, &w.factor, &w.slope}) *field = take();
     for (int64_t at = begin; at < end; ++at) {
       const int64_t part = at % parts, hk = at / parts % heads, b = at / parts / heads;
       const Example e = attention::example(p, b);
@@ -392,9 +427,9 @@ void attention_bwd_all(const Problem<acc_t>& p, const scalar_t* dy, const scalar
         if (n > 0) {
           const scalar_t* k_row = k + b * p.k.batch + hk * p.k.head + (e.k0 + j0) * p.k.row;
           const scalar_t* v_row = v + b * p.v.batch + hk * p.v.head + (e.k0 + j0) * p.v.row;
-          pack_columns(w.keys_t, key_block, k_row, p.k.row, n, p.D);
-          pack_rows(w.keys, width, k_row, p.k.row, n, p.D);
-          pack_columns(w.values_t, key_block, v_row, p.v.row, n, p.E);
+          Products::pack_columns(w.keys_t, key_block, k_row, p.k.row, n, p.D);
+          Products::pack_summed(w.keys, width, k_row, p.k.row, n, p.D);
+          Products::pack_columns(w.values_t, key_block, v_row, p.v.row, n, p.E);
           for (int64_t g = 0; g < p.G; ++g)
             for (int64_t i0 = e.first_query_of(j0, j0 + n) / query_block * query_block;
                  i0 < e.last_query_of(j0, j0 + n); i0 += query_block)
@@ -468,16 +503,18 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dy, const Optiona
     Tensor dq = attention::empty<scalar_t>(op, a, p.H, p.rows_q, p.D);
     Tensor dk = attention::empty<scalar_t>(op, a, heads, p.rows_k, p.D);
     Tensor dv = attention::empty<scalar_t>(op, a, heads, p.rows_k, p.E);
-    attention_bwd_all(p, attention::in<scalar_t>(op, a, dy, "dy", p.H, p.rows_q, p.E),
-                      attention::in<scalar_t>(op, a, q, "q", p.H, p.rows_q, p.D),
-                      attention::in<scalar_t>(op, a, k, "k", heads, p.rows_k, p.D),
-                      attention::in<scalar_t>(op, a, v, "v", heads, p.rows_k, p.E),
-                      attention::in<scalar_t>(op, a, o, "o", p.H, p.rows_q, p.E),
-                      attention::in_lse<acc_t>(op, a, lse, "lse"),
-                      dlse.has_value() ? attention::in_lse<acc_t>(op, a, *dlse, "dlse") : nullptr,
-                      attention::out<scalar_t>(op, a, dq, "dq", p.H, p.rows_q, p.D),
-                      attention::out<scalar_t>(op, a, dk, "dk", heads, p.rows_k, p.D),
-                      attention::out<scalar_t>(op, a, dv, "dv", heads, p.rows_k, p.E));
+    with_products<scalar_t>([&]<class Products>(Products) {
+      attention_bwd_all<Products>(p, attention::in<scalar_t>(op, a, dy, "dy", p.H, p.rows_q, p.E),
+                                  attention::in<scalar_t>(op, a, q, "q", p.H, p.rows_q, p.D),
+                                  attention::in<scalar_t>(op, a, k, "k", heads, p.rows_k, p.D),
+                                  attention::in<scalar_t>(op, a, v, "v", heads, p.rows_k, p.E),
+                                  attention::in<scalar_t>(op, a, o, "o", p.H, p.rows_q, p.E),
+                                  attention::in_lse<acc_t>(op, a, lse, "lse"),
+                                  dlse.has_value() ? attention::in_lse<acc_t>(op, a, *dlse, "dlse") : nullptr,
+                                  attention::out<scalar_t>(op, a, dq, "dq", p.H, p.rows_q, p.D),
+                                  attention::out<scalar_t>(op, a, dk, "dk", heads, p.rows_k, p.D),
+                                  attention::out<scalar_t>(op, a, dv, "dv", heads, p.rows_k, p.E));
+    });
     return std::tuple(dq, dk, dv);
   });
 }

@@ -42,6 +42,10 @@ struct PlainProducts {
   }
   // Rows of `width` sums become words of a left operand, where they are.
   static Matrix<const Word> narrow_rows(Matrix<acc_t> s, int64_t, int64_t) { return {s.at, s.row, 1}; }
+  // The transpose as a left operand, whose words stand in `to`, which may be s. An odd row is followed by one of zeros.
+  static Matrix<const Word> narrow_columns(Matrix<acc_t>, Matrix<acc_t> s, int64_t, int64_t) {
+    return {s.at, 1, s.row};
+  }
   template <bool add>
   static void product(Matrix<const Word> a, Matrix<const Word> b, Matrix<acc_t> c, int64_t M, int64_t N, int64_t K) {
     pyops::PYOPS_CPU_CAPABILITY::product<add>(a, b, c, M, N, K);
@@ -143,6 +147,23 @@ PYOPS_BFLOAT16 inline void narrow_rows(Matrix<float> s, int64_t rows, int64_t wi
   }
 }
 
+template <size_t... lane>
+PYOPS_INLINE Bits interleaved(const Bits& halves, std::index_sequence<lane...>) {
+  typedef uint16_t Values __attribute__((vector_size(vector_bytes)));
+  const Values v = bits_as<Values>(halves);
+  return bits_as<Bits>(__builtin_shufflevector(v, v, int(lane / 2 + lane % 2 * 16)...));
+}
+
+// Rows 2r and 2r + 1 become the low and the high halves of row r.
+PYOPS_BFLOAT16 inline void narrow_columns(Matrix<float> to, Matrix<float> s, int64_t rows, int64_t width) {
+  for (int64_t r = 0; r < rows; r += 2)
+    for (int64_t i = 0; i < width; i += 16) {
+      const float* even = s.at + r * s.row + i;
+      const Bits pairs = interleaved(rounded(even, even + s.row), std::make_index_sequence<32>());
+      std::memcpy(to.at + r / 2 * to.row + i, &pairs, sizeof pairs);
+    }
+}
+
 }  // namespace simd
 
 struct BFloat16Products {
@@ -194,6 +215,10 @@ struct BFloat16Products {
   static Matrix<const Word> narrow_rows(Matrix<float> s, int64_t rows, int64_t width) {
     simd::narrow_rows(s, rows, width);
     return {reinterpret_cast<const Word*>(s.at), s.row, 1};
+  }
+  static Matrix<const Word> narrow_columns(Matrix<float> to, Matrix<float> s, int64_t rows, int64_t width) {
+    simd::narrow_columns(to, s, rows, width);
+    return {reinterpret_cast<const Word*>(to.at), 1, to.row};
   }
   template <bool add>
   static void product(Matrix<const Word> a, Matrix<const Word> b, Matrix<float> c, int64_t M, int64_t N, int64_t K) {
