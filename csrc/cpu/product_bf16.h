@@ -116,21 +116,6 @@ PYOPS_BFLOAT16 void product(Matrix<const uint32_t> a, Matrix<const uint32_t> b, 
     }
 }
 
-// Element (r, c) goes to (c, r): of two rows that are `distance` apart, halves are exchanged.
-template <int distance, size_t... lane>
-PYOPS_INLINE void exchange(Bits& a, Bits& b, std::index_sequence<lane...>) {
-  const Bits low = __builtin_shufflevector(a, b, int(lane & distance ? 16 + lane - distance : lane)...);
-  b = __builtin_shufflevector(a, b, int(lane & distance ? 16 + lane : lane + distance)...);
-  a = low;
-}
-template <int distance = 8>
-PYOPS_INLINE void transpose(Bits (&block)[16]) {
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r)
-    if ((r & distance) == 0) exchange<distance>(block[r], block[r + distance], std::make_index_sequence<16>());
-  if constexpr (distance > 1) transpose<distance / 2>(block);
-}
-
 // Two vectors of float, rounded: the first in the low half.
 PYOPS_BFLOAT16 PYOPS_INLINE Bits rounded(const float* first, const float* second) {
   return bits_as<Bits>(_mm512_cvtne2ps_pbh(_mm512_loadu_ps(second), _mm512_loadu_ps(first)));
