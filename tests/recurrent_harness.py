@@ -2,13 +2,15 @@
 
 from unittest import mock
 
+import pytest
 import torch
 
+from pyops import functional as F
 from pyops import nn, testing
 from pyops.core import backend as backends
-from pyops.core import library, recurrent
+from pyops.core import library, recurrent, recurrent_samples
 
-from .harness import emulated_device
+from .harness import accurate, emulated_device
 
 # Every backend has its own kernels, whose values and gradients are compared in all dtypes, but one recipe
 # differentiates, maps and compiles them: that is checked on one backend here, on all by `python -m pyops check`.
@@ -140,6 +142,65 @@ def launches(network, x):
     with torch.no_grad(), backends.backend("emulator"):
         network(x)
     return library.emulator_statistic("launches")
+
+
+# Products of bfloat16, float16 on tensor cores: name -> (processors, shape of the input, hidden size of lstm, gru and
+# rnn, further settings). A block has 16, 32 or 64 rows of weights and takes 32 (of 64: 16) rows of states at a time.
+TENSOR_CORES = {
+    "16 rows of weights": (4, (2, 3, 2), (8, 8, 8), {}),
+    "32 rows, states beyond a multiple of 8": (4, (2, 10, 2), (24, 32, 72), {}),
+    "64 rows, states beyond a pass": (4, (2, 19, 2), (40, 48, 136), {}),
+    "packed, two directions": (4, (15, 2), (16, 16, 24), {"batch_sizes": [9, 4, 2], "directions": 2}),
+    "layers side by side": (4, (3, 9, 2), (8, 8, 16), {"layers": 3}),
+    "64 rows, layers side by side, no bias": (4, (2, 17, 2), (32, 32, 40), {"layers": 2, "bias": False}),
+}
+# Of an LSTM alone.
+PROJECTED = (4, (2, 9, 2), (24, 0, 0), {"project": 16, "directions": 2})
+BEYOND_REGISTERS = (65, (1, 2, 2), (1032, 0, 0), {})
+# Left to CUDA cores: one example, unless shared memory is too small for its weights, and rows not in 16-byte steps.
+ONE_EXAMPLE = (4, (2, 1, 2), (8, 8, 8), {})
+ODD = (4, (2, 9, 2), (9, 9, 9), {})
+
+
+def products_on_tensor_cores(op, case, dtype, backend, expected=True):
+    """Values and gradients as close to float64 as torch comes; bitwise the same in another order of blocks and warps.
+
+    Args:
+        case: a value of TENSOR_CORES.
+        expected: False if CUDA cores should take it.
+    """
+    if backend not in ("cuda", "emulator"):
+        pytest.skip("a choice of the CUDA kernels")
+    processors, shape, sizes, settings = case
+    gates, states = {"lstm": (4, 2), "gru": (3, 1)}.get(op, (1, 1))
+    hidden = sizes[{"lstm": 0, "gru": 1}.get(op, 2)]
+    make = recurrent_samples.network(gates, states, shape, hidden, **settings)
+
+    def of(module):
+        function = recurrent_samples.of_layers(getattr(module, op), states)
+        # a quarter of the weights drawn: a network that is not chaotic, whose roundings stay small
+        return lambda x, *t, **kwargs: function(x, *t[:states], *(p / 4 for p in t[states:]), **kwargs)
+
+    ours, theirs = of(F), of(torch)
+
+    def results():
+        (x, *rest), kwargs = make(testing.Maker(dtype, requires_grad=True))
+        with backends.backend(backend):
+            y, *final = ours(x, *rest, **kwargs)
+            return y, *torch.autograd.grad(y.float().sin().sum(), [t for t in (x, *rest) if t.requires_grad])
+
+    if backend == "cuda":
+        accurate(ours, theirs, make, dtype, backend)
+        return
+    library.configure_emulator(multiprocessors=processors, statistics="reset")
+    try:
+        accurate(ours, theirs, make, dtype, backend)
+        assert (library.emulator_statistic("mma") > 0) == expected
+        first = results()
+        library.configure_emulator(schedule="deep-reverse")
+        assert all(map(torch.equal, first, results()))
+    finally:
+        library.configure_emulator(multiprocessors=2, schedule="forward")
 
 
 def stacks_differentiate(network, states):

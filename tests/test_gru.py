@@ -9,10 +9,12 @@ from .recurrent_harness import (
     NETWORKS,
     OF_THE_RECIPE,
     STACKS,
+    TENSOR_CORES,
     cells_agree,
     equal,
     network_case,
     networks_agree,
+    products_on_tensor_cores,
     stacks_agree,
     stacks_compile,
     stacks_differentiate,
@@ -134,6 +136,13 @@ def test_a_module_compiles_into_one_graph():
     network, x = nn.GRU(3, 4, 2), torch.randn(5, 2, 3)
     with torch._dynamo.config.patch(allow_rnn=True):  # torch breaks the graph at these modules unless told
         equal(tuple(torch.compile(network, backend="aot_eager", fullgraph=True)(x)), tuple(network(x)))
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("name", TENSOR_CORES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tensor_cores(backend, name, dtype):
+    products_on_tensor_cores("gru", TENSOR_CORES[name], dtype, backend)
 
 
 @pytest.mark.race

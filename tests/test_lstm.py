@@ -12,15 +12,21 @@ from pyops.core import library, recurrent
 
 from .harness import emulated_device, passes, refuses, same_refusal
 from .recurrent_harness import (
+    BEYOND_REGISTERS,
     NETWORKS,
+    ODD,
     OF_THE_RECIPE,
+    ONE_EXAMPLE,
+    PROJECTED,
     SMALL,
     STACKS,
+    TENSOR_CORES,
     cells_agree,
     equal,
     launches,
     network_case,
     networks_agree,
+    products_on_tensor_cores,
     stacks_agree,
     stacks_compile,
     stacks_differentiate,
@@ -259,6 +265,27 @@ def test_large_layers(hidden, expected):
         finally:
             library.configure_emulator(multiprocessors=2)
     equal(*results, 2e-2)
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("name", TENSOR_CORES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tensor_cores(backend, name, dtype):
+    products_on_tensor_cores("lstm", TENSOR_CORES[name], dtype, backend)
+
+
+@pytest.mark.race
+def test_tensor_cores_with_a_projection(backend):
+    products_on_tensor_cores("lstm", PROJECTED, torch.bfloat16, backend)
+
+
+def test_tensor_cores_with_weights_beyond_registers(backend):
+    products_on_tensor_cores("lstm", BEYOND_REGISTERS, torch.bfloat16, backend)
+
+
+@pytest.mark.parametrize("case", [ONE_EXAMPLE, ODD])
+def test_what_cuda_cores_keep(backend, case):
+    products_on_tensor_cores("lstm", case, torch.bfloat16, backend, expected=False)
 
 
 @pytest.mark.race

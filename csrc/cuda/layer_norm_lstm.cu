@@ -7,7 +7,7 @@
 //          both: all blocks multiply, then rows are dealt out to blocks as in a step
 // memory   x, y and c come from DRAM once, and once or twice more from the caches; backward computes the gates again
 // numerics two-pass variance, all in fp32 (fp64 for fp64), in a layer also y and c' between steps
-#include "cuda/recurrent_sequence.cuh"
+#include "cuda/recurrent_layer.cuh"
 
 #include "common/layer_norm_lstm.h"
 

@@ -5,9 +5,13 @@
 //
 // A warp multiplies 4 rows of weights with 8 rows of states, its lanes sharing the sum over K; 31 shuffles leave the 32
 // sums on the 32 lanes. The 4 rows are the gates of one unit (forward) or 4 units (backward, and cells of one gate).
+//
+// In bf16 and fp16 tensor cores multiply (recurrent_mma.cuh), and registers hold weights too: MmaPlan says where. Products
+// with the weights of a projection stay on CUDA cores, and so does all else in a kernel that is launched once per step.
 #pragma once
 
 #include "cuda/math.cuh"
+#include "cuda/recurrent_mma.cuh"
 
 #include "common/recurrent.h"
 #include "common/tensor.h"
@@ -192,6 +196,25 @@ struct ForwardStep {
     if (row >= s.steps.count(s.after(d, t))) s.h_n[(d * s.steps.B + row) * s.P + unit] = value;
   }
 
+  // What a unit's cell reads beside its products: pre-activations from the input, or in a stack the bias.
+  struct Inputs {
+    A a[G]{}, h{}, c{};
+  };
+  PYOPS_DEVICE Inputs inputs(int64_t t, int64_t row, int64_t unit) const {
+    const int64_t at = (s.steps.first(t) + row) * s.D + d, own = (d * s.steps.B + row) * s.H + unit;
+    Inputs in;
+#pragma unroll
+    for (int k = 0; k < G; ++k) {
+      if (!stacked || below.rows == nullptr)
+        in.a[k] = to_acc(s.gates[(at * G + k) * s.H + unit]);
+      else if (below.bias != nullptr)
+        in.a[k] = to_acc(below.bias[k * s.H + unit]);
+    }
+    if constexpr (Cell::splits) in.h = to_acc(s.state_before(d, t, row)[unit]);
+    if constexpr (Cell::has_cell) in.c = s.row_at(s.before(d, t), row) < 0 ? A(to_acc(s.c0[own])) : work.c[own];
+    return in;
+  }
+
   PYOPS_DEVICE void cells(int64_t t) const {
     const int64_t rows = s.steps.count(t), first = s.steps.first(t);
     const int lane = static_cast<int>(threadIdx.x % 32);
@@ -216,26 +239,56 @@ struct ForwardStep {
       const int64_t row = row0 + lane % tile_rows;
       if constexpr (G == 1) unit += lane / tile_rows;
       if (G > 1 && lane >= tile_rows) return;
-      if (row < rows && unit < slice.end) update(t, row, first + row, unit, a, b);
+      if (row < rows && unit < slice.end) update(t, row, unit, inputs(t, row, unit), a, b);
     });
   }
 
-  PYOPS_DEVICE void update(int64_t t, int64_t row, int64_t n, int64_t unit, A (&a)[G], A (&b)[G]) const {
-    const int64_t at = n * s.D + d, own = (d * s.steps.B + row) * s.H + unit;
-    const bool starts = s.row_at(s.before(d, t), row) < 0;
-    A h{}, c{}, saved[recurrent::saved_slots<Cell>]{};
+  // The rows of weights that a product of tensor cores takes for a unit: its gates; in a stack those of input and state
+  // are added up in the product, but where a cell keeps the last gate's apart, which takes a row more.
+  static constexpr int slots = G + (stacked && Cell::splits);
+  PYOPS_DEVICE const T* mma_weights(int segment, int m) const {
+    const int64_t unit = slice.begin + m / slots;
+    const int slot = m % slots, gate = slot < G ? slot : G - 1;
+    if (unit >= slice.end || m >= slice.size() * slots) return nullptr;
+    if (slots > G && slot >= G - 1 && (slot == G) != (segment == 1)) return nullptr;
+    const T* w = segment == 1 ? below.weights : s.w_hh + static_cast<int64_t>(d) * G * s.H * s.P;
+    return w + (gate * s.H + unit) * (segment == 1 ? s.H : s.P);
+  }
+  template <class Product>
+  PYOPS_DEVICE void cells(int64_t t, Product& product) const {
+    const int64_t rows = s.steps.count(t), first = s.steps.first(t);
+    const int units = static_cast<int>(slice.size()), thread = static_cast<int>(threadIdx.x);
+    if (units == 0) return;
+    for (int64_t row0 = 0; row0 < rows; row0 += Product::rows) {
+      if (row0 > 0) __syncthreads();
+      const int here = static_cast<int>(rows - row0 < Product::rows ? rows - row0 : Product::rows);
+      // On their way while the product runs.
+      Inputs ahead;
+      if (thread < here * units) ahead = inputs(t, row0 + thread / units, slice.begin + thread % units);
+      product.run(here, [&](int segment, int row) -> const T* {
+        if (stacked && segment == 1) return below.rows + (first + row0 + row) * s.H;
+        return s.state_before(d, t, row0 + row);
+      });
+      for (int i = thread; i < here * units; i += sequence_threads) {
+        const int row = i / units, unit = i % units;
+        A a[G]{}, b[G];
 #pragma unroll
-    for (int k = 0; k < G; ++k) {
-      if (!stacked || below.rows == nullptr)
-        a[k] = to_acc(s.gates[(at * G + k) * s.H + unit]);
-      else if (below.bias != nullptr)
-        a[k] += to_acc(below.bias[k * s.H + unit]);
+        for (int k = 0; k < G; ++k) b[k] = product.sum(row, unit * slots + k);
+        if constexpr (slots > G) a[G - 1] = product.sum(row, unit * slots + G);
+        if (i >= sequence_threads) ahead = inputs(t, row0 + row, slice.begin + unit);
+        update(t, row0 + row, slice.begin + unit, ahead, a, b);
+      }
     }
-    if constexpr (Cell::splits) {
-      h = to_acc(s.state_before(d, t, row)[unit]);
+  }
+
+  // a, b: products with the layer below and with the state before.
+  PYOPS_DEVICE void update(int64_t t, int64_t row, int64_t unit, const Inputs& in, A (&a)[G], A (&b)[G]) const {
+    const int64_t at = (s.steps.first(t) + row) * s.D + d, own = (d * s.steps.B + row) * s.H + unit;
+    A h = in.h, c = in.c, saved[recurrent::saved_slots<Cell>]{};
+#pragma unroll
+    for (int k = 0; k < G; ++k) a[k] += in.a[k];
+    if constexpr (Cell::splits)
       if (s.b_n != nullptr) b[G - 1] += to_acc(s.b_n[d * s.H + unit]);
-    }
-    if constexpr (Cell::has_cell) c = starts ? A(to_acc(s.c0[own])) : work.c[own];
     Cell::forward(a, b, h, c, saved);
     if constexpr (Cell::has_cell) {
       work.c[own] = c;
@@ -267,26 +320,57 @@ struct ForwardStep {
   }
 };
 
-template <class Cell, class T>
+// tiles: 0, or the rows of tiles of a product on tensor cores.
+template <class Cell, class T, int tiles = 0>
 __global__ void sequence_forward_kernel(recurrent::Sequence<T> s, SequenceWork<T> work) {
   const Place place(work.blocks_per_direction);
   const Slice slice = Slice::of(s.H, work.blocks_per_direction, place.part), kept = slice.first(work.kept);
-  T* shared = work.phase == 0 ? &shared_storage<T>() : nullptr;
-  if (shared != nullptr) keep_weights(shared, s.w_hh + place.d * Cell::gates * s.H * s.P, kept, Cell::gates, s.H, s.P);
-  const ForwardStep<Cell, T> step{s, work, slice, kept, place.d, shared};
-  for (int64_t i = work.begin; i < work.end; ++i) {
-    const int64_t t = s.step(place.d, i);
-    if (work.phase != 2) step.cells(t);
-    if (work.phase == 0) grid_sync(work.barrier);
-    if (s.w_hr == nullptr) continue;
-    if (work.phase != 1) step.project(t);
-    if (work.phase == 0) grid_sync(work.barrier);
+  const auto steps = [&](const auto& step, const auto& cells) {
+    for (int64_t i = work.begin; i < work.end; ++i) {
+      const int64_t t = s.step(place.d, i);
+      if (work.phase != 2) cells(t);
+      if (work.phase == 0) grid_sync(work.barrier);
+      if (s.w_hr == nullptr) continue;
+      if (work.phase != 1) step.project(t);
+      if (work.phase == 0) grid_sync(work.barrier);
+    }
+  };
+  if constexpr (tiles > 0) {
+    using Product = MmaProduct<T, tiles>;
+    const ForwardStep<Cell, T> step{s, work, slice, kept, place.d, nullptr};
+    Product product(shared_storage<typename Product::Shared>(), {s.P},
+                    [&](int segment, int m) { return step.mma_weights(segment, m); });
+    steps(step, [&](int64_t t) { step.cells(t, product); });
+  } else {
+    T* shared = work.phase == 0 ? &shared_storage<T>() : nullptr;
+    if (shared != nullptr)
+      keep_weights(shared, s.w_hh + place.d * Cell::gates * s.H * s.P, kept, Cell::gates, s.H, s.P);
+    const ForwardStep<Cell, T> step{s, work, slice, kept, place.d, shared};
+    steps(step, [&](int64_t t) { step.cells(t); });
   }
 }
 
-// The gradients of the states that step t made (t = -1: of the initial states, which go out): what the next step `later`
-// sent, gradients [N, D, K], comes through w_hh, what the output sent, or in a stack the layer above, is added, and
-// put(row, unit, dh) takes it on.
+// The gradient of a state that step t made (t = -1: an initial state, which goes out): `sent` came through w_hh from the
+// next step `later`, what the output sent, or in a stack the layer above, is added, and put(row, unit, dh) takes it on.
+template <bool splits, class T, class Put>
+PYOPS_DEVICE void gradient_of_state(const recurrent::Sequence<T>& s, const SequenceWork<T>& work, int d, int64_t t,
+                                    int64_t later, int64_t row, int64_t unit, accumulate_t<T> sent,
+                                    accumulate_t<T> from_above, Put&& put) {
+  using A = accumulate_t<T>;
+  const int64_t now = t >= 0 ? s.steps.count(t) : 0, then = s.steps.count(later);
+  const int64_t own = (d * s.steps.B + row) * s.P + unit;
+  A dh = row < then ? sent : s.dh_n != nullptr ? A(to_acc(s.dh_n[own])) : A(0);
+  if constexpr (splits)
+    if (row < then) dh += work.direct[own];
+  if (row >= now) {
+    s.dh0[own] = from_acc<T>(dh);
+    return;
+  }
+  if (s.dy != nullptr) dh += to_acc(s.dy[((s.steps.first(t) + row) * s.D + d) * s.P + unit]);
+  put(row, unit, dh + from_above);
+}
+
+// Of all states of the slice's units: gradients [N, D, K] are what the next step sent.
 template <bool splits, bool stacked, class T, class Put>
 PYOPS_DEVICE void gradients_of_states(const recurrent::Sequence<T>& s, const SequenceWork<T>& work, Slice slice,
                                       Slice kept, int d, const T* shared, const T* sent, const Neighbour<T>& above,
@@ -295,7 +379,7 @@ PYOPS_DEVICE void gradients_of_states(const recurrent::Sequence<T>& s, const Seq
   const int64_t now = t >= 0 ? s.steps.count(t) : 0, then = s.steps.count(later), rows = now > then ? now : then;
   const int lane = static_cast<int>(threadIdx.x % 32);
   each_tile(slice, rows, tile_weights, [&](int64_t unit, int64_t row0) {
-    A dh = tile_product<T>(
+    const A dh = tile_product<T>(
         unit, slice.end, row0, rows, K,
         [&](int64_t unit) {
           return unit < kept.end ? shared + (unit - kept.begin) * K
@@ -311,17 +395,9 @@ PYOPS_DEVICE void gradients_of_states(const recurrent::Sequence<T>& s, const Seq
               return unit < kept.end ? shared + (kept.size() + unit - kept.begin) * K : above.weights + unit * K;
             },
             [&](int64_t row) { return above.rows + (s.steps.first(t) + row) * K; });
-    const int64_t row = row0 + lane % tile_rows, own = (d * s.steps.B + row) * s.P + (unit += lane / tile_rows);
-    if (row >= rows || unit >= slice.end) return;
-    if (row >= then) dh = s.dh_n != nullptr ? A(to_acc(s.dh_n[own])) : A(0);
-    if constexpr (splits)
-      if (row < then) dh += work.direct[own];
-    if (row >= now) {
-      s.dh0[own] = from_acc<T>(dh);
-      return;
-    }
-    if (s.dy != nullptr) dh += to_acc(s.dy[((s.steps.first(t) + row) * s.D + d) * s.P + unit]);
-    put(row, unit, dh + from_above);
+    const int64_t row = row0 + lane % tile_rows;
+    unit += lane / tile_rows;
+    if (row < rows && unit < slice.end) gradient_of_state<splits>(s, work, d, t, later, row, unit, dh, from_above, put);
   });
 }
 
@@ -336,16 +412,49 @@ struct BackwardStep {
   const T* shared;
   Neighbour<T> above{};
 
+  PYOPS_DEVICE const T* sent() const { return Cell::splits ? s.dh_gates : s.dgates; }
+  PYOPS_DEVICE void arrived(int64_t t, int64_t row, int64_t unit, A dh) const {
+    if (s.w_hr != nullptr)
+      s.dh[((s.steps.first(t) + row) * s.D + d) * s.P + unit] = from_acc<T>(dh);
+    else
+      cell(t, row, unit, dh);
+  }
+
   // Step t, or -1 after the last: what step `later` sent goes through w_hh to the states that step t made.
   PYOPS_DEVICE void states(int64_t t, int64_t later) const {
-    gradients_of_states<Cell::splits, stacked>(
-        s, work, slice, kept, d, shared, static_cast<const T*>(Cell::splits ? s.dh_gates : s.dgates), above, G * s.H, t,
-        later, [&](int64_t row, int64_t unit, A dh) {
-          if (s.w_hr != nullptr)
-            s.dh[((s.steps.first(t) + row) * s.D + d) * s.P + unit] = from_acc<T>(dh);
-          else
-            cell(t, row, unit, dh);
-        });
+    gradients_of_states<Cell::splits, stacked>(s, work, slice, kept, d, shared, sent(), above, G * s.H, t, later,
+                                               [&](int64_t row, int64_t unit, A dh) { arrived(t, row, unit, dh); });
+    if constexpr (Cell::has_cell)
+      if (s.w_hr == nullptr) ended(t, later);
+  }
+
+  // The same on tensor cores; what comes from the layer above is part of the product.
+  PYOPS_DEVICE const T* mma_weights(int segment, int m) const {
+    const int64_t unit = slice.begin + m, K = G * s.H;
+    if (unit >= slice.end) return nullptr;
+    return segment == 1 ? above.weights + unit * K : work.w_hh_t + (static_cast<int64_t>(d) * s.P + unit) * K;
+  }
+  template <class Product>
+  PYOPS_DEVICE void states(int64_t t, int64_t later, Product& product) const {
+    const int64_t now = t >= 0 ? s.steps.count(t) : 0, then = s.steps.count(later), rows = now > then ? now : then;
+    const int64_t K = G * s.H;
+    const int units = static_cast<int>(slice.size());
+    for (int64_t row0 = 0; units > 0 && row0 < rows; row0 += Product::rows) {
+      if (row0 > 0) __syncthreads();
+      const int here = static_cast<int>(rows - row0 < Product::rows ? rows - row0 : Product::rows);
+      product.run(here, [&](int segment, int row) -> const T* {
+        if (stacked && segment == 1)
+          return row0 + row < now ? above.rows + (s.steps.first(t) + row0 + row) * K : nullptr;
+        return row0 + row < then ? sent() + ((s.steps.first(later) + row0 + row) * s.D + d) * K : nullptr;
+      });
+      for (int i = static_cast<int>(threadIdx.x); i < here * units; i += sequence_threads) {
+        const int64_t row = row0 + i / units, unit = slice.begin + i % units;
+        const A sum = product.sum(i / units, i % units);
+        // Rows of which step `later` sent nothing have only what came from above.
+        gradient_of_state<Cell::splits>(s, work, d, t, later, row, unit, sum, row < then ? A(0) : sum,
+                                        [&](int64_t row, int64_t unit, A dh) { arrived(t, row, unit, dh); });
+      }
+    }
     if constexpr (Cell::has_cell)
       if (s.w_hr == nullptr) ended(t, later);
   }
@@ -396,130 +505,34 @@ struct BackwardStep {
   }
 };
 
-template <class Cell, class T>
+template <class Cell, class T, int tiles = 0>
 __global__ void sequence_backward_kernel(recurrent::Sequence<T> s, SequenceWork<T> work) {
   const Place place(work.blocks_per_direction);
   const Slice slice = Slice::of(s.P, work.blocks_per_direction, place.part), kept = slice.first(work.kept);
   const int64_t K = Cell::gates * s.H;
-  T* shared = work.phase == 0 ? &shared_storage<T>() : nullptr;
-  if (shared != nullptr) keep_weights(shared, work.w_hh_t + place.d * s.P * K, kept, 1, s.P, K);
-  const BackwardStep<Cell, T> step{s, work, slice, kept, place.d, shared};
-  // One more than there are steps: the last one gives the gradients of the initial states.
-  for (int64_t i = work.begin; i < work.end; ++i) {
-    const auto [t, later] = s.steps_backwards(place.d, i);
-    if (work.phase != 2) step.states(t, later);
-    if (work.phase == 0) grid_sync(work.barrier);
-    if (s.w_hr == nullptr) continue;
-    if (work.phase != 1) step.cells(t, later);
-    if (work.phase == 0) grid_sync(work.barrier);
+  const auto steps = [&](const auto& step, const auto& states) {
+    // One more than there are steps: the last one gives the gradients of the initial states.
+    for (int64_t i = work.begin; i < work.end; ++i) {
+      const auto [t, later] = s.steps_backwards(place.d, i);
+      if (work.phase != 2) states(t, later);
+      if (work.phase == 0) grid_sync(work.barrier);
+      if (s.w_hr == nullptr) continue;
+      if (work.phase != 1) step.cells(t, later);
+      if (work.phase == 0) grid_sync(work.barrier);
+    }
+  };
+  if constexpr (tiles > 0) {
+    using Product = MmaProduct<T, tiles>;
+    const BackwardStep<Cell, T> step{s, work, slice, kept, place.d, nullptr};
+    Product product(shared_storage<typename Product::Shared>(), {K},
+                    [&](int segment, int m) { return step.mma_weights(segment, m); });
+    steps(step, [&](int64_t t, int64_t later) { step.states(t, later, product); });
+  } else {
+    T* shared = work.phase == 0 ? &shared_storage<T>() : nullptr;
+    if (shared != nullptr) keep_weights(shared, work.w_hh_t + place.d * s.P * K, kept, 1, s.P, K);
+    const BackwardStep<Cell, T> step{s, work, slice, kept, place.d, shared};
+    steps(step, [&](int64_t t, int64_t later) { step.states(t, later); });
   }
-}
-
-// to[j, i] = from[i, j] for each of D matrices [rows, columns].
-template <class T>
-__global__ void transpose_kernel(const T* from, T* to, int64_t D, int64_t rows, int64_t columns) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x, size = rows * columns;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < D * size; i += stride)
-    to[i] = from[i / size * size + i % rows * columns + i % size / rows];
-}
-template <class T>
-void transpose(const T* from, T* to, int64_t D, int64_t rows, int64_t columns, cudaStream_t stream) {
-  launch(transpose_kernel<T>,
-         {.grid = dim3(static_cast<unsigned>(std::min<int64_t>(ceil_div(D * rows * columns, 256), 65535))),
-          .block = dim3(256),
-          .stream = stream},
-         from, to, D, rows, columns);
-}
-
-// One persistent launch where the weights of at least half of the `units` units of each of D directions (or layers),
-// `bytes` each, fit beside what else the kernel shares; else a launch for each of the one or two parts of a step.
-template <class Kernel, class Layer, class Work>
-void run_sequence(Kernel kernel, const Layer& s, Work work, int64_t D, int64_t units, int64_t bytes, int64_t steps,
-                  int parts, size_t other_bytes, cudaStream_t stream) {
-  if (steps == 0) return;
-  const auto grid = [&] { return dim3(static_cast<unsigned>(work.blocks_per_direction * D)); };
-  const int64_t most = std::max<int64_t>(multiprocessor_count() / D, 1);
-  // No more blocks than keep every warp busy with a tile.
-  work.blocks_per_direction = static_cast<int>(std::min(most, ceil_div(units, 4)));
-  const int64_t of_block = ceil_div(units, work.blocks_per_direction);
-  work.kept = std::min(of_block, (shared_memory_limit() - static_cast<int64_t>(other_bytes)) / bytes);
-  const size_t shared = other_bytes + static_cast<size_t>(work.kept * bytes);
-  work.begin = 0, work.end = steps, work.phase = 0;
-  if (2 * work.kept >= of_block &&
-      work.blocks_per_direction * D <= max_cooperative_blocks(kernel, sequence_threads, shared)) {
-    zero_memory(work.barrier, sizeof(unsigned), stream);
-    launch(kernel,
-           {.grid = grid(), .block = dim3(sequence_threads), .smem = shared, .stream = stream, .cooperative = true}, s,
-           work);
-    return;
-  }
-  work.blocks_per_direction = static_cast<int>(std::min<int64_t>(ceil_div(units, 8), most * 4)), work.kept = 0;
-  for (int64_t i = 0; i < steps; ++i) {
-    work.begin = i, work.end = i + 1;
-    for (work.phase = 1; work.phase <= parts; ++work.phase)
-      launch(kernel, {.grid = grid(), .block = dim3(sequence_threads), .smem = other_bytes, .stream = stream}, s, work);
-  }
-}
-
-// Initial states go straight to the final ones where there are no steps.
-template <class T>
-__global__ void copy_kernel(const T* from, T* to, int64_t n) {
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x)
-    to[i] = from != nullptr ? from[i] : from_acc<T>(accumulate_t<T>(0));
-}
-template <class T>
-void copy(const T* from, T* to, int64_t n, cudaStream_t stream) {
-  launch(copy_kernel<T>,
-         {.grid = dim3(static_cast<unsigned>(std::min<int64_t>(ceil_div(n, 256), 1024))),
-          .block = dim3(256),
-          .stream = stream},
-         from, to, n);
-}
-
-template <class Cell, class T>
-void layer_forward(const OpScope& op, const recurrent::Sequence<T>& s) {
-  using A = accumulate_t<T>;
-  const auto stream = static_cast<cudaStream_t>(op.stream());
-  const int64_t B = s.steps.B, D = s.D;
-  if (B == 0) return;
-  if (s.steps.T == 0) {
-    copy(s.h0, s.h_n, D * B * s.P, stream);
-    if (Cell::has_cell) copy(s.c0, s.c_n, D * B * s.H, stream);
-    return;
-  }
-  Tensor c = op.empty<A>({Cell::has_cell ? D * B * s.H : 0}), m = op.empty<T>({s.w_hr != nullptr ? D * B * s.H : 0});
-  Tensor barrier = op.empty<int32_t>({1});
-  SequenceWork<T> work{};
-  work.c = op.out<A>(c, "c", {c.numel()}), work.m = op.out<T>(m, "m", {m.numel()});
-  work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
-  run_sequence(sequence_forward_kernel<Cell, T>, s, work, D, s.H, Cell::gates * s.P * static_cast<int64_t>(sizeof(T)),
-               s.steps.T, s.w_hr != nullptr ? 2 : 1, 0, stream);
-}
-
-template <class Cell, class T>
-void layer_backward(const OpScope& op, const recurrent::Sequence<T>& s) {
-  using A = accumulate_t<T>;
-  const auto stream = static_cast<cudaStream_t>(op.stream());
-  const int64_t B = s.steps.B, D = s.D, K = Cell::gates * s.H;
-  if (B == 0) return;
-  if (s.steps.T == 0) {
-    copy(s.dh_n, s.dh0, D * B * s.P, stream);
-    if (Cell::has_cell) copy(s.dc_n, s.dc0, D * B * s.H, stream);
-    return;
-  }
-  Tensor c = op.empty<A>({Cell::has_cell ? D * B * s.H : 0}), direct = op.empty<A>({Cell::splits ? D * B * s.H : 0});
-  Tensor w_hh_t = op.empty<T>({D * s.P * K}), w_hr_t = op.empty<T>({s.w_hr != nullptr ? D * s.P * s.H : 0});
-  Tensor barrier = op.empty<int32_t>({1});
-  SequenceWork<T> work{};
-  work.c = op.out<A>(c, "dc", {c.numel()}), work.direct = op.out<A>(direct, "direct", {direct.numel()});
-  work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
-  T *pw = op.out<T>(w_hh_t, "w_hh_t", {D * s.P * K}), *pr = op.out<T>(w_hr_t, "w_hr_t", {w_hr_t.numel()});
-  transpose(s.w_hh, pw, D, K, s.P, stream);
-  if (s.w_hr != nullptr) transpose(s.w_hr, pr, D, s.P, s.H, stream);
-  work.w_hh_t = pw, work.w_hr_t = pr;
-  run_sequence(sequence_backward_kernel<Cell, T>, s, work, D, s.P, K * static_cast<int64_t>(sizeof(T)), s.steps.T + 1,
-               s.w_hr != nullptr ? 2 : 1, 0, stream);
 }
 
 }  // namespace pyops

@@ -5,7 +5,7 @@
 // for the gradients of the layer above). What a layer reads of another one was written before the last barrier.
 #pragma once
 
-#include "cuda/recurrent_sequence.cuh"
+#include "cuda/recurrent_layer.cuh"
 
 namespace pyops {
 
@@ -14,7 +14,7 @@ struct StackWork : SequenceWork<T> {
   const T* w_ih_t;  // backward: [L - 1, H, gates H]
 };
 
-template <class Cell, class T>
+template <class Cell, class T, int tiles = 0>
 __global__ void stack_forward_kernel(recurrent::Stack<Cell, T> stack, StackWork<T> work) {
   constexpr int G = Cell::gates;
   const Place place(work.blocks_per_direction);
@@ -23,44 +23,67 @@ __global__ void stack_forward_kernel(recurrent::Stack<Cell, T> stack, StackWork<
   const recurrent::Sequence<T> s = stack.layer(l);
   Neighbour<T> below{};
   if (l > 0) below = {stack.layer(l - 1).y, stack.input_weights(l), stack.input_bias(l)};
-  T* shared = work.phase == 0 ? &shared_storage<T>() : nullptr;
-  if (shared != nullptr) {
-    keep_weights(shared, s.w_hh, kept, G, H, H);
-    if (l > 0) keep_weights(shared + kept.size() * G * H, below.weights, kept, G, H, H);
-  }
   work.c += l * B * H;
-  const ForwardStep<Cell, T, true> step{s, work, slice, kept, 0, shared, below};
-  for (int64_t i = work.begin; i < work.end; ++i) {
-    const int64_t t = i - l;
-    if (t >= 0 && t < s.steps.T) step.cells(t);
-    if (work.phase == 0) grid_sync(work.barrier);
+  const auto steps = [&](const auto& cells) {
+    for (int64_t i = work.begin; i < work.end; ++i) {
+      const int64_t t = i - l;
+      if (t >= 0 && t < s.steps.T) cells(t);
+      if (work.phase == 0) grid_sync(work.barrier);
+    }
+  };
+  if constexpr (tiles > 0) {
+    using Product = MmaProduct<T, tiles, 2>;
+    const ForwardStep<Cell, T, true> step{s, work, slice, kept, 0, nullptr, below};
+    Product product(shared_storage<typename Product::Shared>(), {H, l > 0 ? H : 0},
+                    [&](int segment, int m) { return step.mma_weights(segment, m); });
+    steps([&](int64_t t) { step.cells(t, product); });
+  } else {
+    T* shared = work.phase == 0 ? &shared_storage<T>() : nullptr;
+    if (shared != nullptr) {
+      keep_weights(shared, s.w_hh, kept, G, H, H);
+      if (l > 0) keep_weights(shared + kept.size() * G * H, below.weights, kept, G, H, H);
+    }
+    const ForwardStep<Cell, T, true> step{s, work, slice, kept, 0, shared, below};
+    steps([&](int64_t t) { step.cells(t); });
   }
 }
 
-template <class Cell, class T>
+template <class Cell, class T, int tiles = 0>
 __global__ void stack_backward_kernel(recurrent::Stack<Cell, T> stack, StackWork<T> work) {
   const Place place(work.blocks_per_direction);
   const int64_t l = place.d, H = stack.s.H, B = stack.s.steps.B, K = Cell::gates * H;
+  const bool last = l == stack.L - 1;
   const Slice slice = Slice::of(H, work.blocks_per_direction, place.part), kept = slice.first(work.kept);
   const recurrent::Sequence<T> s = stack.layer(l);
   Neighbour<T> above{};
-  if (l < stack.L - 1) above = {stack.layer(l + 1).dgates, work.w_ih_t + l * H * K, nullptr};
+  if (!last) above = {stack.layer(l + 1).dgates, work.w_ih_t + l * H * K, nullptr};
   work.w_hh_t += l * H * K;
-  T* shared = work.phase == 0 ? &shared_storage<T>() : nullptr;
-  if (shared != nullptr) {
-    keep_weights(shared, work.w_hh_t, kept, 1, H, K);
-    if (l < stack.L - 1) keep_weights(shared + kept.size() * K, above.weights, kept, 1, H, K);
-  }
   if (Cell::has_cell) work.c += l * B * H;
   if (Cell::splits) work.direct += l * B * H;
-  const BackwardStep<Cell, T, true> step{s, work, slice, kept, 0, shared, above};
-  for (int64_t i = work.begin; i < work.end; ++i) {
-    const int64_t own = i - (stack.L - 1 - l);  // the last layer is the first
-    if (own >= 0 && own <= s.steps.T) {
-      const auto [t, later] = s.steps_backwards(0, own);
-      step.states(t, later);
+  const auto steps = [&](const auto& states) {
+    for (int64_t i = work.begin; i < work.end; ++i) {
+      const int64_t own = i - (stack.L - 1 - l);  // the last layer is the first
+      if (own >= 0 && own <= s.steps.T) {
+        const auto [t, later] = s.steps_backwards(0, own);
+        states(t, later);
+      }
+      if (work.phase == 0) grid_sync(work.barrier);
     }
-    if (work.phase == 0) grid_sync(work.barrier);
+  };
+  if constexpr (tiles > 0) {
+    using Product = MmaProduct<T, tiles, 2>;
+    const BackwardStep<Cell, T, true> step{s, work, slice, kept, 0, nullptr, above};
+    Product product(shared_storage<typename Product::Shared>(), {K, last ? 0 : K},
+                    [&](int segment, int m) { return step.mma_weights(segment, m); });
+    steps([&](int64_t t, int64_t later) { step.states(t, later, product); });
+  } else {
+    T* shared = work.phase == 0 ? &shared_storage<T>() : nullptr;
+    if (shared != nullptr) {
+      keep_weights(shared, work.w_hh_t, kept, 1, H, K);
+      if (!last) keep_weights(shared + kept.size() * K, above.weights, kept, 1, H, K);
+    }
+    const BackwardStep<Cell, T, true> step{s, work, slice, kept, 0, shared, above};
+    steps([&](int64_t t, int64_t later) { step.states(t, later); });
   }
 }
 
@@ -74,8 +97,14 @@ void stack_forward(const OpScope& op, const recurrent::Stack<Cell, T>& stack) {
   StackWork<T> work{};
   work.c = op.out<A>(c, "c", {c.numel()});
   work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
-  run_sequence(stack_forward_kernel<Cell, T>, stack, work, L, H, 2 * K * static_cast<int64_t>(sizeof(T)),
-               stack.s.steps.T + L - 1, 1, 0, stream);
+  const int64_t bytes = 2 * K * static_cast<int64_t>(sizeof(T)), steps = stack.s.steps.T + L - 1;
+  constexpr int slots = Cell::gates + Cell::splits;
+  if (H % 8 == 0 && whole_words(stack.s.h0) && whole_words(stack.s.w_hh) && whole_words(stack.w_ih) &&
+      run_on_tensor_cores<T, 2>(
+          std::integer_sequence<int, 2, 4>(), []<int tiles>() { return stack_forward_kernel<Cell, T, tiles>; }, stack,
+          work, {H, slots, 2 * whole_blocks(H), B, L, bytes}, steps, stream))
+    return;
+  run_sequence(stack_forward_kernel<Cell, T>, stack, work, L, H, bytes, steps, 1, 0, stream);
 }
 
 template <class Cell, class T>
@@ -93,8 +122,13 @@ void stack_backward(const OpScope& op, const recurrent::Stack<Cell, T>& stack) {
   transpose(stack.s.w_hh, hidden, L, K, H, stream);
   transpose(stack.w_ih, input, L - 1, K, H, stream);
   work.w_hh_t = hidden, work.w_ih_t = input;
-  run_sequence(stack_backward_kernel<Cell, T>, stack, work, L, H, 2 * K * static_cast<int64_t>(sizeof(T)),
-               stack.s.steps.T + L, 1, 0, stream);
+  const int64_t bytes = 2 * K * static_cast<int64_t>(sizeof(T)), steps = stack.s.steps.T + L;
+  if (K % 8 == 0 &&
+      run_on_tensor_cores<T, 2>(
+          std::integer_sequence<int, 1>(), []<int tiles>() { return stack_backward_kernel<Cell, T, tiles>; }, stack,
+          work, {H, 1, 2 * whole_blocks(K), B, L, bytes}, steps, stream))
+    return;
+  run_sequence(stack_backward_kernel<Cell, T>, stack, work, L, H, bytes, steps, 1, 0, stream);
 }
 
 }  // namespace pyops
