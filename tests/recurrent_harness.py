@@ -154,6 +154,13 @@ TENSOR_CORES = {
     "layers side by side": (4, (3, 9, 2), (8, 8, 16), {"layers": 3}),
     "64 rows, layers side by side, no bias": (4, (2, 17, 2), (32, 32, 40), {"layers": 2, "bias": False}),
 }
+# States by multicast in clusters of two or four blocks.
+MULTICAST = {
+    "a cluster of four": (4, (3, 3, 2), (16, 16, 56), {}),
+    "clusters of two, two directions": (4, (3, 10, 2), (24, 24, 40), {"directions": 2}),
+    "states beyond a pass, K beyond a block": (4, (3, 19, 2), (40, 48, 136), {}),
+    "clusters of four, blocks without units": (12, (2, 2, 2), (40, 56, 184), {}),
+}
 # Of an LSTM alone.
 PROJECTED = (4, (2, 9, 2), (24, 0, 0), {"project": 16, "directions": 2})
 BEYOND_REGISTERS = (65, (1, 2, 2), (1032, 0, 0), {})
@@ -162,16 +169,9 @@ ONE_EXAMPLE = (4, (2, 1, 2), (8, 8, 8), {})
 ODD = (4, (2, 9, 2), (9, 9, 9), {})
 
 
-def products_on_tensor_cores(op, case, dtype, backend, expected=True):
-    """Values and gradients as close to float64 as torch comes; bitwise the same in another order of blocks and warps.
-
-    Args:
-        case: a value of TENSOR_CORES.
-        expected: False if CUDA cores should take it.
-    """
-    if backend not in ("cuda", "emulator"):
-        pytest.skip("a choice of the CUDA kernels")
-    processors, shape, sizes, settings = case
+def on_tensor_cores(op, case, dtype):
+    """``(ours, theirs, make, results)`` of a case: functions and arguments as for ``accurate``; output and gradients."""
+    _, shape, sizes, settings = case
     gates, states = {"lstm": (4, 2), "gru": (3, 1)}.get(op, (1, 1))
     hidden = sizes[{"lstm": 0, "gru": 1}.get(op, 2)]
     make = recurrent_samples.network(gates, states, shape, hidden, **settings)
@@ -183,24 +183,59 @@ def products_on_tensor_cores(op, case, dtype, backend, expected=True):
 
     ours, theirs = of(F), of(torch)
 
-    def results():
+    def results(backend):
         (x, *rest), kwargs = make(testing.Maker(dtype, requires_grad=True))
         with backends.backend(backend):
-            y, *final = ours(x, *rest, **kwargs)
-            return y, *torch.autograd.grad(y.float().sin().sum(), [t for t in (x, *rest) if t.requires_grad])
+            y, *_ = ours(x, *rest, **kwargs)
+            return y, *torch.autograd.grad(y.float().sin().sum(), (x, *rest))
 
+    return ours, theirs, make, results
+
+
+def products_on_tensor_cores(op, case, dtype, backend, expected=True):
+    """Values and gradients as close to float64 as torch comes; bitwise the same in another order of blocks and warps.
+
+    Args:
+        case: a value of TENSOR_CORES.
+        expected: False if CUDA cores should take it.
+    """
+    if backend not in ("cuda", "emulator"):
+        pytest.skip("a choice of the CUDA kernels")
+    ours, theirs, make, results = on_tensor_cores(op, case, dtype)
     if backend == "cuda":
         accurate(ours, theirs, make, dtype, backend)
         return
-    library.configure_emulator(multiprocessors=processors, statistics="reset")
+    library.configure_emulator(multiprocessors=case[0], statistics="reset")
     try:
         accurate(ours, theirs, make, dtype, backend)
         assert (library.emulator_statistic("mma") > 0) == expected
-        first = results()
+        first = results(backend)
         library.configure_emulator(schedule="deep-reverse")
-        assert all(map(torch.equal, first, results()))
+        assert all(map(torch.equal, first, results(backend)))
     finally:
         library.configure_emulator(multiprocessors=2, schedule="forward")
+
+
+def states_by_multicast(op, case, dtype, backend, monkeypatch):
+    """As accurate as ``products_on_tensor_cores``, and bitwise what blocks get that read the states each for itself."""
+    if backend != "emulator":
+        pytest.skip("clusters of a made-up device")
+    ours, theirs, make, results = on_tensor_cores(op, case, dtype)
+    found = {}
+    library.configure_emulator(multiprocessors=case[0])
+    try:
+        for wish in ("0", "1"):
+            monkeypatch.setenv("PYOPS_RECURRENT_MULTICAST", wish)
+            accurate(ours, theirs, make, dtype, backend)
+            library.configure_emulator(statistics="reset")
+            found[wish] = results(backend)
+            # a cluster meets when it begins and when it ends
+            found[wish] += (torch.tensor(library.emulator_statistic("barriers")),)
+        *apart, meetings = found["0"]
+        *together, more_meetings = found["1"]
+        assert all(map(torch.equal, apart, together)) and more_meetings > meetings
+    finally:
+        library.configure_emulator(multiprocessors=2)
 
 
 def stacks_differentiate(network, states):

@@ -6,6 +6,7 @@ from pyops import nn, use
 
 from .harness import passes, refuses, same_refusal
 from .recurrent_harness import (
+    MULTICAST,
     NETWORKS,
     OF_THE_RECIPE,
     STACKS,
@@ -18,6 +19,7 @@ from .recurrent_harness import (
     stacks_agree,
     stacks_compile,
     stacks_differentiate,
+    states_by_multicast,
 )
 
 X, H = torch.ones(2, 3), torch.ones(2, 4)
@@ -143,6 +145,12 @@ def test_a_module_compiles_into_one_graph():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tensor_cores(backend, name, dtype):
     products_on_tensor_cores("gru", TENSOR_CORES[name], dtype, backend)
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("name", MULTICAST)
+def test_multicast(backend, name, monkeypatch):
+    states_by_multicast("gru", MULTICAST[name], torch.bfloat16, backend, monkeypatch)
 
 
 @pytest.mark.race

@@ -13,6 +13,7 @@ from pyops.core import library, recurrent
 from .harness import emulated_device, passes, refuses, same_refusal
 from .recurrent_harness import (
     BEYOND_REGISTERS,
+    MULTICAST,
     NETWORKS,
     ODD,
     OF_THE_RECIPE,
@@ -30,6 +31,7 @@ from .recurrent_harness import (
     stacks_agree,
     stacks_compile,
     stacks_differentiate,
+    states_by_multicast,
 )
 
 X, H = torch.ones(2, 3), torch.ones(2, 4)
@@ -286,6 +288,12 @@ def test_tensor_cores_with_weights_beyond_registers(backend):
 @pytest.mark.parametrize("case", [ONE_EXAMPLE, ODD])
 def test_what_cuda_cores_keep(backend, case):
     products_on_tensor_cores("lstm", case, torch.bfloat16, backend, expected=False)
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("name", MULTICAST)
+def test_multicast(backend, name, monkeypatch):
+    states_by_multicast("lstm", MULTICAST[name], torch.bfloat16, backend, monkeypatch)
 
 
 @pytest.mark.race

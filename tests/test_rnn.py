@@ -6,6 +6,7 @@ from pyops import nn, use
 
 from .harness import passes, refuses, same_refusal
 from .recurrent_harness import (
+    MULTICAST,
     NETWORKS,
     OF_THE_RECIPE,
     STACKS,
@@ -18,6 +19,7 @@ from .recurrent_harness import (
     stacks_agree,
     stacks_compile,
     stacks_differentiate,
+    states_by_multicast,
 )
 
 X, H = torch.ones(2, 3), torch.ones(2, 4)
@@ -153,6 +155,13 @@ def test_a_module_compiles_into_one_graph():
 @pytest.mark.parametrize("op, dtype", [("rnn_tanh", torch.bfloat16), ("rnn_relu", torch.float16)])
 def test_tensor_cores(backend, name, op, dtype):
     products_on_tensor_cores(op, TENSOR_CORES[name], dtype, backend)
+
+
+@pytest.mark.race
+@pytest.mark.parametrize("name", MULTICAST)
+@pytest.mark.parametrize("op, dtype", [("rnn_tanh", torch.bfloat16), ("rnn_relu", torch.float16)])
+def test_multicast(backend, name, op, dtype, monkeypatch):
+    states_by_multicast(op, MULTICAST[name], dtype, backend, monkeypatch)
 
 
 @pytest.mark.race

@@ -6,7 +6,7 @@
 //
 // host      launch(kernel, {.grid, .block, .smem, .stream, .cluster, .cooperative}, args...)
 //           throws std::runtime_error; an empty grid launches nothing
-//           multiprocessor_count() max_cooperative_blocks(kernel, threads, smem)
+//           multiprocessor_count() max_cooperative_blocks(kernel, threads, smem, cluster = 1)    clusters lie along x
 //           compute_capability()   of the code that runs on the current device: 80, 86, 90, 100, 120
 //           shared_memory_limit()  bytes of shared memory that one block may ask for
 //           l2_cache_bytes()       of the current device
@@ -48,6 +48,7 @@
 //           bulk_load(smem, gmem, bytes, bar) bulk_store(gmem, smem, bytes)
 //           tma_store_commit tma_store_wait<N> tma_store_wait_read<N> tma_prefetch(map)
 //           fence_proxy_async (this block's shared memory; by every thread that wrote what TMA or wgmma will read)
+//           fence_proxy_async_global (the same for global memory that TMA will read within the launch)
 // matrix    stmatrix_x1/x2/x4[_trans](row, r)
 // other     elect_one()
 //

@@ -23,20 +23,21 @@ void transpose(const T* from, T* to, int64_t D, int64_t rows, int64_t columns, c
 
 // All steps in one launch, of work.blocks_per_direction for each of D directions or layers; false, and nothing done, where
 // these blocks do not all run at once.
-template <class Kernel, class Layer, class Work>
-bool launch_persistent(Kernel kernel, const Layer& s, Work work, int64_t D, int64_t steps, size_t shared,
-                       cudaStream_t stream) {
+template <class Kernel, class Layer, class Work, class... More>
+bool launch_persistent(Kernel kernel, const Layer& s, Work work, int64_t D, int64_t steps, size_t shared, int cluster,
+                       cudaStream_t stream, const More&... more) {
   work.begin = 0, work.end = steps, work.phase = 0;
   const int64_t blocks = work.blocks_per_direction * D;
-  if (blocks > max_cooperative_blocks(kernel, sequence_threads, shared)) return false;
+  if (blocks > max_cooperative_blocks(kernel, sequence_threads, shared, cluster)) return false;
   zero_memory(work.barrier, sizeof(unsigned), stream);
   launch(kernel,
          {.grid = dim3(static_cast<unsigned>(blocks)),
           .block = dim3(sequence_threads),
           .smem = shared,
           .stream = stream,
+          .cluster = dim3(static_cast<unsigned>(cluster)),
           .cooperative = true},
-         s, work);
+         s, work, more...);
   return true;
 }
 
@@ -51,7 +52,7 @@ bool run_on_tensor_cores(std::integer_sequence<int, tiles...> choices, const Ker
     const auto with = [&]<int n>() {
       if (n == plan.tiles)
         done = launch_persistent(kernel_of.template operator()<n>(), s, work, size.D, steps,
-                                 static_cast<size_t>(plan.shared), stream);
+                                 static_cast<size_t>(plan.shared), 1, stream);
     };
     (with.template operator()<tiles>(), ...);
   }
@@ -70,7 +71,7 @@ void run_sequence(Kernel kernel, const Layer& s, Work work, int64_t D, int64_t u
   const int64_t of_block = ceil_div(units, work.blocks_per_direction);
   work.kept = std::min(of_block, (shared_memory_limit() - static_cast<int64_t>(other_bytes)) / bytes);
   const size_t shared = other_bytes + static_cast<size_t>(work.kept * bytes);
-  if (2 * work.kept >= of_block && launch_persistent(kernel, s, work, D, steps, shared, stream)) return;
+  if (2 * work.kept >= of_block && launch_persistent(kernel, s, work, D, steps, shared, 1, stream)) return;
   work.blocks_per_direction = static_cast<int>(std::min<int64_t>(ceil_div(units, 8), most * 4)), work.kept = 0;
   const dim3 grid(static_cast<unsigned>(work.blocks_per_direction * D));
   for (int64_t i = 0; i < steps; ++i) {
@@ -79,6 +80,11 @@ void run_sequence(Kernel kernel, const Layer& s, Work work, int64_t D, int64_t u
       launch(kernel, {.grid = grid, .block = dim3(sequence_threads), .smem = other_bytes, .stream = stream}, s, work);
   }
 }
+
+// In csrc/cuda/<stem>_hopper.cu: blocks share the states by multicast in clusters; false, and nothing done, where they
+// should not or cannot. cuda/recurrent_multicast.cuh.
+template <class Cell, class T>
+bool forward_by_multicast(const recurrent::Sequence<T>& s, const SequenceWork<T>& work, cudaStream_t stream);
 
 // Initial states go straight to the final ones where there are no steps.
 template <class T>
@@ -113,11 +119,14 @@ void layer_forward(const OpScope& op, const recurrent::Sequence<T>& s) {
   work.c = op.out<A>(c, "c", {c.numel()}), work.m = op.out<T>(m, "m", {m.numel()});
   work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
   const int64_t bytes = Cell::gates * s.P * static_cast<int64_t>(sizeof(T));
-  if (s.P % 8 == 0 && whole_words(s.h0) && whole_words(s.w_hh) &&
-      run_on_tensor_cores<T, 1>(
-          std::integer_sequence<int, 1, 2, 4>(), []<int tiles>() { return sequence_forward_kernel<Cell, T, tiles>; }, s,
-          work, {s.H, Cell::gates, whole_blocks(s.P), B, D, bytes}, s.steps.T, stream))
-    return;
+  if (s.P % 8 == 0 && whole_words(s.h0) && whole_words(s.w_hh)) {
+    if constexpr (hopper_built && sizeof(T) == 2)
+      if (compute_capability() == 90 && forward_by_multicast<Cell>(s, work, stream)) return;
+    if (run_on_tensor_cores<T, 1>(
+            std::integer_sequence<int, 1, 2, 4>(), []<int tiles>() { return sequence_forward_kernel<Cell, T, tiles>; },
+            s, work, {s.H, Cell::gates, whole_blocks(s.P), B, D, bytes}, s.steps.T, stream))
+      return;
+  }
   run_sequence(sequence_forward_kernel<Cell, T>, s, work, D, s.H, bytes, s.steps.T, s.w_hr != nullptr ? 2 : 1, 0,
                stream);
 }

@@ -19,6 +19,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <utility>
 
 #include "cuda/device.cuh"
@@ -47,6 +48,22 @@ class MmaProduct {
     const int64_t turns = ceil_div(blocks, mma_warps), beyond = turns > resident ? turns - resident : 0;
     return static_cast<int64_t>(sizeof(Shared)) + beyond * tiles * mma_warps * 1024;
   }
+
+  // Where states of a step lie in shared memory that begins `from` bytes behind Shared: for each pass of `rows` rows
+  // [K / 32, of_pass, 32] numbers, and behind all an mbarrier for each.
+  struct Stage {
+    int passes, of_pass, blocks;
+    int64_t from;
+    PYOPS_HOST_DEVICE Stage(int64_t B, int64_t K, int64_t from_)
+        : passes(static_cast<int>(ceil_div(B, rows))),
+          of_pass(static_cast<int>(B < rows ? ceil_div(B, 8) * 8 : rows)),
+          blocks(static_cast<int>(ceil_div(K, mma_depth))),
+          from(ceil_div(from_, 128) * 128) {}
+    PYOPS_HOST_DEVICE int64_t box() const { return of_pass * mma_depth; }
+    PYOPS_HOST_DEVICE int64_t pass() const { return box() * blocks; }
+    PYOPS_HOST_DEVICE int64_t barriers() const { return from + passes * pass() * static_cast<int64_t>(sizeof(T)); }
+    PYOPS_HOST_DEVICE int64_t end() const { return barriers() + passes * static_cast<int64_t>(sizeof(uint64_t)); }
+  };
 
   // weight(segment, m): row m of the block's, or null for zeros.
   template <class Weight>
@@ -85,41 +102,19 @@ class MmaProduct {
         const int row = n * 8 + lane() / 4;
         from[s][n] = row < count ? state(s, row) : nullptr;
       }
-    float sum[tiles][columns][4]{};
-    // The states of the next turn are on their way while those of this one are multiplied.
-    Word now[columns];
-    load_states(from, warp(), now);
+    multiply_all(count, [&](int at, Word(&to)[columns]) { load_states(from, at, to); });
+  }
+
+  // The same of states in shared memory, [K / 32, of_block rows, 32], zero beyond K.
+  PYOPS_DEVICE void run(int count, const T* states, int of_block) {
+    const T* mine = states + lane() / 4 * mma_depth + lane() % 4 * 8;
+    multiply_all(count, [&](int at, Word(&to)[columns]) {
 #pragma unroll
-    for (int i = 0; i < resident; ++i) {
-      if (warp() + i * mma_warps >= blocks_) break;
-      Word next[columns];
-      load_states(from, warp() + (i + 1) * mma_warps, next);
-      multiply(sum, weights_[i], now, count);
-#pragma unroll
-      for (int n = 0; n < columns; ++n) now[n] = next[n];
-    }
-    for (int i = resident; warp() + i * mma_warps < blocks_; ++i) {
-      Word next[columns];
-      load_states(from, warp() + (i + 1) * mma_warps, next);
-      uint32_t w[tiles][8];
-#pragma unroll
-      for (int m = 0; m < tiles; ++m)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) w[m][j] = spot(i, m, 0)[j], w[m][4 + j] = spot(i, m, 1)[j];
-      multiply(sum, w, now, count);
-#pragma unroll
-      for (int n = 0; n < columns; ++n) now[n] = next[n];
-    }
-#pragma unroll
-    for (int n = 0; n < columns; ++n) {
-      if (n * 8 >= count) break;
-#pragma unroll
-      for (int m = 0; m < tiles; ++m)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          shared_.sums[warp()][n * 8 + lane() % 4 * 2 + e % 2][m * 16 + lane() / 4 + e / 2 * 8] = sum[m][n][e];
-    }
-    __syncthreads();
+      for (int n = 0; n < columns; ++n)
+        to[n] = at < blocks_ && n * 8 + lane() / 4 < count
+                    ? load_vec<4>(reinterpret_cast<const uint32_t*>(mine + (at * of_block + n * 8) * mma_depth))
+                    : Word{};
+    });
   }
 
   // weights[m] · states[row] of the last product.
@@ -167,6 +162,46 @@ class MmaProduct {
       to[n] = at < blocks_ ? load(row, segment, at) : Word{};
     }
   }
+  // fetch(at, to): the states' block `at` of K.
+  template <class Fetch>
+  PYOPS_DEVICE void multiply_all(int count, Fetch&& fetch) {
+    float sum[tiles][columns][4]{};
+    // The states of the next turn are on their way while those of this one are multiplied.
+    Word now[columns];
+    fetch(warp(), now);
+#pragma unroll
+    for (int i = 0; i < resident; ++i) {
+      if (warp() + i * mma_warps >= blocks_) break;
+      Word next[columns];
+      fetch(warp() + (i + 1) * mma_warps, next);
+      multiply(sum, weights_[i], now, count);
+#pragma unroll
+      for (int n = 0; n < columns; ++n) now[n] = next[n];
+    }
+    for (int i = resident; warp() + i * mma_warps < blocks_; ++i) {
+      Word next[columns];
+      fetch(warp() + (i + 1) * mma_warps, next);
+      uint32_t w[tiles][8];
+#pragma unroll
+      for (int m = 0; m < tiles; ++m)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) w[m][j] = spot(i, m, 0)[j], w[m][4 + j] = spot(i, m, 1)[j];
+      multiply(sum, w, now, count);
+#pragma unroll
+      for (int n = 0; n < columns; ++n) now[n] = next[n];
+    }
+#pragma unroll
+    for (int n = 0; n < columns; ++n) {
+      if (n * 8 >= count) break;
+#pragma unroll
+      for (int m = 0; m < tiles; ++m)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          shared_.sums[warp()][n * 8 + lane() % 4 * 2 + e % 2][m * 16 + lane() / 4 + e / 2 * 8] = sum[m][n][e];
+    }
+    __syncthreads();
+  }
+
   PYOPS_DEVICE static void multiply(float (&sum)[tiles][columns][4], const uint32_t (&w)[tiles][8],
                                     const Word (&states)[columns], int count) {
 #pragma unroll
@@ -185,12 +220,6 @@ class MmaProduct {
   uint32_t weights_[resident][tiles][8];
 };
 
-// How a layer's product is cut for tensor cores; no tiles: CUDA cores take it.
-struct MmaPlan {
-  int tiles = 0, blocks = 0;  // blocks: per direction or layer
-  int64_t shared = 0;
-};
-
 // K in whole blocks.
 PYOPS_HOST_DEVICE constexpr int64_t whole_blocks(int64_t K) { return ceil_div(K, mma_depth) * mma_depth; }
 
@@ -198,12 +227,19 @@ PYOPS_HOST_DEVICE constexpr int64_t whole_blocks(int64_t K) { return ceil_div(K,
 // numbers, each segment in whole blocks. B: rows of states at most.
 struct MmaSizes {
   int64_t units, slots, depth, B, D;
-  int64_t bytes;  // of the weights of a unit, as the CUDA cores' kernel keeps them
+  int64_t bytes;    // of the weights of a unit, as the CUDA cores' kernel keeps them
+  int cluster = 1;  // blocks that share the states, which then lie in shared memory
+};
+
+// How it is cut; no tiles: CUDA cores take it, or it does not fit.
+struct MmaPlan {
+  int tiles = 0, blocks = 0;  // blocks: per direction or layer
+  int64_t shared = 0;
 };
 
 // Tensor cores where everything fits, but for one row of states: 7 of 8 columns are then padding, and a multiprocessor
-// takes as long for it as with CUDA cores (docs/math/recurrent.md), which need no sum over warps. Where shared memory
-// alone does not hold the weights, registers do, and tensor cores take one row too.
+// takes as long for it as with CUDA cores (docs/adr/0006), which need no sum over warps. Where shared memory alone does
+// not hold the weights, registers do, and tensor cores take one row too.
 template <class T, int segments, int... tiles>
 MmaPlan mma_plan(const MmaSizes& size, std::integer_sequence<int, tiles...>) {
   const int64_t most = multiprocessor_count() / size.D, limit = shared_memory_limit();
@@ -212,12 +248,21 @@ MmaPlan mma_plan(const MmaSizes& size, std::integer_sequence<int, tiles...>) {
   if (size.B < 2 && ceil_div(size.units, alone) * size.bytes <= limit) return {};
   MmaPlan plan;
   const auto fits = [&]<int n>() {
-    const int64_t blocks = ceil_div(size.units, 16 * n / size.slots);
-    const int64_t shared = MmaProduct<T, n, segments>::shared_bytes(size.depth / mma_depth);
+    using Product = MmaProduct<T, n, segments>;
+    const int64_t blocks = ceil_div(ceil_div(size.units, 16 * n / size.slots), size.cluster) * size.cluster;
+    int64_t shared = Product::shared_bytes(size.depth / mma_depth);
+    if (size.cluster > 1) shared = typename Product::Stage(size.B, size.depth, shared).end();
     if (plan.tiles == 0 && blocks <= most && shared <= limit) plan = {n, static_cast<int>(blocks), shared};
   };
   (fits.template operator()<tiles>(), ...);
   return plan;
+}
+
+// Whether the blocks of a cluster should read the states together, `bytes` of them a step: docs/adr/0006 has the
+// arithmetic. PYOPS_RECURRENT_MULTICAST=0 or 1 overrules it, for tests and measurements.
+inline bool multicast_pays(int64_t bytes) {
+  const char* wish = std::getenv("PYOPS_RECURRENT_MULTICAST");
+  return wish != nullptr ? *wish == '1' : bytes >= 64 << 10;
 }
 
 inline bool whole_words(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

@@ -254,21 +254,18 @@ struct ForwardStep {
     const T* w = segment == 1 ? below.weights : s.w_hh + static_cast<int64_t>(d) * G * s.H * s.P;
     return w + (gate * s.H + unit) * (segment == 1 ? s.H : s.P);
   }
-  template <class Product>
-  PYOPS_DEVICE void cells(int64_t t, Product& product) const {
-    const int64_t rows = s.steps.count(t), first = s.steps.first(t);
+  // run(row0, count): the product of `count` rows of states from row0 on, step t's.
+  template <class Product, class Run>
+  PYOPS_DEVICE void cells(int64_t t, Product& product, Run&& run) const {
+    const int64_t rows = s.steps.count(t);
     const int units = static_cast<int>(slice.size()), thread = static_cast<int>(threadIdx.x);
-    if (units == 0) return;
     for (int64_t row0 = 0; row0 < rows; row0 += Product::rows) {
       if (row0 > 0) __syncthreads();
       const int here = static_cast<int>(rows - row0 < Product::rows ? rows - row0 : Product::rows);
       // On their way while the product runs.
       Inputs ahead;
       if (thread < here * units) ahead = inputs(t, row0 + thread / units, slice.begin + thread % units);
-      product.run(here, [&](int segment, int row) -> const T* {
-        if (stacked && segment == 1) return below.rows + (first + row0 + row) * s.H;
-        return s.state_before(d, t, row0 + row);
-      });
+      run(row0, here);
       for (int i = thread; i < here * units; i += sequence_threads) {
         const int row = i / units, unit = i % units;
         A a[G]{}, b[G];
@@ -279,6 +276,18 @@ struct ForwardStep {
         update(t, row0 + row, slice.begin + unit, ahead, a, b);
       }
     }
+  }
+
+  template <class Product>
+  PYOPS_DEVICE void cells(int64_t t, Product& product) const {
+    if (slice.size() == 0) return;
+    const int64_t first = s.steps.first(t);
+    cells(t, product, [&](int64_t row0, int count) {
+      product.run(count, [&](int segment, int row) -> const T* {
+        if (stacked && segment == 1) return below.rows + (first + row0 + row) * s.H;
+        return s.state_before(d, t, row0 + row);
+      });
+    });
   }
 
   // a, b: products with the layer below and with the state before.

@@ -50,11 +50,12 @@ void* map_shared(const void* p, unsigned rank, const Location& location) {
   Engine* e = engine();
   require_hopper("cluster_map", location);
   const auto offset = static_cast<const char*>(p) - e->current->block->arena;
-  if (rank >= e->blocks.size()) misuse("cluster_map", location, "no block of that rank in the cluster");
+  if (rank >= static_cast<unsigned>(e->cluster_blocks))
+    misuse("cluster_map", location, "no block of that rank in the cluster");
   if (offset < 0 || static_cast<size_t>(offset) >= e->shared_bytes) {
     misuse("cluster_map", location, "not an address in this block's shared memory");
   }
-  return e->blocks[rank].arena + offset;
+  return e->in_cluster(*e->current->block, rank).arena + offset;
 }
 
 // cp.async
@@ -351,7 +352,7 @@ void tensor_load(void* shared, const void* map, uint64_t* bar, int rank, const i
     if (offsets[i] >> (16 / (rank - 2)) != 0) misuse("TMA load", location, "an im2col offset is out of range");
     op.offsets[i] = offsets[i];
   }
-  if (multicast && cta_mask >> e->blocks.size() != 0) misuse("TMA load", location, "multicast beyond the cluster");
+  if (multicast && cta_mask >> e->cluster_blocks != 0) misuse("TMA load", location, "multicast beyond the cluster");
   if (e->race) {
     for_each_row(op, [&](size_t, const char* global, int64_t first, int64_t last) {
       if (global == nullptr) return;
@@ -359,10 +360,10 @@ void tensor_load(void* shared, const void* map, uint64_t* bar, int rank, const i
                    "TMA load");
     });
   }
-  for (unsigned r = 0; r < e->blocks.size(); ++r) {
-    if (multicast ? (cta_mask >> r & 1) == 0 : static_cast<int>(r) != e->current->block->rank) continue;
+  for (unsigned r = 0; r < static_cast<unsigned>(e->cluster_blocks); ++r) {
+    if (multicast ? (cta_mask >> r & 1) == 0 : &e->in_cluster(*e->current->block, r) != e->current->block) continue;
     AsyncOperation copy = op;
-    copy.arena = e->blocks[r].arena;
+    copy.arena = e->in_cluster(*e->current->block, r).arena;
     copy.shared = static_cast<char*>(map_shared(shared, r, location));
     copy.bar = static_cast<uint64_t*>(map_shared(bar, r, location));
     if (e->mbarriers.count(copy.bar) == 0) misuse("TMA load", location, "the mbarrier is not initialised");

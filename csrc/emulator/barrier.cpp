@@ -103,15 +103,15 @@ void cluster_barrier_arrive(const Location& location) {
   require_hopper("cluster barrier", location);
   if (fiber->cluster_arrived) misuse("cluster barrier", location, "arrived twice without waiting");
   fiber->cluster_arrived = true;
-  fiber->cluster_phase = e->cluster_phase;
-  Barrier& barrier = e->cluster_barrier;
-  release(e, barrier.released, fiber);
-  if (++barrier.arrived < e->threads) return;
+  ClusterBarrier& cluster = e->clusters[static_cast<size_t>(e->cluster_of(*fiber->block))];
+  fiber->cluster_phase = cluster.phase;
+  release(e, cluster.barrier.released, fiber);
+  if (++cluster.barrier.arrived < e->cluster_blocks * e->threads_per_block) return;
   ++e->statistics.barriers;
-  ++e->cluster_phase;
-  const std::vector<Fiber*> waiting = std::move(barrier.waiting);
-  e->cluster_released = barrier.released;
-  barrier.reset();
+  ++cluster.phase;
+  const std::vector<Fiber*> waiting = std::move(cluster.barrier.waiting);
+  cluster.released = cluster.barrier.released;
+  cluster.barrier.reset();
   e->wake(waiting.data(), waiting.size());
 }
 
@@ -120,12 +120,13 @@ void cluster_barrier_wait(const Location& location) {
   Engine* e = engine();
   Fiber* fiber = e->current;
   if (!fiber->cluster_arrived) misuse("cluster barrier", location, "waits without having arrived");
-  if (e->cluster_phase == fiber->cluster_phase) {
-    e->cluster_barrier.waiting.push_back(fiber);
+  ClusterBarrier& cluster = e->clusters[static_cast<size_t>(e->cluster_of(*fiber->block))];
+  if (cluster.phase == fiber->cluster_phase) {
+    cluster.barrier.waiting.push_back(fiber);
     wait_here("cluster barrier", 0, location);
   }
   fiber->cluster_arrived = false;
-  acquire(e, fiber, e->cluster_released);
+  acquire(e, fiber, cluster.released);
 }
 
 void grid_barrier(unsigned* counter, const Location& location) {
@@ -139,8 +140,8 @@ void grid_barrier(unsigned* counter, const Location& location) {
   }
 }
 
-unsigned cluster_rank() { return static_cast<unsigned>(engine()->current->block->rank); }
-unsigned cluster_size() { return static_cast<unsigned>(engine()->blocks.size()); }
+unsigned cluster_rank() { return static_cast<unsigned>(engine()->current->block->rank % engine()->cluster_blocks); }
+unsigned cluster_size() { return static_cast<unsigned>(engine()->cluster_blocks); }
 
 // mbarriers
 

@@ -48,8 +48,8 @@ inline int l2_cache_bytes() { return emulator::l2_cache_bytes(); }
 PYOPS_ENGINE void zero_memory(void* p, size_t bytes, cudaStream_t) { std::memset(p, 0, bytes); }
 inline constexpr bool hopper_built = true;
 template <class... Params>
-int max_cooperative_blocks(void (*)(Params...), unsigned, size_t) {
-  return emulator::multiprocessor_count() * emulator::resident_blocks();
+int max_cooperative_blocks(void (*)(Params...), unsigned, size_t, int cluster = 1) {
+  return emulator::multiprocessor_count() * emulator::resident_blocks() / cluster * cluster;
 }
 
 template <class T>
@@ -198,6 +198,7 @@ PYOPS_ENGINE void mbarrier_wait(uint64_t* bar, uint32_t parity, PYOPS_HERE) {
 }
 PYOPS_ENGINE void fence_barrier_init() {}
 PYOPS_ENGINE void fence_proxy_async() { emulator::proxy_fence(); }
+PYOPS_ENGINE void fence_proxy_async_global() {}  // of global memory no proxies are told apart
 
 // TMA
 

@@ -157,9 +157,16 @@ struct Barrier {
 };
 constexpr int named_barriers = 16;
 
+// The barrier of one cluster: its phase, and what the last complete one released.
+struct ClusterBarrier {
+  Barrier barrier;
+  uint32_t phase = 0;
+  Clock released;
+};
+
 struct Block {
   uint3 index{};
-  int rank = 0;
+  int rank = 0;  // in the gang
   char* arena = nullptr;
   int exited = 0;
   std::vector<Fiber> fibers;
@@ -245,9 +252,9 @@ struct Engine {
   char* region = nullptr;  // shared memory of all blocks of the gang, `arena_stride` apart
   size_t region_bytes = 0, region_capacity = 0, arena_stride = 0, shared_bytes = 0;
 
-  Barrier cluster_barrier, grid_barrier;
-  uint32_t cluster_phase = 0;
-  Clock cluster_released;
+  int cluster_blocks = 1;  // a gang is one cluster, or a cooperative grid of them, each of this many blocks in a row
+  std::vector<ClusterBarrier> clusters;
+  Barrier grid_barrier;
   std::deque<AsyncOperation> async_operations;
   int next_async_id = 0;
   std::unordered_map<uint64_t*, MbarrierState> mbarriers;
@@ -271,6 +278,10 @@ struct Engine {
   void push(Fiber* fiber);
   Fiber* pop();
   void wake(Fiber* const* fibers, size_t count);
+  int cluster_of(const Block& block) const { return block.rank / cluster_blocks; }
+  Block& in_cluster(const Block& block, unsigned rank) {
+    return blocks[static_cast<size_t>(cluster_of(block) * cluster_blocks) + rank];
+  }
 };
 
 Engine* engine();  // of this host thread; null outside a launch

@@ -162,6 +162,8 @@ void check_launch(const Launch& launch) {
   if (c.volume() < 1 || c.volume() > 16) fail_launch("clusters have 1 to 16 blocks");
   if (c.volume() > 1 && compute_capability() < 90) fail_launch("clusters need sm_90");
   if (g.x % c.x || g.y % c.y || g.z % c.z) fail_launch("the grid is not a multiple of the cluster");
+  if (launch.cooperative && c.volume() != c.x)
+    fail_launch("clusters of a cooperative grid lie along x in the emulator");
   if (launch.cooperative && g.volume() > int64_t(multiprocessor_count()) * resident_blocks()) {
     fail_launch("a cooperative grid must fit the machine: max_cooperative_blocks(...)");
   }
@@ -281,6 +283,7 @@ void Engine::prepare(const Launch& l) {
   race = c.race;
   statistics = {};
   const auto gang_blocks = static_cast<size_t>(l.cooperative ? l.grid.volume() : l.cluster.volume());
+  cluster_blocks = static_cast<int>(l.cluster.volume());
   threads_per_block = static_cast<int>(l.block.volume());
   threads = threads_per_block * static_cast<int>(gang_blocks);
 
@@ -343,9 +346,7 @@ void Engine::run_gang(Extent origin) {
   async_operations.clear();
   next_async_id = 0;
   mbarriers.clear();
-  cluster_barrier.reset();
-  cluster_phase = 0;
-  cluster_released.reset();
+  clusters.assign(blocks.size() / static_cast<size_t>(cluster_blocks), ClusterBarrier());
   grid_barrier.reset();
   generation = next_generation++;
   acquired.clear();

@@ -109,15 +109,26 @@ inline constexpr bool hopper_built = true;
 inline constexpr bool hopper_built = false;
 #endif
 
-// The largest grid of a cooperative launch.
+// The largest grid of a cooperative launch, in clusters along x.
 template <class... Params>
-int max_cooperative_blocks(void (*kernel)(Params...), unsigned threads, size_t smem) {
+int max_cooperative_blocks(void (*kernel)(Params...), unsigned threads, size_t smem, int cluster = 1) {
   if (smem > 48 * 1024) {
     detail::check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem)),
                        "shared memory size");
   }
   int blocks = 0;
+  if (cluster > 1) {
+    // A cluster stands in one graphics processing cluster: not every multiprocessor finds a place in one.
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(cluster)), config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = smem, config.attrs = &attribute, config.numAttrs = 1;
+    detail::check_cuda(cudaOccupancyMaxActiveClusters(&blocks, kernel, &config), "occupancy");
+    return blocks * cluster;
+  }
   detail::check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, static_cast<int>(threads), smem),
                      "occupancy");
   return blocks * multiprocessor_count();
