@@ -35,6 +35,37 @@ PYOPS_TEST(cluster_shared_memory) {
   return "";
 }
 
+// A cooperative grid of clusters: they meet each on its own, and then all of them.
+__global__ void sum_grid_of_clusters(const int* in, int* sums, int* out, unsigned* counter) {
+  auto& s = shared_storage<ClusterStorage>();
+  const unsigned t = threadIdx.x;
+  s.value[t] = in[blockIdx.x * 64 + t];
+  cluster_sync();
+  int sum = 0;
+  for (unsigned r = 0; r < cluster_size(); ++r) sum += cluster_map(s.value, r)[63 - t];
+  sums[blockIdx.x * 64 + t] = sum * 10 + static_cast<int>(cluster_rank());
+  grid_sync(counter);
+  out[blockIdx.x * 64 + t] = sums[(gridDim.x - 1 - blockIdx.x) * 64 + t];
+}
+PYOPS_TEST(cooperative_grid_of_clusters) {
+  Buffer<int> in("in", 256, false), sums("sums", 256, true), out("out", 256, true);
+  Buffer<unsigned> counter("counter", 1, true);
+  in.fill([](size_t i) { return static_cast<int>(i); });
+  counter.fill([](size_t) { return 0u; });
+  PYOPS_EXPECT_EQUAL(max_cooperative_blocks(sum_grid_of_clusters, 64, sizeof(ClusterStorage), 2) % 2, 0, 0);
+  launch(sum_grid_of_clusters,
+         {.grid = 4, .block = 64, .smem = sizeof(ClusterStorage), .cluster = 2, .cooperative = true},
+         static_cast<const int*>(in.get()), sums.get(), out.get(), counter.get());
+  test::synchronize();
+  for (size_t i = 0; i < 256; ++i) {
+    const size_t block = 3 - i / 64;
+    int want = 0;
+    for (size_t r = 0; r < 2; ++r) want += in[(block / 2 * 2 + r) * 64 + 63 - i % 64];
+    PYOPS_EXPECT_EQUAL(out[i], want * 10 + static_cast<int>(block % 2), i);
+  }
+  return "";
+}
+
 // mbarriers
 
 struct PipelineStorage {
