@@ -102,18 +102,21 @@ class MmaProduct {
         const int row = n * 8 + lane() / 4;
         from[s][n] = row < count ? state(s, row) : nullptr;
       }
-    multiply_all(count, [&](int at, Word(&to)[columns]) { load_states(from, at, to); });
+    multiply_all(count, [&](int at, int n) {
+      const int segment = segment_of(at);
+      const T* row = from[0][n];
+      if constexpr (segments > 1) row = segment > 0 ? from[1][n] : row;
+      return at < blocks_ ? load(row, segment, at) : Word{};
+    });
   }
 
-  // The same of states in shared memory, [K / 32, of_block rows, 32], zero beyond K.
-  PYOPS_DEVICE void run(int count, const T* states, int of_block) {
+  // The same of states in shared memory, [K / 32, of_pass rows, 32], zero beyond K.
+  PYOPS_DEVICE void run(int count, const T* states, int of_pass) {
     const T* mine = states + lane() / 4 * mma_depth + lane() % 4 * 8;
-    multiply_all(count, [&](int at, Word(&to)[columns]) {
-#pragma unroll
-      for (int n = 0; n < columns; ++n)
-        to[n] = at < blocks_ && n * 8 + lane() / 4 < count
-                    ? load_vec<4>(reinterpret_cast<const uint32_t*>(mine + (at * of_block + n * 8) * mma_depth))
-                    : Word{};
+    multiply_all(count, [&](int at, int n) {
+      return at < blocks_ && n * 8 + lane() / 4 < count
+                 ? load_vec<4>(reinterpret_cast<const uint32_t*>(mine + (at * of_pass + n * 8) * mma_depth))
+                 : Word{};
     });
   }
 
@@ -153,43 +156,15 @@ class MmaProduct {
         for (int j = 0; j < 4; ++j) to[m][2 * j + half] = part[j];
       }
   }
-  PYOPS_DEVICE void load_states(const T* const (&from)[segments][columns], int at, Word (&to)[columns]) const {
-    const int segment = segment_of(at);
-#pragma unroll
-    for (int n = 0; n < columns; ++n) {
-      const T* row = from[0][n];
-      if constexpr (segments > 1) row = segment > 0 ? from[1][n] : row;
-      to[n] = at < blocks_ ? load(row, segment, at) : Word{};
-    }
-  }
-  // fetch(at, to): the states' block `at` of K.
+  // fetch(at, n): the states' block `at` of K, column n.
   template <class Fetch>
   PYOPS_DEVICE void multiply_all(int count, Fetch&& fetch) {
     float sum[tiles][columns][4]{};
-    // The states of the next turn are on their way while those of this one are multiplied.
-    Word now[columns];
-    fetch(warp(), now);
-#pragma unroll
-    for (int i = 0; i < resident; ++i) {
-      if (warp() + i * mma_warps >= blocks_) break;
-      Word next[columns];
-      fetch(warp() + (i + 1) * mma_warps, next);
-      multiply(sum, weights_[i], now, count);
-#pragma unroll
-      for (int n = 0; n < columns; ++n) now[n] = next[n];
-    }
-    for (int i = resident; warp() + i * mma_warps < blocks_; ++i) {
-      Word next[columns];
-      fetch(warp() + (i + 1) * mma_warps, next);
-      uint32_t w[tiles][8];
-#pragma unroll
-      for (int m = 0; m < tiles; ++m)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) w[m][j] = spot(i, m, 0)[j], w[m][4 + j] = spot(i, m, 1)[j];
-      multiply(sum, w, now, count);
-#pragma unroll
-      for (int n = 0; n < columns; ++n) now[n] = next[n];
-    }
+    // Of few rows, half the columns, two turns come at a time: their latency is what a step of a small batch waits for.
+    if (count <= rows / 2)
+      turns<2>(sum, count, fetch);
+    else
+      turns<1>(sum, count, fetch);
 #pragma unroll
     for (int n = 0; n < columns; ++n) {
       if (n * 8 >= count) break;
@@ -202,15 +177,65 @@ class MmaProduct {
     __syncthreads();
   }
 
-  PYOPS_DEVICE static void multiply(float (&sum)[tiles][columns][4], const uint32_t (&w)[tiles][8],
-                                    const Word (&states)[columns], int count) {
+  // Sums over this warp's blocks of K, `together` at a time; the next ones are on their way meanwhile.
+  template <int together, class Fetch>
+  PYOPS_DEVICE void turns(float (&sum)[tiles][columns][4], int count, Fetch&& fetch) {
+    constexpr int width = columns / together, unrolled = (resident + together - 1) / together * together;
+    Word now[columns], next[columns];
+    const auto load = [&](int turn, Word(&to)[columns]) {
 #pragma unroll
-    for (int n = 0; n < columns; ++n) {
+      for (int j = 0; j < columns; ++j) to[j] = fetch(warp() + (turn + j / width) * mma_warps, j % width);
+    };
+    load(0, now);
+#pragma unroll
+    for (int i = 0; i < unrolled; i += together) {
+      if (warp() + i * mma_warps >= blocks_) return;
+      load(i + together, next);
+#pragma unroll
+      for (int u = 0; u < together; ++u) {
+        if (i + u < resident)
+          multiply<width>(sum, weights_[i + u < resident ? i + u : 0], now, u * width, count);
+        else if (warp() + (i + u) * mma_warps < blocks_)
+          multiply_beyond<width>(sum, i + u, now, u * width, count);
+      }
+#pragma unroll
+      for (int j = 0; j < columns; ++j) now[j] = next[j];
+    }
+    for (int i = unrolled; warp() + i * mma_warps < blocks_; i += together) {
+      load(i + together, next);
+#pragma unroll
+      for (int u = 0; u < together; ++u)
+        if (warp() + (i + u) * mma_warps < blocks_) multiply_beyond<width>(sum, i + u, now, u * width, count);
+#pragma unroll
+      for (int j = 0; j < columns; ++j) now[j] = next[j];
+    }
+  }
+
+  // By the weights of a turn in shared memory.
+  template <int width>
+  PYOPS_DEVICE void multiply_beyond(float (&sum)[tiles][columns][4], int turn, const Word (&states)[columns], int from,
+                                    int count) const {
+    uint32_t w[tiles][8];
+#pragma unroll
+    for (int m = 0; m < tiles; ++m) {
+      const Word first = spot(turn, m, 0), second = spot(turn, m, 1);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) w[m][j] = first[j], w[m][4 + j] = second[j];
+    }
+    multiply<width>(sum, w, states, from, count);
+  }
+  // states[from ...]: `width` columns.
+  template <int width>
+  PYOPS_DEVICE static void multiply(float (&sum)[tiles][columns][4], const uint32_t (&w)[tiles][8],
+                                    const Word (&states)[columns], int from, int count) {
+#pragma unroll
+    for (int n = 0; n < width; ++n) {
       if (n * 8 >= count) break;
+      const Word& b = states[from + n];
 #pragma unroll
       for (int m = 0; m < tiles; ++m) {
-        mma_m16n8k16<T>(sum[m][n], {w[m][0], w[m][1], w[m][2], w[m][3]}, {states[n][0], states[n][1]});
-        mma_m16n8k16<T>(sum[m][n], {w[m][4], w[m][5], w[m][6], w[m][7]}, {states[n][2], states[n][3]});
+        mma_m16n8k16<T>(sum[m][n], {w[m][0], w[m][1], w[m][2], w[m][3]}, {b[0], b[1]});
+        mma_m16n8k16<T>(sum[m][n], {w[m][4], w[m][5], w[m][6], w[m][7]}, {b[2], b[3]});
       }
     }
   }

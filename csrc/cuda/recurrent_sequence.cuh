@@ -196,9 +196,12 @@ struct ForwardStep {
     if (row >= s.steps.count(s.after(d, t))) s.h_n[(d * s.steps.B + row) * s.P + unit] = value;
   }
 
-  // What a unit's cell reads beside its products: pre-activations from the input, or in a stack the bias.
+  // What a unit's cell reads beside its products: pre-activations from the input, or in a stack the bias, and its states.
+  // As loaded: a conversion would wait for the load.
   struct Inputs {
-    A a[G]{}, h{}, c{};
+    T a[G]{}, h{}, first_c{};
+    A c{};
+    bool starts{};
   };
   PYOPS_DEVICE Inputs inputs(int64_t t, int64_t row, int64_t unit) const {
     const int64_t at = (s.steps.first(t) + row) * s.D + d, own = (d * s.steps.B + row) * s.H + unit;
@@ -206,12 +209,18 @@ struct ForwardStep {
 #pragma unroll
     for (int k = 0; k < G; ++k) {
       if (!stacked || below.rows == nullptr)
-        in.a[k] = to_acc(s.gates[(at * G + k) * s.H + unit]);
+        in.a[k] = s.gates[(at * G + k) * s.H + unit];
       else if (below.bias != nullptr)
-        in.a[k] = to_acc(below.bias[k * s.H + unit]);
+        in.a[k] = below.bias[k * s.H + unit];
     }
-    if constexpr (Cell::splits) in.h = to_acc(s.state_before(d, t, row)[unit]);
-    if constexpr (Cell::has_cell) in.c = s.row_at(s.before(d, t), row) < 0 ? A(to_acc(s.c0[own])) : work.c[own];
+    if constexpr (Cell::splits) in.h = s.state_before(d, t, row)[unit];
+    if constexpr (Cell::has_cell) {
+      in.starts = s.row_at(s.before(d, t), row) < 0;
+      if (in.starts)
+        in.first_c = s.c0[own];
+      else
+        in.c = work.c[own];
+    }
     return in;
   }
 
@@ -293,9 +302,9 @@ struct ForwardStep {
   // a, b: products with the layer below and with the state before.
   PYOPS_DEVICE void update(int64_t t, int64_t row, int64_t unit, const Inputs& in, A (&a)[G], A (&b)[G]) const {
     const int64_t at = (s.steps.first(t) + row) * s.D + d, own = (d * s.steps.B + row) * s.H + unit;
-    A h = in.h, c = in.c, saved[recurrent::saved_slots<Cell>]{};
+    A h = to_acc(in.h), c = in.starts ? A(to_acc(in.first_c)) : in.c, saved[recurrent::saved_slots<Cell>]{};
 #pragma unroll
-    for (int k = 0; k < G; ++k) a[k] += in.a[k];
+    for (int k = 0; k < G; ++k) a[k] += to_acc(in.a[k]);
     if constexpr (Cell::splits)
       if (s.b_n != nullptr) b[G - 1] += to_acc(s.b_n[d * s.H + unit]);
     Cell::forward(a, b, h, c, saved);
