@@ -170,7 +170,7 @@ ODD = (4, (2, 9, 2), (9, 9, 9), {})
 
 
 def on_tensor_cores(op, case, dtype):
-    """``(ours, theirs, make, results)`` of a case: functions and arguments as for ``accurate``; output and gradients."""
+    """``(ours, theirs, make, results)`` of a case; ``results(backend)``: output and gradients."""
     _, shape, sizes, settings = case
     gates, states = {"lstm": (4, 2), "gru": (3, 1)}.get(op, (1, 1))
     hidden = sizes[{"lstm": 0, "gru": 1}.get(op, 2)]

@@ -21,8 +21,8 @@ void transpose(const T* from, T* to, int64_t D, int64_t rows, int64_t columns, c
          from, to, D, rows, columns);
 }
 
-// All steps in one launch, of work.blocks_per_direction for each of D directions or layers; false, and nothing done, where
-// these blocks do not all run at once.
+// All steps in one launch, of work.blocks_per_direction for each of D directions or layers; false, and nothing done,
+// where these blocks do not all run at once.
 template <class Kernel, class Layer, class Work, class... More>
 bool launch_persistent(Kernel kernel, const Layer& s, Work work, int64_t D, int64_t steps, size_t shared, int cluster,
                        cudaStream_t stream, const More&... more) {
@@ -41,7 +41,8 @@ bool launch_persistent(Kernel kernel, const Layer& s, Work work, int64_t D, int6
   return true;
 }
 
-// On tensor cores, by kernel_of.operator()<tiles>() with one of these tiles; false where CUDA cores are to take the layer.
+// On tensor cores, by kernel_of(std::integral_constant) of one of these tiles; false where CUDA cores are to take the
+// layer.
 template <class T, int segments, int... tiles, class KernelOf, class Layer, class Work>
 bool run_on_tensor_cores(std::integer_sequence<int, tiles...> choices, const KernelOf& kernel_of, const Layer& s,
                          Work work, const MmaSizes& size, int64_t steps, cudaStream_t stream) {
@@ -51,7 +52,7 @@ bool run_on_tensor_cores(std::integer_sequence<int, tiles...> choices, const Ker
     work.blocks_per_direction = plan.blocks;
     const auto with = [&]<int n>() {
       if (n == plan.tiles)
-        done = launch_persistent(kernel_of.template operator()<n>(), s, work, size.D, steps,
+        done = launch_persistent(kernel_of(std::integral_constant<int, n>()), s, work, size.D, steps,
                                  static_cast<size_t>(plan.shared), 1, stream);
     };
     (with.template operator()<tiles>(), ...);
@@ -123,8 +124,9 @@ void layer_forward(const OpScope& op, const recurrent::Sequence<T>& s) {
     if constexpr (hopper_built && sizeof(T) == 2)
       if (compute_capability() == 90 && forward_by_multicast<Cell>(s, work, stream)) return;
     if (run_on_tensor_cores<T, 1>(
-            std::integer_sequence<int, 1, 2, 4>(), []<int tiles>() { return sequence_forward_kernel<Cell, T, tiles>; },
-            s, work, {s.H, Cell::gates, whole_blocks(s.P), B, D, bytes}, s.steps.T, stream))
+            std::integer_sequence<int, 1, 2, 4>(),
+            [](auto tiles) { return sequence_forward_kernel<Cell, T, decltype(tiles)::value>; }, s, work,
+            {s.H, Cell::gates, whole_blocks(s.P), B, D, bytes}, s.steps.T, stream))
       return;
   }
   run_sequence(sequence_forward_kernel<Cell, T>, s, work, D, s.H, bytes, s.steps.T, s.w_hr != nullptr ? 2 : 1, 0,
@@ -153,10 +155,10 @@ void layer_backward(const OpScope& op, const recurrent::Sequence<T>& s) {
   if (s.w_hr != nullptr) transpose(s.w_hr, pr, D, s.P, s.H, stream);
   work.w_hh_t = pw, work.w_hr_t = pr;
   const int64_t bytes = K * static_cast<int64_t>(sizeof(T));
-  if (K % 8 == 0 &&
-      run_on_tensor_cores<T, 1>(
-          std::integer_sequence<int, 1>(), []<int tiles>() { return sequence_backward_kernel<Cell, T, tiles>; }, s,
-          work, {s.P, 1, whole_blocks(K), B, D, bytes}, s.steps.T + 1, stream))
+  if (K % 8 == 0 && run_on_tensor_cores<T, 1>(
+                        std::integer_sequence<int, 1>(),
+                        [](auto tiles) { return sequence_backward_kernel<Cell, T, decltype(tiles)::value>; }, s, work,
+                        {s.P, 1, whole_blocks(K), B, D, bytes}, s.steps.T + 1, stream))
     return;
   run_sequence(sequence_backward_kernel<Cell, T>, s, work, D, s.P, bytes, s.steps.T + 1, s.w_hr != nullptr ? 2 : 1, 0,
                stream);

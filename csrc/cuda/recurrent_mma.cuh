@@ -2,19 +2,19 @@
 // recurrent_sequence.cuh.
 //
 // A block multiplies its rows of weights (M) with all rows of states (N), K numbers each. Its 8 warps share K, 32
-// numbers a warp in turn, and their sums are added in the order of the warps: deterministic. What a lane reads of a row of weights or
-// states is 8 neighbouring numbers, and they are its part of two products' K as they come: the order within K is free
-// where both sides share it. So a warp reads its states from L2 straight into registers, whole 64-byte pieces, each
-// number once per block, and its weights are one 16-byte access per row wherever they are.
+// numbers a warp in turn, and their sums are added in the order of the warps: deterministic. What a lane reads of a row
+// of weights or states is 8 neighbouring numbers, and they are its part of two products' K as they come: the order
+// within K is free where both sides share it. So a warp reads its states from L2 straight into registers, whole 64-byte
+// pieces, each number once per block, and its weights are one 16-byte access per row wherever they are.
 //
-// budget   A thread has 65536 / 256 = 256 registers: 112 to 128 of weights (a row of two segments: 16 to 32 fewer), 16 or
-//          32 of sums, 16 or 32 of states, twice where the next are on their way. So registers hold 112 to 128 KB of
-//          weights a block. What is beyond them lies in shared memory in the order in which lanes read it, beside 17 to
-//          36 KB of sums. On an H100 (227 KB): an LSTM of 2048 units over 128 blocks has 256 KB of weights a block, 128 in
-//          registers and 128 in shared memory; in its backward pass 120 and 136.
+// budget   A thread has 65536 / 256 = 256 registers: 96 to 128 of weights (a row of two segments: 16 to 32 fewer), 16
+//          or 32 of sums, 16 or 32 of states, of which half are on their way. So registers hold 96 to 128 KB of weights
+//          a block. What is beyond them lies in shared memory in the order in which lanes read it, beside 20 to 36 KB
+//          of sums. On an H100 (227 KB): an LSTM of 2048 units over 128 blocks has 256 KB of weights a block, 128 in
+//          registers and 128 in shared memory; in its backward pass 112 and 144.
 //          tiles   rows of weights   K in registers   rows of states at a time   sums
-//            1           16              3840                  32                20 KB
-//            2           32              1792                  32                36 KB
+//            1           16              3584                  32                20 KB
+//            2           32              1536                  32                36 KB
 //            4           64              1024                  16                34 KB
 #pragma once
 
@@ -35,7 +35,7 @@ template <class T, int tiles, int segments = 1>
 class MmaProduct {
  public:
   static constexpr int columns = tiles == 4 ? 2 : 4, rows = 8 * columns;
-  static constexpr int resident = (tiles == 1 ? 15 : tiles == 2 ? 7 : 4) - (segments - 1);
+  static constexpr int resident = tiles == 1 ? 16 - 2 * segments : (tiles == 2 ? 7 : 5) - segments;
   // Lanes that write sums lie 2 stride apart, 8 of them side by side: 4 more numbers and they are in 32 banks.
   static constexpr int stride = 16 * tiles + 4;
   using Word = Vec<uint32_t, 4>;
@@ -90,8 +90,8 @@ class MmaProduct {
     }
   }
 
-  // The block's rows of weights times `count` rows of states, at most `rows`; state(segment, row) may be null for zeros.
-  // A barrier must stand between the last sum() of one product and the next product.
+  // The block's rows of weights times `count` rows of states, at most `rows`; state(segment, row) may be null for
+  // zeros. A barrier must stand between the last sum() of one product and the next product.
   template <class State>
   PYOPS_DEVICE void run(int count, State&& state) {
     const T* from[segments][columns];

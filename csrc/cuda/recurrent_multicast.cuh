@@ -1,6 +1,6 @@
-// A layer forward in bf16 and fp16, as on tensor cores (recurrent_mma.cuh), but the blocks of a cluster read the states of
-// the step before together: each fetches every second or fourth block of K by TMA and multicasts it to all. So L2 is read
-// once per cluster and not once per block. For sm_90a; docs/adr/0006 says where it should pay.
+// A layer forward in bf16 and fp16, as on tensor cores (recurrent_mma.cuh), but the blocks of a cluster read the states
+// of the step before together: each fetches every second or fourth block of K by TMA and multicasts it to all. So L2 is
+// read once per cluster and not once per block. For sm_90a; docs/adr/0006 says where it should pay.
 //
 // An mbarrier per pass of rows counts what arrives, from whichever block. States are overwritten one grid barrier after
 // they were read, so no other barrier of the cluster is needed between two steps.

@@ -6,8 +6,9 @@
 // A warp multiplies 4 rows of weights with 8 rows of states, its lanes sharing the sum over K; 31 shuffles leave the 32
 // sums on the 32 lanes. The 4 rows are the gates of one unit (forward) or 4 units (backward, and cells of one gate).
 //
-// In bf16 and fp16 tensor cores multiply (recurrent_mma.cuh), and registers hold weights too: MmaPlan says where. Products
-// with the weights of a projection stay on CUDA cores, and so does all else in a kernel that is launched once per step.
+// In bf16 and fp16 tensor cores multiply (recurrent_mma.cuh), and registers hold weights too: MmaPlan says where.
+// Products with the weights of a projection stay on CUDA cores, and so does all else in a kernel that is launched once
+// per step.
 #pragma once
 
 #include "cuda/math.cuh"
@@ -39,10 +40,12 @@ template <class A>
 PYOPS_DEVICE A sum_to_lanes(A (&v)[32]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
 #pragma unroll
-  for (int half = 16; half >= 1; half /= 2) {
+  for (int step = 0; step < 5; ++step) {
+    const int half = 16 >> step;
     const bool upper = (lane & half) != 0;
 #pragma unroll
-    for (int j = 0; j < half; ++j) {
+    for (int j = 0; j < 16; ++j) {
+      if (j >= half) break;
       const A mine = upper ? v[j + half] : v[j], theirs = upper ? v[j] : v[j + half];
       v[j] = mine + __shfl_xor_sync(0xffffffffu, theirs, half);
     }
@@ -50,46 +53,52 @@ PYOPS_DEVICE A sum_to_lanes(A (&v)[32]) {
   return v[0];
 }
 
-// Elements k and, of two-byte types, k + 1 of a row of K: one 4-byte access where rows allow it.
-template <class T, int N, class A>
-PYOPS_DEVICE void load_some(const T* p, int64_t k, int64_t K, bool paired, A (&to)[N]) {
-  if constexpr (N == 1) {
-    to[0] = k < K ? A(to_acc(p[k])) : A(0);
-  } else if (paired) {
-    const Vec<T, 2> v = k < K ? load_vec<2>(p + k) : Vec<T, 2>{};
-    to[0] = k < K ? A(to_acc(v[0])) : A(0), to[1] = k < K ? A(to_acc(v[1])) : A(0);
-  } else {
-    to[0] = k < K ? A(to_acc(p[k])) : A(0), to[1] = k + 1 < K ? A(to_acc(p[k + 1])) : A(0);
-  }
-}
-
-// The product of weights[4] and states[8], each K numbers: lane l gets weights[l / 8] · states[l % 8]. Null rows are 0.
-template <class T>
-PYOPS_DEVICE accumulate_t<T> tile_dot(const T* const (&weights)[tile_weights], const T* const (&states)[tile_rows],
-                                      int64_t K) {
-  using A = accumulate_t<T>;
-  constexpr int N = sizeof(T) == 2 ? 2 : 1;
-  const int64_t lane = threadIdx.x % 32;
-  const bool paired = K % 2 == 0;
-  A sum[32]{};
-  for (int64_t k = lane * N; k < K; k += 32 * N) {
-    A w[tile_weights][N]{};
+// Adds to sum[i * tile_rows + r] the products of weights[i] and states[r] of this lane's part of K. `whole`: lanes read
+// two two-byte numbers at once, which K must allow. All loads of a turn leave before the first product: nothing in the
+// loop depends on a condition, so that they do not wait for each other; so do those of `turns` turns.
+template <int rows, bool whole, int turns, class T, class A>
+PYOPS_DEVICE void add_tile(A (&sum)[32], const T* const (&weights)[tile_weights], const T* const (&states)[tile_rows],
+                           int64_t K) {
+  constexpr int N = whole && sizeof(T) == 2 ? 2 : 1;
+#pragma unroll turns
+  for (int64_t k = threadIdx.x % 32 * N; k < K; k += 32 * N) {
+    Vec<T, N> w[tile_weights], h[rows];
 #pragma unroll
-    for (int i = 0; i < tile_weights; ++i)
-      if (weights[i] != nullptr) load_some<T, N>(weights[i], k, K, paired, w[i]);
+    for (int i = 0; i < tile_weights; ++i) w[i] = load_vec<N>(weights[i] + k);
 #pragma unroll
-    for (int r = 0; r < tile_rows; ++r) {
-      if (states[r] == nullptr) continue;
-      A h[N];
-      load_some<T, N>(states[r], k, K, paired, h);
+    for (int r = 0; r < rows; ++r) h[r] = load_vec<N>(states[r] + k);
+#pragma unroll
+    for (int r = 0; r < rows; ++r)
 #pragma unroll
       for (int i = 0; i < tile_weights; ++i)
 #pragma unroll
-        for (int n = 0; n < N; ++n) sum[i * tile_rows + r] += w[i][n] * h[n];
-    }
+        for (int n = 0; n < N; ++n) sum[i * tile_rows + r] += A(to_acc(w[i][n])) * A(to_acc(h[r][n]));
   }
+}
+
+// The product of weights[4] and states[8], each K numbers: lane l gets weights[l / 8] · states[l % 8]. Rows of states
+// that are null come last; what null rows give means nothing.
+template <class T, int turns = 2>
+PYOPS_DEVICE accumulate_t<T> tile_dot(const T* const (&weights)[tile_weights], const T* const (&states)[tile_rows],
+                                      int64_t K) {
+  accumulate_t<T> sum[32]{};
+  if (weights[0] == nullptr || states[0] == nullptr) return sum[0];
+  const T *w[tile_weights], *h[tile_rows];
+#pragma unroll
+  for (int i = 0; i < tile_weights; ++i) w[i] = weights[i] != nullptr ? weights[i] : weights[0];
+#pragma unroll
+  for (int r = 0; r < tile_rows; ++r) h[r] = states[r] != nullptr ? states[r] : states[0];
+  if (K % 2 != 0)
+    add_tile<tile_rows, false, turns>(sum, w, h, K);
+  else if (states[1] == nullptr)
+    add_tile<1, true, turns>(sum, w, h, K);
+  else
+    add_tile<tile_rows, true, turns>(sum, w, h, K);
   return sum_to_lanes(sum);
 }
+
+// Turns in flight of a projection's products: they stand in kernels whose registers are full of weights.
+inline constexpr int of_projection = 1;
 
 // [0, n) cut into `parts`: part i.
 struct Slice {
@@ -129,8 +138,8 @@ PYOPS_DEVICE void each_tile(Slice slice, int64_t rows, int units_per_tile, F&& i
     item(slice.begin + i / groups * units_per_tile, i % groups * tile_rows);
 }
 
-// Of the tile at (unit, row0): weight(unit) · state(row), K numbers each; a null state is 0.
-template <class T, class Weight, class State>
+// Of the tile at (unit, row0): weight(unit) · state(row), K numbers each; states may be null from some row on.
+template <class T, int turns = 2, class Weight, class State>
 PYOPS_DEVICE accumulate_t<T> tile_product(int64_t unit, int64_t units, int64_t row0, int64_t rows, int64_t K,
                                           Weight&& weight, State&& state) {
   const T *w[tile_weights], *h[tile_rows];
@@ -138,15 +147,15 @@ PYOPS_DEVICE accumulate_t<T> tile_product(int64_t unit, int64_t units, int64_t r
   for (int i = 0; i < tile_weights; ++i) w[i] = unit + i < units ? weight(unit + i) : nullptr;
 #pragma unroll
   for (int r = 0; r < tile_rows; ++r) h[r] = row0 + r < rows ? state(row0 + r) : nullptr;
-  return tile_dot<T>(w, h, K);
+  return tile_dot<T, turns>(w, h, K);
 }
 
 // put(row, unit, weight(unit) · state(row)) for the units of the slice and `rows` rows, by tiles of both.
-template <class T, class Weight, class State, class Put>
+template <class T, int turns = 2, class Weight, class State, class Put>
 PYOPS_DEVICE void each_product(Slice slice, int64_t rows, int64_t K, Weight&& weight, State&& state, Put&& put) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   each_tile(slice, rows, tile_weights, [&](int64_t unit, int64_t row0) {
-    const auto sum = tile_product<T>(unit, slice.end, row0, rows, K, weight, state);
+    const auto sum = tile_product<T, turns>(unit, slice.end, row0, rows, K, weight, state);
     const int64_t row = row0 + lane % tile_rows;
     unit += lane / tile_rows;
     if (row < rows && unit < slice.end) put(row, unit, sum);
@@ -196,8 +205,8 @@ struct ForwardStep {
     if (row >= s.steps.count(s.after(d, t))) s.h_n[(d * s.steps.B + row) * s.P + unit] = value;
   }
 
-  // What a unit's cell reads beside its products: pre-activations from the input, or in a stack the bias, and its states.
-  // As loaded: a conversion would wait for the load.
+  // What a unit's cell reads beside its products: pre-activations from the input, or in a stack the bias, and its
+  // states. As loaded: a conversion would wait for the load.
   struct Inputs {
     T a[G]{}, h{}, first_c{};
     A c{};
@@ -326,7 +335,7 @@ struct ForwardStep {
 
   PYOPS_DEVICE void project(int64_t t) const {
     const int64_t first = s.steps.first(t);
-    each_product<T>(
+    each_product<T, of_projection>(
         Slice::of(s.P, work.blocks_per_direction, Place(work.blocks_per_direction).part), s.steps.count(t), s.H,
         [&](int64_t unit) { return s.w_hr + (d * s.P + unit) * s.H; },
         [&](int64_t row) { return work.m + (d * s.steps.B + row) * s.H; },
@@ -368,8 +377,9 @@ __global__ void sequence_forward_kernel(recurrent::Sequence<T> s, SequenceWork<T
   }
 }
 
-// The gradient of a state that step t made (t = -1: an initial state, which goes out): `sent` came through w_hh from the
-// next step `later`, what the output sent, or in a stack the layer above, is added, and put(row, unit, dh) takes it on.
+// The gradient of a state that step t made (t = -1: an initial state, which goes out): `sent` came through w_hh from
+// the next step `later`, what the output sent, or in a stack the layer above, is added, and put(row, unit, dh) takes it
+// on.
 template <bool splits, class T, class Put>
 PYOPS_DEVICE void gradient_of_state(const recurrent::Sequence<T>& s, const SequenceWork<T>& work, int d, int64_t t,
                                     int64_t later, int64_t row, int64_t unit, accumulate_t<T> sent,
@@ -479,7 +489,7 @@ struct BackwardStep {
 
   // With a projection: through it, to the cells of step t.
   PYOPS_DEVICE void cells(int64_t t, int64_t later) const {
-    each_product<T>(
+    each_product<T, of_projection>(
         Slice::of(s.H, work.blocks_per_direction, Place(work.blocks_per_direction).part), t >= 0 ? s.steps.count(t) : 0,
         s.P, [&](int64_t unit) { return work.w_hr_t + (d * s.H + unit) * s.P; },
         [&](int64_t row) { return s.dh + ((s.steps.first(t) + row) * s.D + d) * s.P; },

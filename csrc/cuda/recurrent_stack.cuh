@@ -1,8 +1,9 @@
 // A stack of layers as one launch: blocks are dealt out to the layers, and layer l takes a step while layer l - 1 takes
 // the next one, so L layers of T steps meet T + L - 1 times where one after the other they would L T times.
 //
-// A block keeps the weights of its units for the states of its own layer and for the output of the layer below (backward:
-// for the gradients of the layer above). What a layer reads of another one was written before the last barrier.
+// A block keeps the weights of its units for the states of its own layer and for the output of the layer below
+// (backward: for the gradients of the layer above). What a layer reads of another one was written before the last
+// barrier.
 #pragma once
 
 #include "cuda/recurrent_layer.cuh"
@@ -101,8 +102,9 @@ void stack_forward(const OpScope& op, const recurrent::Stack<Cell, T>& stack) {
   constexpr int slots = Cell::gates + Cell::splits;
   if (H % 8 == 0 && whole_words(stack.s.h0) && whole_words(stack.s.w_hh) && whole_words(stack.w_ih) &&
       run_on_tensor_cores<T, 2>(
-          std::integer_sequence<int, 2, 4>(), []<int tiles>() { return stack_forward_kernel<Cell, T, tiles>; }, stack,
-          work, {H, slots, 2 * whole_blocks(H), B, L, bytes}, steps, stream))
+          std::integer_sequence<int, 2, 4>(),
+          [](auto tiles) { return stack_forward_kernel<Cell, T, decltype(tiles)::value>; }, stack, work,
+          {H, slots, 2 * whole_blocks(H), B, L, bytes}, steps, stream))
     return;
   run_sequence(stack_forward_kernel<Cell, T>, stack, work, L, H, bytes, steps, 1, 0, stream);
 }
@@ -123,10 +125,10 @@ void stack_backward(const OpScope& op, const recurrent::Stack<Cell, T>& stack) {
   transpose(stack.w_ih, input, L - 1, K, H, stream);
   work.w_hh_t = hidden, work.w_ih_t = input;
   const int64_t bytes = 2 * K * static_cast<int64_t>(sizeof(T)), steps = stack.s.steps.T + L;
-  if (K % 8 == 0 &&
-      run_on_tensor_cores<T, 2>(
-          std::integer_sequence<int, 1>(), []<int tiles>() { return stack_backward_kernel<Cell, T, tiles>; }, stack,
-          work, {H, 1, 2 * whole_blocks(K), B, L, bytes}, steps, stream))
+  if (K % 8 == 0 && run_on_tensor_cores<T, 2>(
+                        std::integer_sequence<int, 1>(),
+                        [](auto tiles) { return stack_backward_kernel<Cell, T, decltype(tiles)::value>; }, stack, work,
+                        {H, 1, 2 * whole_blocks(K), B, L, bytes}, steps, stream))
     return;
   run_sequence(stack_backward_kernel<Cell, T>, stack, work, L, H, bytes, steps, 1, 0, stream);
 }

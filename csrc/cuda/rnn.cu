@@ -3,7 +3,7 @@
 // layout   step: gates, h', dh: [B, H]
 //          layer: csrc/common/recurrent.h
 // mapping  step: a thread takes hidden units, grid-stride; neighbouring threads neighbouring units
-//          layer: head of cuda/recurrent_sequence.cuh · stack: head of cuda/recurrent_stack.cuh
+//          layer: heads of cuda/recurrent_sequence.cuh and recurrent_mma.cuh · stack: of cuda/recurrent_stack.cuh
 // memory   step: every input read once, every output written once; backward computes h' again from gates
 // numerics tanh in fp32 (fp64 for fp64)
 #include "cuda/recurrent_cell.cuh"
