@@ -5,6 +5,8 @@ The plain form holds a weight for each pixel and bin; it gets few bins.
 
 from typing import Any
 
+import torch
+
 from pyops import functional
 from pyops.ops import histogram as room
 
@@ -27,6 +29,15 @@ def cases(device: str) -> list[Case]:
 
 def tiny(device: str) -> list[Case]:
     return [case_of((1, 2, 5, 7), 4, device=device, backward=True)]
+
+
+def apart(case: Case, x: torch.Tensor) -> torch.Tensor:
+    """Shares have kinks at the centres of bins, and end with the range: every half bin."""
+    width = (_RANGE[1] - _RANGE[0]) / case.args["bins"]
+    halves = (x.double() - _RANGE[0]) / (width / 2)
+    from_kink = halves - halves.round()
+    moved = x + from_kink.sign().where(from_kink != 0, 1.0) * 1e-3 * width
+    return torch.where(from_kink.abs() < 1e-3, moved.to(x.dtype), x)
 
 
 def shapes(case: Case) -> dict[str, tuple[int, ...]]:

@@ -97,8 +97,9 @@ class Room(Protocol):
         """Floating-point operations of the plain formula."""
 
     # A room may also state `traffic(case) -> (bytes, launches)`, what its CUDA kernels move and in how many launches,
-    # where that is more than the least; `MATRIX = True` where its flops run on tensor cores; and `CENTRED`, names of
-    # weights that are drawn around zero and scaled by their row, so that gates do not saturate.
+    # where that is more than the least; `MATRIX = True` where its flops run on tensor cores; `CENTRED`, names of
+    # weights that are drawn around zero and scaled by their row, so that gates do not saturate; and `apart(case, x)`,
+    # which moves the numbers of x at which the op or its gradient jumps: what stands there is rounding's choice.
 
     def bind(self, functional: Any, case: Case) -> Function:
         """The call of the case on a namespace with the signatures of ``torch.nn.functional``."""

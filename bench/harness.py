@@ -93,6 +93,8 @@ def fresh_inputs(room: Room, case: Case) -> Tensors:
         return torch.randn(shape, dtype=torch.float32, device=case.device, generator=generator)
 
     tensors = {"x": (normal(case.shape) + 0.5).to(case.dtype)}
+    if apart := getattr(room, "apart", None):
+        tensors["x"] = apart(case, tensors["x"])
     shapes = room.shapes(case)
     # Beside running statistics, which are never in half precision, torch takes its fast path with float32 parameters.
     dtype = at_least_float32(case.dtype) if any(name in STATE for name in shapes) else case.dtype

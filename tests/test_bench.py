@@ -158,6 +158,17 @@ def stub_rooms(monkeypatch: pytest.MonkeyPatch, room: Any) -> None:
     monkeypatch.setattr(runner, "QUICK", FAST)
 
 
+def test_a_histogram_is_measured_apart_from_its_kinks() -> None:
+    room: Any = runner.rooms()["histogram"]
+    case = room.cases("cpu")[0]
+    low, high = room._RANGE
+    halves = (harness.fresh_inputs(room, case)["x"].double() - low) / ((high - low) / case.args["bins"] / 2)
+    assert (halves - halves.round()).abs().min() > 0.9e-3
+    at_kinks = torch.linspace(low, high, 2 * case.args["bins"] + 1)
+    moved = room.apart(case, at_kinks)
+    assert ((moved - at_kinks).abs() > 0).all() and ((moved - at_kinks).abs() < 1e-3).all()
+
+
 def test_inputs_are_fresh_and_layouts_kept() -> None:
     room = ScaledRoom()
     case = dataclasses.replace(room.cases("cpu")[2], channels_last=True)
