@@ -32,4 +32,10 @@ using accumulate_t = std::conditional_t<std::is_same_v<scalar_t, double>, double
 
 PYOPS_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Do all begin at a whole 16-byte word, the widest that a thread loads at once?
+template <class... T>
+PYOPS_HOST_DEVICE bool is_aligned(const T*... p) {
+  return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...);
+}
+
 }  // namespace pyops

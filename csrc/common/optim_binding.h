@@ -26,8 +26,6 @@ struct Item {
   bool aligned;       // to 16 bytes, all of them
 };
 
-inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 inline void check_length(const OpScope& op, const List& list, const char* name, size_t expected) {
   op.check(list.size() == expected, name, ": got ", list.size(), " tensors, expected ", expected);
 }

@@ -69,6 +69,19 @@ PYOPS_INLINE Vec<acc_t> copysign(const Vec<acc_t>& magnitude, const Vec<acc_t>& 
   return simd::bits_as<simd::Native<acc_t>>((simd::bits_as<Bits>(magnitude.v) & Word(~top)) |
                                             (simd::bits_as<Bits>(sign.v) & top));
 }
+// The greater; b where one of them is NaN: one instruction.
+template <class acc_t>
+PYOPS_INLINE Vec<acc_t> greater(const Vec<acc_t>& a, const Vec<acc_t>& b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(acc_t) == 4) return simd::bits_as<simd::Native<acc_t>>(_mm512_maskz_max_ps(0xffff, a.v, b.v));
+  if constexpr (sizeof(acc_t) == 8) return simd::bits_as<simd::Native<acc_t>>(_mm512_maskz_max_pd(0xff, a.v, b.v));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(acc_t) == 4) return simd::bits_as<simd::Native<acc_t>>(_mm256_max_ps(a.v, b.v));
+  if constexpr (sizeof(acc_t) == 8) return simd::bits_as<simd::Native<acc_t>>(_mm256_max_pd(a.v, b.v));
+#else
+  return a.v > b.v ? a.v : b.v;
+#endif
+}
 // The lesser and the greater of x and a bound; NaN stays.
 template <class acc_t>
 PYOPS_INLINE Vec<acc_t> at_most(const Vec<acc_t>& x, acc_t bound) {
@@ -82,31 +95,12 @@ PYOPS_INLINE Vec<acc_t> at_most(const Vec<acc_t>& x, acc_t bound) {
 }
 template <class acc_t>
 PYOPS_INLINE Vec<acc_t> at_least(const Vec<acc_t>& x, acc_t bound) {
-  const Vec<acc_t> b(bound);
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  if constexpr (sizeof(acc_t) == 4) return simd::bits_as<simd::Native<acc_t>>(_mm256_max_ps(b.v, x.v));
-  if constexpr (sizeof(acc_t) == 8) return simd::bits_as<simd::Native<acc_t>>(_mm256_max_pd(b.v, x.v));
-#else
-  return select(x < b, b, x);
-#endif
+  return greater(Vec<acc_t>(bound), x);
 }
 // A NaN on either side stays, as in torch.
 template <class acc_t>
 PYOPS_INLINE Vec<acc_t> max(const Vec<acc_t>& a, const Vec<acc_t>& b) {
   return ((a.v > b.v) | (a.v != a.v)) ? a.v : b.v;
-}
-// The greater; b where one of them is NaN: one instruction.
-template <class acc_t>
-PYOPS_INLINE Vec<acc_t> greater(const Vec<acc_t>& a, const Vec<acc_t>& b) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(acc_t) == 4) return simd::bits_as<simd::Native<acc_t>>(_mm512_maskz_max_ps(0xffff, a.v, b.v));
-  if constexpr (sizeof(acc_t) == 8) return simd::bits_as<simd::Native<acc_t>>(_mm512_maskz_max_pd(0xff, a.v, b.v));
-#elif defined(__AVX2__)
-  if constexpr (sizeof(acc_t) == 4) return simd::bits_as<simd::Native<acc_t>>(_mm256_max_ps(a.v, b.v));
-  if constexpr (sizeof(acc_t) == 8) return simd::bits_as<simd::Native<acc_t>>(_mm256_max_pd(a.v, b.v));
-#else
-  return a.v > b.v ? a.v : b.v;
-#endif
 }
 template <class acc_t>
 PYOPS_INLINE Vec<acc_t> min(const Vec<acc_t>& a, const Vec<acc_t>& b) {
@@ -271,7 +265,7 @@ PYOPS_INLINE Vec<acc_t> exp(const Vec<acc_t>& x) {
 // The same for x <= 0 or NaN.
 template <class acc_t>
 PYOPS_INLINE Vec<acc_t> exp_down(const Vec<acc_t>& x) {
-  const simd::PowerOfE<acc_t> e(greater(Vec<acc_t>(simd::Float<acc_t>::smallest), x));
+  const simd::PowerOfE<acc_t> e(at_least(x, simd::Float<acc_t>::smallest));
   return e.scale(Vec<acc_t>(acc_t(1)) + e.q);
 }
 

@@ -86,8 +86,7 @@ __global__ void prelu_weight_kernel(const T* dy, const T* x, T* dw, int64_t N, i
 template <class T>
 void run_activation(const T* dy, const T* x, T* y, int64_t N, int64_t kind, Parameters p, cudaStream_t stream) {
   constexpr int W = 16 / sizeof(T);
-  const auto aligned = [](const void* q) { return reinterpret_cast<uintptr_t>(q) % 16 == 0; };
-  const int64_t vectors = aligned(dy) && aligned(x) && aligned(y) ? N / W : 0;
+  const int64_t vectors = is_aligned(dy, x, y) ? N / W : 0;
   launch(activation_kernel<T, W>, grid_stride(vectors > 0 ? vectors : N, stream), dy, x, y, vectors, N,
          static_cast<int>(kind), p);
 }

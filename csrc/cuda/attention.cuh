@@ -115,10 +115,9 @@ PYOPS_DEVICE A kept(const Problem<A>& p, int64_t b, int64_t h, int64_t i, int64_
 // vectors of 8 and lines of 64 columns, and assume that a larger product is a larger score.
 template <class T>
 bool suits_hopper(const Problem<float>& p, const Tensors<T>& t) {
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   return hopper_built && compute_capability() == 90 && !p.has_extras() && p.scale > 0 && p.B * p.H > 0 && p.L > 0 &&
          p.S > 0 && p.rows_q > 0 && p.rows_k > 0 && p.D % 8 == 0 && p.E % 8 == 0 && p.D <= 128 &&
-         ceil_div(p.D, 64) == ceil_div(p.E, 64) && aligned(t.q) && aligned(t.k) && aligned(t.v) && aligned(t.dy);
+         ceil_div(p.D, 64) == ceil_div(p.E, 64) && is_aligned(t.q, t.k, t.v, t.dy);
 }
 template <class T>
 void forward_hopper(const Problem<float>& p, const Tensors<T>& t, cudaStream_t stream);

@@ -221,14 +221,13 @@ __global__ void __launch_bounds__(128) attention_merge_kernel(Problem<float> p, 
 
 template <int W>
 void launch_decode(const Problem<float>& p, const Tensors<float>& t, const Parts& parts, cudaStream_t stream) {
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   const int64_t blocks = ceil_div(p.G * p.L, decode_rows);
   launch(attention_decode_kernel<W>,
          {.grid = static_cast<unsigned>(p.B * (p.H / p.G) * blocks * parts.count),
           .block = decode_threads,
           .smem = sizeof(DecodeStorage<W>),
           .stream = stream},
-         p, t, blocks, p.D % 4 == 0 && aligned(t.k), parts);
+         p, t, blocks, p.D % 4 == 0 && is_aligned(t.k), parts);
 }
 
 template <class T>

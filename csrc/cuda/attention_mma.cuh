@@ -384,8 +384,7 @@ inline int64_t mma_blocks(int64_t rows) { return ceil_div(rows, mma_rows); }
 
 template <class T>
 bool whole_vectors(const Problem<float>& p, const Tensors<T>& t) {
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  return p.D % 8 == 0 && p.E % 8 == 0 && aligned(t.q) && aligned(t.k) && aligned(t.v) && aligned(t.dy);
+  return p.D % 8 == 0 && p.E % 8 == 0 && is_aligned(t.q, t.k, t.v, t.dy);
 }
 
 template <class T, int W, int BN, bool decode>

@@ -32,8 +32,7 @@ Strides strides_of(int64_t channels, int64_t positions, bool channels_last) {
 
 template <class T>
 bool is_vector(bool channels_last, const T* p, int64_t per_group, int64_t all) {
-  return channels_last && per_group % vector<T> == 0 && all % vector<T> == 0 &&
-         reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  return channels_last && per_group % vector<T> == 0 && all % vector<T> == 0 && is_aligned(p);
 }
 
 // Calls f.template operator()<Product>() for the products that T has.
@@ -57,9 +56,8 @@ constexpr bool is_half = std::is_same_v<T, bf16> || std::is_same_v<T, fp16>;
 template <class T>
 bool on_hopper(const Sizes& s, const Space& space, int64_t C, int64_t K, bool last, const std::string& algorithm,
                const T* x, const T* other, const T* residual = nullptr) {
-  const auto aligned = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   const bool empty = s.x_plane() * s.y_plane() == 0;  // which no tensor map describes
-  return algorithm == "wgmma" && !empty && aligned(x) && aligned(other) && aligned(residual) &&
+  return algorithm == "wgmma" && !empty && is_aligned(x, other, residual) &&
          hopper::serves<T>(space, C, K, s.G, last, s.taps());
 }
 

@@ -246,8 +246,6 @@ namespace {
 using namespace deform;
 using Ints = std::vector<int64_t>;
 
-bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 // Calls f.template operator()<Product>() for the products that T has.
 template <class T, class F>
 void dispatch_product(const std::string& algorithm, F&& f) {

@@ -106,8 +106,7 @@ __global__ void gather_max_bwd_kernel(const T* dy, const int64_t* entry, const i
 template <class T>
 void run_gather(const T* x, const int64_t* index, T* y, int64_t R, int64_t K, int64_t D, void* stream) {
   constexpr int W = 16 / sizeof(T);
-  const uintptr_t both = reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y);
-  if (both % 16 == 0 && D % W == 0)
+  if (is_aligned(x, y) && D % W == 0)
     launch(gather_rows_kernel<T, W>, grid_stride(K * (D / W), stream), x, index, y, R, K, D / W);
   else
     launch(gather_rows_kernel<T, 1>, grid_stride(K * D, stream), x, index, y, R, K, D);

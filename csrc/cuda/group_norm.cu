@@ -192,7 +192,7 @@ bool groups_in_registers(const T* x, const W* w, const W* b, T* y, accumulate_t<
   if (shape.columns() || size == 0 || bytes > 128 * 1024) return false;
   if (shape.statistics() < 64 && bytes > 8 * 1024) return false;
   bool done = true;
-  with_vector<T>(size % vector_width<T> == 0 && is_aligned({x, y}), [&]<int V>() {
+  with_vector<T>(size % vector_width<T> == 0 && is_aligned(x, y), [&]<int V>() {
     const int64_t vectors = divide_up(size, V);
     const auto run = [&]<int Items>(int width) {
       const int block = std::max(width, 128);
@@ -243,9 +243,9 @@ void groups_bwd_in_registers(const T* dy, const T* x, const W* w, const accumula
 // Whether the backward of this shape fits: whole vectors in one channel, and all channel sums of a block in shared
 // memory.
 template <class T>
-bool group_bwd_fits(const ChannelShape& shape, std::initializer_list<const void*> pointers) {
+bool group_bwd_fits(const ChannelShape& shape, bool aligned) {
   constexpr int V = vector_width<T>;
-  if (sizeof(T) == 8 || shape.columns() || shape.S == 0 || shape.S % V != 0 || !is_aligned(pointers)) return false;
+  if (sizeof(T) == 8 || shape.columns() || shape.S == 0 || shape.S % V != 0 || !aligned) return false;
   const int64_t D = shape.C / shape.groups, bytes = D * shape.S * static_cast<int64_t>(sizeof(T));
   return bytes <= group_bwd_threads * group_bwd_items * 16 && D <= 64 &&
          (shape.statistics() >= 64 || bytes <= 8 * 1024);
@@ -321,7 +321,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_bwd(const Tensor& dy, const Tensor
     W* to_dw = need_dw ? op.out<W>(dw, "dw", {C}) : nullptr;
     W* to_db = need_dw ? op.out<W>(db, "db", {C}) : nullptr;
     if constexpr (sizeof(T) < 8) {
-      if (need_dx && norm::group_bwd_fits<T>(shape, {from_dy, from_x, to_dx})) {
+      if (need_dx && norm::group_bwd_fits<T>(shape, is_aligned(from_dy, from_x, to_dx))) {
         A* sum_dyx = need_dw ? workspace(N * C) : nullptr;
         A* sum_dy = need_dw ? workspace(N * C) : nullptr;
         norm::groups_bwd_in_registers(from_dy, from_x, w, m, r, to_dx, sum_dyx, sum_dy, shape, stream);

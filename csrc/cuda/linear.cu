@@ -121,8 +121,7 @@ void run_bias_act(const T* x, const T* bias, T* y, int64_t N, int64_t C, int64_t
                   void* stream) {
   constexpr int W = 16 / sizeof(T);
   const int64_t total = N * C * S;
-  const uintptr_t both = reinterpret_cast<uintptr_t>(x) | reinterpret_cast<uintptr_t>(y);
-  if (both % 16 == 0 && (S == 1 ? C : S) % W == 0)
+  if (is_aligned(x, y) && (S == 1 ? C : S) % W == 0)
     launch(bias_act_kernel<T, W>, grid_stride(total / W, stream), x, bias, y, total / W, C, S, static_cast<int>(kind),
            p);
   else

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <algorithm>
-#include <initializer_list>
 
 #include "cuda/device.cuh"
 
@@ -160,11 +159,6 @@ struct WideDivider {
 // Elements per 16-byte access.
 template <class T>
 inline constexpr int vector_width = 16 / static_cast<int>(sizeof(T));
-
-inline bool is_aligned(std::initializer_list<const void*> pointers) {
-  return std::all_of(pointers.begin(), pointers.end(),
-                     [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
-}
 
 // Calls f.template operator()<V>() with a whole vector or with 1.
 template <class T, class F>

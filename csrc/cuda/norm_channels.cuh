@@ -455,7 +455,7 @@ void channels_apply(const T* x, const T* dy, const Coefficients<accumulate_t<T>>
                     const ChannelShape& shape, bool constant, cudaStream_t stream) {
   const int64_t elements = shape.N * shape.C * shape.S;
   if (elements == 0) return;
-  const bool aligned = is_aligned({x, dy, out});
+  const bool aligned = is_aligned(x, dy, out);
   if (shape.columns()) {
     with_vector<T>(aligned && shape.C % vector_width<T> == 0, [&]<int V>() {
       const Tiling t = shape.tiling(V);
@@ -502,7 +502,7 @@ void channels_fwd(const T* x, const W* w, const W* b, T* y, accumulate_t<T>* mea
            width);
   };
   if (shape.columns()) {
-    with_vector<T>(is_aligned({x}) && shape.C % vector_width<T> == 0, [&]<int V>() {
+    with_vector<T>(is_aligned(x) && shape.C % vector_width<T> == 0, [&]<int V>() {
       const Tiling t = shape.tiling(V);
       A* part_mean = workspace(t.outer * t.count * shape.C);
       A* part_square = workspace(t.outer * t.count * shape.C);
@@ -515,7 +515,7 @@ void channels_fwd(const T* x, const W* w, const W* b, T* y, accumulate_t<T>* mea
       combine(part_mean, part_square, shape.partials(t));
     });
   } else {
-    with_vector<T>(is_aligned({x}) && shape.S % vector_width<T> == 0, [&]<int V>() {
+    with_vector<T>(is_aligned(x) && shape.S % vector_width<T> == 0, [&]<int V>() {
       const Runs runs = shape.runs();
       A* part_mean = workspace(runs.units());
       A* part_square = workspace(runs.units());
@@ -555,7 +555,7 @@ void channels_bwd(const T* dy, const T* x, const W* w, const accumulate_t<T>* me
   };
   if (need_dw || !constant) {
     if (shape.columns()) {
-      with_vector<T>(is_aligned({x, dy}) && shape.C % vector_width<T> == 0, [&]<int V>() {
+      with_vector<T>(is_aligned(x, dy) && shape.C % vector_width<T> == 0, [&]<int V>() {
         const Tiling t = shape.tiling(V);
         A* part_dy = workspace(t.outer * t.count * shape.C);
         A* part_dyx = workspace(t.outer * t.count * shape.C);
@@ -568,7 +568,7 @@ void channels_bwd(const T* dy, const T* x, const W* w, const accumulate_t<T>* me
         combine(part_dy, part_dyx, shape.partials(t));
       });
     } else {
-      with_vector<T>(is_aligned({x, dy}) && shape.S % vector_width<T> == 0, [&]<int V>() {
+      with_vector<T>(is_aligned(x, dy) && shape.S % vector_width<T> == 0, [&]<int V>() {
         const Runs runs = shape.runs();
         A* part_dy = workspace(runs.units());
         A* part_dyx = workspace(runs.units());

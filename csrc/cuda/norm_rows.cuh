@@ -475,7 +475,7 @@ void rows_fwd(const T* x, const W* w, const W* b, T* y, accumulate_t<T>* mean, a
               int64_t N, double eps_in, Workspace&& workspace, cudaStream_t stream) {
   using A = accumulate_t<T>;
   const A eps = static_cast<A>(eps_in);
-  with_vector<T>(N % vector_width<T> == 0 && is_aligned({x, w, b, y}), [&]<int V>() {
+  with_vector<T>(N % vector_width<T> == 0 && is_aligned(x, w, b, y), [&]<int V>() {
     const RowPlan plan = plan_rows(divide_up(N, V), fwd_items<T, V>, {512, 512, 512});
     if (!plan.split && !few_long_rows(M, N * static_cast<int64_t>(sizeof(T)))) {
       const int threads = std::max(plan.width, 128);
@@ -524,7 +524,7 @@ void rows_bwd(const T* dy, const T* x, const W* w, const accumulate_t<T>* mean, 
               W* dw, W* db, bool need_dw, int64_t M, int64_t N, Workspace&& workspace, cudaStream_t stream) {
   using A = accumulate_t<T>;
   if (N == 0 || (dx == nullptr && !need_dw)) return;
-  with_vector<T>(N % vector_width<T> == 0 && is_aligned({dy, x, w, dx}), [&]<int V>() {
+  with_vector<T>(N % vector_width<T> == 0 && is_aligned(dy, x, w, dx), [&]<int V>() {
     constexpr auto& items = bwd_items<T, V>;
     const RowPlan plan = plan_rows(divide_up(N, V), items,
                                    {bwd_threads<V, items[0]>, bwd_threads<V, items[1]>, bwd_threads<V, items[2]>});

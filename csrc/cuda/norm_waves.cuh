@@ -145,7 +145,7 @@ bool batch_in_waves(const T* x, const T* dy, T* out, WaveArguments<T, W> p, cons
   } else {
     constexpr int64_t tensors = P == Pass::forward ? 1 : 2;
     const int64_t cache = l2_cache_bytes(), bytes = tensors * shape.N * shape.C * shape.S * int64_t(sizeof(T));
-    if (shape.columns() || shape.S % V != 0 || !is_aligned({x, dy, out}) || bytes <= cache / 2) return false;
+    if (shape.columns() || shape.S % V != 0 || !is_aligned(x, dy, out) || bytes <= cache / 2) return false;
     Waves waves(shape.runs());
     const Runs& r = waves.runs.cut(divide_up(16 * 1024 / int64_t(sizeof(T)) / tensors, 2048) * 2048);
     waves.units = r.units();

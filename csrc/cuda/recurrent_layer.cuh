@@ -120,7 +120,7 @@ void layer_forward(const OpScope& op, const recurrent::Sequence<T>& s) {
   work.c = op.out<A>(c, "c", {c.numel()}), work.m = op.out<T>(m, "m", {m.numel()});
   work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
   const int64_t bytes = Cell::gates * s.P * static_cast<int64_t>(sizeof(T));
-  if (s.P % 8 == 0 && whole_words(s.h0) && whole_words(s.w_hh)) {
+  if (s.P % 8 == 0 && is_aligned(s.h0, s.w_hh)) {
     if constexpr (hopper_built && sizeof(T) == 2)
       if (compute_capability() == 90 && forward_by_multicast<Cell>(s, work, stream)) return;
     if (run_on_tensor_cores<T, 1>(

@@ -290,6 +290,4 @@ inline bool multicast_pays(int64_t bytes) {
   return wish != nullptr ? *wish == '1' : bytes >= 64 << 10;
 }
 
-inline bool whole_words(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 }  // namespace pyops

@@ -100,7 +100,7 @@ void stack_forward(const OpScope& op, const recurrent::Stack<Cell, T>& stack) {
   work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
   const int64_t bytes = 2 * K * static_cast<int64_t>(sizeof(T)), steps = stack.s.steps.T + L - 1;
   constexpr int slots = Cell::gates + Cell::splits;
-  if (H % 8 == 0 && whole_words(stack.s.h0) && whole_words(stack.s.w_hh) && whole_words(stack.w_ih) &&
+  if (H % 8 == 0 && is_aligned(stack.s.h0, stack.s.w_hh, stack.w_ih) &&
       run_on_tensor_cores<T, 2>(
           std::integer_sequence<int, 2, 4>(),
           [](auto tiles) { return stack_forward_kernel<Cell, T, decltype(tiles)::value>; }, stack, work,

@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(staged_threads, Staged<T, ChannelsLast>::block
   }
   // Channels first, rows are copied in whole vectors where they begin at one; a pitch of an odd number of vectors lets
   // the rows begin in different banks.
-  const bool whole = W % vector == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  const bool whole = W % vector == 0 && is_aligned(x);
   if (!ChannelsLast && whole && tallest > 0) {
     columns.low -= columns.low % vector;
     columns.high += vector - 1 - columns.high % vector;

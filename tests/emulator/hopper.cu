@@ -10,14 +10,18 @@ using test::digit;
 struct ClusterStorage {
   int value[64];
 };
-__global__ void sum_cluster(const int* in, int* out) {
+// What the blocks of the cluster hold for the thread opposite, ten times, and this block's rank.
+__device__ int sum_of_cluster(const int* in) {
   auto& s = shared_storage<ClusterStorage>();
   const unsigned t = threadIdx.x;
   s.value[t] = in[blockIdx.x * 64 + t];
   cluster_sync();
   int sum = 0;
   for (unsigned r = 0; r < cluster_size(); ++r) sum += cluster_map(s.value, r)[63 - t];
-  out[blockIdx.x * 64 + t] = sum * 10 + static_cast<int>(cluster_rank());
+  return sum * 10 + static_cast<int>(cluster_rank());
+}
+__global__ void sum_cluster(const int* in, int* out) {
+  out[blockIdx.x * 64 + threadIdx.x] = sum_of_cluster(in);
   cluster_arrive();  // no block leaves while others read its memory
   cluster_wait();
 }
@@ -37,15 +41,9 @@ PYOPS_TEST(cluster_shared_memory) {
 
 // A cooperative grid of clusters: they meet each on its own, and then all of them.
 __global__ void sum_grid_of_clusters(const int* in, int* sums, int* out, unsigned* counter) {
-  auto& s = shared_storage<ClusterStorage>();
-  const unsigned t = threadIdx.x;
-  s.value[t] = in[blockIdx.x * 64 + t];
-  cluster_sync();
-  int sum = 0;
-  for (unsigned r = 0; r < cluster_size(); ++r) sum += cluster_map(s.value, r)[63 - t];
-  sums[blockIdx.x * 64 + t] = sum * 10 + static_cast<int>(cluster_rank());
+  sums[blockIdx.x * 64 + threadIdx.x] = sum_of_cluster(in);
   grid_sync(counter);
-  out[blockIdx.x * 64 + t] = sums[(gridDim.x - 1 - blockIdx.x) * 64 + t];
+  out[blockIdx.x * 64 + threadIdx.x] = sums[(gridDim.x - 1 - blockIdx.x) * 64 + threadIdx.x];
 }
 PYOPS_TEST(cooperative_grid_of_clusters) {
   Buffer<int> in("in", 256, false), sums("sums", 256, true), out("out", 256, true);
