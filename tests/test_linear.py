@@ -3,7 +3,7 @@ import torch
 
 from pyops import functional as F
 from pyops import nn, testing, use
-from pyops.core import activations
+from pyops.core import activations, product
 from pyops.core import backend as backends
 
 from .harness import agrees, modules_agree, passes, refuses, same_refusal
@@ -107,6 +107,84 @@ def test_strided_and_transposed_arguments():
     x, w = torch.randn(3, 4, 10)[..., ::2], torch.randn(5, 6).mT
     agrees(F.linear, torch_F.linear, x, w, torch.randn(12)[::2])
     agrees(F.linear, torch_F.linear, torch.randn(3, 1).expand(3, 5), torch.randn(4, 5), torch.randn(1).expand(4))
+
+
+@pytest.fixture
+def own_products(monkeypatch):
+    """Products of any size are the room conv's, on every CPU."""
+    monkeypatch.setattr(product, "beats_torch", lambda: True)
+    monkeypatch.setattr(product, "_ROWS", 1)
+    monkeypatch.setattr(product, "_PRODUCTS", 1)
+
+
+def _ops_of(function, *arguments):
+    """Names of the pyops ops that a call and its gradient run."""
+    with torch.profiler.profile() as profile:
+        agrees(function, torch_F.linear, *arguments)
+    return {event.key.removeprefix("pyops::") for event in profile.key_averages() if event.key.startswith("pyops::")}
+
+
+@pytest.mark.parametrize("shape", [(300, 65), (2, 150, 65), (17, 1), (1, 70)])
+@pytest.mark.parametrize("outputs", [1, 33, 130])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_product_as_a_convolution(own_products, shape, outputs, bias):
+    b = (torch.randn(outputs),) if bias else ()
+    ran = _ops_of(F.linear, torch.randn(shape), torch.randn(outputs, shape[-1]), *b)
+    assert {"conv_fwd", "conv_dgrad", "conv_wgrad"} <= ran
+
+
+def test_the_product_as_a_convolution_of_strided_matrices(own_products):
+    assert "conv_fwd" in _ops_of(
+        F.linear, torch.randn(3, 10, 4).mT, torch.randn(10, 12).mT[:, ::1], torch.randn(24)[::2]
+    )
+
+
+def test_the_product_as_a_convolution_in_transforms(own_products):
+    x, w, b = torch.randn(9, 5), torch.randn(4, 5), torch.randn(4)
+    batch = torch.randn(3, 9, 5)
+    torch.testing.assert_close(torch.vmap(F.linear, (0, None, None))(batch, w, b), torch_F.linear(batch, w, b))
+    primals, tangents = (x, w, b), (torch.randn(9, 5), torch.randn(4, 5), torch.randn(4))
+    with torch.autograd.forward_ad.dual_level():
+        duals = [torch.autograd.forward_ad.make_dual(p, t) for p, t in zip(primals, tangents)]
+        found = torch.autograd.forward_ad.unpack_dual(F.linear(*duals)).tangent
+    expected = torch_F.linear(tangents[0], w) + torch_F.linear(x, tangents[1]) + tangents[2]
+    torch.testing.assert_close(found, expected)
+    inputs = [t.clone().requires_grad_() for t in primals]
+    seconds = []
+    for function in (F.linear, torch_F.linear):
+        grads = torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(g.square().sum() for g in grads), inputs))
+    for ours, theirs in zip(*seconds):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.linear(x, w, b).dtype == torch.bfloat16
+
+
+def test_what_does_not_fit_is_refused_as_before(own_products):
+    refuses(RuntimeError, ("linear", "'weight'", "[4, 3]", "5 columns"), F.linear, torch.randn(2, 5), W)
+    with pytest.raises(RuntimeError):
+        F.dropconnect_linear(torch.randn(2, 5), W)
+
+
+def test_compiled_product(own_products):
+    x, w, b = torch.randn(33, 16), torch.randn(8, 16), torch.randn(8)
+    compiled = torch.compile(F.linear, backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(x, w, b), torch_F.linear(x, w, b))
+
+
+def test_who_multiplies(monkeypatch):
+    def notes(rows):
+        return product.explanation(((rows, 256), (1024, 256)), torch.float32, "cpu")[0]
+
+    monkeypatch.setattr(product, "beats_torch", lambda: False)
+    assert "torch's" in notes(4096)
+    monkeypatch.setattr(product, "beats_torch", lambda: True)
+    assert "convolution" in notes(4096) and "torch's: 64 rows" in notes(64)
+    x, w = torch.randn(4096, 256), torch.randn(1024, 256)
+    assert product.is_ours("pyops", x, w, None) and not product.is_ours("pyops", x[:64], w, None)
+    assert not product.is_ours("pyops_emulator", x, w, None) and not product.is_ours(
+        "pyops", x.double(), w.double(), None
+    )
 
 
 def test_bias_act_keeps_channels_last(backend):

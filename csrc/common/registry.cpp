@@ -85,3 +85,11 @@ PYOPS_EXPORT const char* pyops_cuda_architectures() {
   return "";
 #endif
 }
+PYOPS_EXPORT int pyops_cpu_is_intel() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel") != 0;
+#else
+  return 0;
+#endif
+}

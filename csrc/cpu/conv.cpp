@@ -10,9 +10,11 @@
 //          last: lanes over output channels (conv_gemm.h). 3 x 3 taps of stride 1 in float32 take fewer products where
 //          that is cheaper (conv_winograd.h, conv_choice.h). Threads over blocks of pixels, then of output channels;
 //          wgrad: blocks of dw and ranges of pixels
+//          (conv_weight.h)
 // memory   blocks of at most 512 KiB a thread, weights in portions of 16 MiB; Winograd: 14 MiB in all
 // numerics sums in fp32 (fp64 for fp64), in an order that depends on the shape alone
 #include "cpu/conv_planes.h"
+#include "cpu/conv_weight.h"
 #include "cpu/conv_winograd.h"
 
 #include "common/conv_binding.h"
@@ -100,7 +102,7 @@ Tensor conv_wgrad(const Tensor& dy, const Tensor& x, Ints taps, Ints stride, Int
     auto* pdy = image_in<scalar_t>(op, dy, "dy", s.N, s.K, s.y, channels_last);
     auto* px = image_in<scalar_t>(op, x, "x", s.N, s.C, s.x, channels_last);
     auto* pdw = image_out<scalar_t>(op, dw, "dw", s.K, s.C / s.G, s.r, channels_last);
-    conv_gemm::weight_gradient(s, channels_last, pdy, px, pdw);
+    conv_weight::Gradient<scalar_t>(s, channels_last, pdy, px)(pdw);
     return dw;
   });
 }

@@ -2,9 +2,8 @@
 //
 //   NCHW   Y[k, pixel] = W[k, (c,tap)] * Col[(c,tap), pixel]     lanes over pixels; Col is packed from image rows
 //   NHWC   Y[pixel, k] = Col[pixel, (tap,c)] * W^T[(tap,c), k]   lanes over output channels; W^T is packed once
-//   wgrad  dW[k, ct]   = dY[k, pixel] * Col[pixel, ct]           lanes over (c,tap); partial sums over ranges of pixels
 //
-// Forward and gradient in the input run through the same code (common/conv.h).
+// Forward and gradient in the input run through the same code (common/conv.h); the gradient in the weight: conv_weight.h.
 #pragma once
 
 #include "common/conv.h"
@@ -95,21 +94,21 @@ inline void runs_of(const Space& s, int64_t begin, int64_t end, int64_t panel, s
 // to[0..n) = x_row[offset + i*step], zero outside [0, size).
 template <class acc_t, class T>
 PYOPS_INLINE void gather_run(acc_t* to, const T* row, int64_t offset, int64_t step, int64_t size, int64_t n) {
-  int64_t low, high;
-  if (step == 1) {
-    low = std::clamp<int64_t>(-offset, 0, n);
-    high = std::clamp<int64_t>(size - offset, low, n);
-    for (int64_t i = 0; i < low; ++i) to[i] = acc_t(0);
-    each_vector<acc_t>(high - low, [&](int64_t i, auto lanes) {
-      Vec<acc_t>::load(row + offset + low + i, lanes).store(to + low + i, lanes);
-    });
-    for (int64_t i = high; i < n; ++i) to[i] = acc_t(0);
-    return;
-  }
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t at = offset + i * step;
-    to[i] = at >= 0 && at < size ? acc_t(row[at]) : acc_t(0);
-  }
+  using V = Vec<acc_t>;
+  const auto reach = [&](int64_t bound) { return offset >= bound ? 0 : ceil_div(bound - offset, step); };
+  const int64_t low = std::min(reach(0), n), high = std::clamp<int64_t>(reach(size), low, n);
+  for (int64_t i = 0; i < low; ++i) to[i] = acc_t(0);
+  for (int64_t i = high; i < n; ++i) to[i] = acc_t(0);
+  if (step == 1)
+    return each_vector<acc_t>(
+        high - low, [&](int64_t i, auto lanes) { V::load(row + offset + low + i, lanes).store(to + low + i, lanes); });
+  int64_t i = low;
+  if (step == 2)
+    for (V v[2]; i + V::width <= high && offset + 2 * (i + V::width) <= size; i += V::width) {
+      deinterleave(row + offset + 2 * i, v);
+      v[0].store(to + i);
+    }
+  for (; i < high; ++i) to[i] = acc_t(row[offset + i * step]);
 }
 
 // Row of the image that run `r` reads through tap (jd, jh), in elements from the start of its plane; -1 outside.
@@ -246,6 +245,10 @@ void weight_panels(const Problem& p, const scalar_t* w, acc_t* to, int64_t first
           });
         continue;
       }
+      if (p.at.c == 1) {
+        pack_columns(at, L, from, p.at.m, lanes, p.C);
+        continue;
+      }
       // eight channels of every lane at a time: reads stay in a cache line, and so do writes
       for (int64_t c0 = 0; c0 < p.C; c0 += 8)
         for (int64_t l = 0; l < lanes; ++l)
@@ -350,125 +353,6 @@ void channels_last(const Problem& p, const scalar_t* x, const scalar_t* w, const
         }
       });
     }
-}
-
-// ---- gradient in the weight
-
-// dy, x to dw of shape [K, C/G, taps], or [K, taps, C/G]. Columns ct are (c, tap), or (tap, c) channels last.
-template <class scalar_t>
-void weight_gradient(const Sizes& z, bool last, const scalar_t* dy, const scalar_t* x, scalar_t* dw) {
-  using acc_t = accumulate_t<scalar_t>;
-  using V = Vec<acc_t>;
-  constexpr int64_t R = Tile<acc_t>::rows, L = Tile<acc_t>::columns, depth = 256;
-  const Space s = conv::forward_space(z);
-  const int64_t M = z.K / z.G, C = z.C / z.G, T = z.taps(), CT = C * T, pixels = z.N * s.positions();
-  const int64_t in_plane = s.in_plane(), out_plane = s.out_plane();
-  const int64_t width = std::min(ceil_div(CT, L) * L, std::max<int64_t>(256, L)), blocks = ceil_div(CT, width);
-  // Ranges of pixels by shape alone, so that the sums do not depend on the number of threads.
-  const int64_t most = std::max<int64_t>((8 << 20) / int64_t(sizeof(acc_t)) / (z.K * CT), 1);
-  const int64_t splits =
-      std::clamp<int64_t>(8 / (z.G * blocks), 1, std::clamp<int64_t>(ceil_div(pixels, 4 * depth), 1, most));
-  const int64_t range = ceil_div(ceil_div(pixels, splits), depth) * depth;
-  Buffer<acc_t> partial(splits > 1 ? splits * z.K * CT : 0);
-  parallel_for(z.G * blocks * splits, task_grain(range * M * width), [&](int64_t begin, int64_t end) {
-    Buffer<acc_t> a(Tile<acc_t>::packed_a(R, depth)), b(depth * width), sum(M * width), rows(L * depth);
-    alignas(64) acc_t tile[R * L];
-    std::vector<Run> runs;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t split = task % splits, g = task / splits % z.G, ct0 = task / splits / z.G * width;
-      const int64_t columns = std::min(width, CT - ct0), padded_columns = ceil_div(columns, L) * L;
-      std::memset(sum.get(), 0, size_t(M * width) * sizeof(acc_t));
-      for (int64_t first = split * range; first < std::min((split + 1) * range, pixels); first += depth) {
-        const int64_t n = std::min({depth, pixels - first, (split + 1) * range - first});
-        runs_of(s, first, first + n, depth, runs);
-        if (last) {
-          // B[pixel][(tap, c)]: channels are contiguous
-          for (const Run& r : runs)
-            for (int64_t i = 0; i < r.count; ++i) {
-              const scalar_t* image = x + r.first.n * in_plane * z.C + g * C;
-              for (int64_t ct = 0; ct < columns;) {
-                const int64_t j = (ct0 + ct) / C, c = (ct0 + ct) % C;
-                const int32_t jw = int32_t(j % s.w.taps), jh = int32_t(j / s.w.taps % s.h.taps);
-                const int32_t jd = int32_t(j / s.w.taps / s.h.taps);
-                const int64_t count = std::min({C - c, columns - ct, L - ct % L});
-                const int64_t at =
-                    s.input(s.d.input(r.first.d, jd), s.h.input(r.first.h, jh), s.w.input(r.first.w + int32_t(i), jw));
-                acc_t* to = b.get() + ct / L * L * depth + (r.at + i) * L + ct % L;
-                if (at < 0)
-                  std::fill_n(to, count, acc_t(0));
-                else
-                  each_vector<acc_t>(count, [&](int64_t e, auto lanes) {
-                    V::load(image + at * z.C + c + e, lanes).store(to + e, lanes);
-                  });
-                ct += count;
-              }
-            }
-        } else {
-          // rows [(c, tap)][pixel] of one panel, then turned
-          for (int64_t p0 = 0; p0 < columns; p0 += L) {
-            const int64_t lanes = std::min(L, columns - p0);
-            for (int64_t l = 0; l < lanes; ++l) {
-              const int64_t c = (ct0 + p0 + l) / T, j = (ct0 + p0 + l) % T;
-              const int32_t jw = int32_t(j % s.w.taps), jh = int32_t(j / s.w.taps % s.h.taps);
-              const int32_t jd = int32_t(j / s.w.taps / s.h.taps);
-              for (const Run& r : runs) {
-                const int64_t row = row_of(s, r, jd, jh);
-                if (row < 0)
-                  std::fill_n(rows.get() + l * depth + r.at, r.count, acc_t(0));
-                else
-                  gather_run(rows.get() + l * depth + r.at, x + (r.first.n * z.C + g * C + c) * in_plane + row,
-                             s.w.input(r.first.w, jw), int64_t(s.w.in_step), int64_t(s.w.size), r.count);
-              }
-            }
-            acc_t* to = b.get() + p0 * depth;
-            for (int64_t i0 = 0; i0 < n; i0 += 16)
-              for (int64_t l = 0; l < lanes; ++l)
-                for (int64_t i = i0; i < std::min(i0 + 16, n); ++i) to[i * L + l] = rows[l * depth + i];
-          }
-        }
-        for (int64_t m = 0; m < M; m += R) {
-          const int64_t count = std::min(R, M - m), padded = Tile<acc_t>::round(count);
-          for (int64_t i = 0; i < count; ++i) {
-            const int64_t k = g * M + m + i;
-            for (const Run& r : runs) {
-              const int64_t at = out_offset(s, r.first);
-              if (last)
-                pack_a_strided(a.get(), padded, i, r.at, dy + (r.first.n * out_plane + at) * z.K + k, z.K, r.count);
-              else
-                pack_a_run(a.get(), padded, i, r.at, dy + (r.first.n * z.K + k) * out_plane + at, r.count);
-            }
-          }
-          for (int64_t q = 0; q < padded_columns; q += L) {
-            tile_product(padded, std::min(L, columns - q), n, a.get(), b.get() + q * depth, tile);
-            for (int64_t i = 0; i < count; ++i)
-              each_vector<acc_t>(std::min(L, columns - q), [&](int64_t e, auto lanes) {
-                acc_t* to = sum.get() + (m + i) * width + q + e;
-                (V::load(to, lanes) + V::load(tile + i * L + e, lanes)).store(to, lanes);
-              });
-          }
-        }
-      }
-      for (int64_t m = 0; m < M; ++m) {
-        const int64_t at = (g * M + m) * CT + ct0;
-        each_vector<acc_t>(columns, [&](int64_t e, auto lanes) {
-          const V value = V::load(sum.get() + m * width + e, lanes);
-          if (splits > 1)
-            value.store(partial.get() + split * z.K * CT + at + e, lanes);
-          else
-            value.store(dw + at + e, lanes);
-        });
-      }
-    }
-  });
-  if (splits == 1) return;
-  parallel_for(z.K, ceil_div(4096, CT), [&](int64_t begin, int64_t end) {
-    each_vector<acc_t>((end - begin) * CT, [&](int64_t i, auto lanes) {
-      V total;
-      for (int64_t split = 0; split < splits; ++split)
-        total += V::load(partial.get() + split * z.K * CT + begin * CT + i, lanes);
-      total.store(dw + begin * CT + i, lanes);
-    });
-  });
 }
 
 }  // namespace pyops::PYOPS_CPU_CAPABILITY::conv_gemm

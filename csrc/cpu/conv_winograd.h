@@ -77,44 +77,6 @@ struct Points<4> {
   }
 };
 
-// Elements 2 i and 2 i + 1 of two vectors that stand one after the other, and back.
-template <class V, int... i>
-PYOPS_INLINE void unzip(const V& first, const V& second, V& even, V& odd, std::integer_sequence<int, i...>) {
-  even = V(__builtin_shufflevector(first.v, second.v, (2 * i)...));
-  odd = V(__builtin_shufflevector(first.v, second.v, (2 * i + 1)...));
-}
-template <class V, int... i>
-PYOPS_INLINE void zip(const V& even, const V& odd, V& first, V& second, std::integer_sequence<int, i...>) {
-  constexpr int W = int(V::width);
-  first = V(__builtin_shufflevector(even.v, odd.v, (i / 2 + i % 2 * W)...));
-  second = V(__builtin_shufflevector(even.v, odd.v, (i / 2 + i % 2 * W + W / 2)...));
-}
-
-// v[j][i] = from[m i + j], and back.
-template <class V>
-PYOPS_INLINE void deinterleave(const float* from, V (&v)[2]) {
-  unzip(V::load(from), V::load(from + V::width), v[0], v[1], std::make_integer_sequence<int, int(V::width)>{});
-}
-template <class V>
-PYOPS_INLINE void deinterleave(const float* from, V (&v)[4]) {
-  V low[2], high[2];
-  deinterleave(from, low), deinterleave(from + 2 * V::width, high);
-  for (int j = 0; j < 2; ++j) unzip(low[j], high[j], v[j], v[j + 2], std::make_integer_sequence<int, int(V::width)>{});
-}
-template <class V>
-PYOPS_INLINE void interleave(const V (&v)[2], float* to) {
-  V first, second;
-  zip(v[0], v[1], first, second, std::make_integer_sequence<int, int(V::width)>{});
-  first.store(to), second.store(to + V::width);
-}
-template <class V>
-PYOPS_INLINE void interleave(const V (&v)[4], float* to) {
-  V even[2], odd[2];  // elements 0 and 2 of every four, 1 and 3
-  zip(v[0], v[2], even[0], even[1], std::make_integer_sequence<int, int(V::width)>{});
-  zip(v[1], v[3], odd[0], odd[1], std::make_integer_sequence<int, int(V::width)>{});
-  for (int half = 0; half < 2; ++half) interleave<V>({even[half], odd[half]}, to + half * 2 * V::width);
-}
-
 // Tiles of the outputs, numbered over examples; tile (row, column) reads x from (low_h + m row, low_w + m column) on.
 struct Grid {
   int64_t rows, columns, low_h, low_w;

@@ -14,7 +14,7 @@
 
 #include <algorithm>
 
-#include "cpu/simd.h"
+#include "cpu/transpose.h"
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
 
@@ -135,11 +135,8 @@ PYOPS_INLINE void pack_a_run(acc_t* panel, int64_t rows, int64_t m, int64_t k, c
   int64_t at = k % chunk;
   for (int64_t i = 0; i < n; line += rows * chunk, at = 0) {
     const int64_t count = std::min(chunk - at, n - i);
-    if (count == chunk) {
-      for (int64_t j = 0; j < chunk; j += Vec<acc_t>::width) Vec<acc_t>::load(from + i + j).store(line + j);
-    } else {
-      for (int64_t j = 0; j < count; ++j) line[at + j] = acc_t(from[i + j]);
-    }
+    each_vector<acc_t>(
+        count, [&](int64_t j, auto lanes) { Vec<acc_t>::load(from + i + j, lanes).store(line + at + j, lanes); });
     i += count;
   }
 }
@@ -151,6 +148,15 @@ PYOPS_INLINE void pack_a_strided(acc_t* panel, int64_t rows, int64_t m, int64_t 
   for (int64_t i = 0; i < n; ++i) {
     const int64_t at = k + i;
     panel[(at / chunk) * rows * chunk + m * chunk + at % chunk] = from ? acc_t(from[i * step]) : acc_t(0);
+  }
+}
+
+// Packs `count` neighbouring columns of n lines at `from`, `step` apart, as the rows of a panel.
+template <class acc_t, class T>
+PYOPS_INLINE void pack_a_columns(acc_t* panel, int64_t rows, const T* from, int64_t step, int64_t count, int64_t n) {
+  for (int64_t k = 0; k < n; k += chunk) {
+    const int64_t lines = std::min(chunk, n - k);
+    transpose<acc_t>(panel + k * rows, chunk, from + k * step, step, lines, count, lines);
   }
 }
 

@@ -4,7 +4,7 @@
 // so a transposed A costs nothing. M is rounded up to product_rows: the rows of A and C beyond M must be there.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/transpose.h"
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
 
@@ -87,52 +87,6 @@ void pack_rows(acc_t* to, int64_t stride, const T* from, int64_t from_row, int64
 template <class acc_t, class T>
 void unpack_row(T* to, const acc_t* from, int64_t width) {
   each_vector<acc_t>(width, [&](int64_t i, auto lanes) { Vec<acc_t>::load(from + i, lanes).store(to + i, lanes); });
-}
-
-namespace simd {
-
-// Of two rows that are `distance` apart, halves are exchanged: all distances together transpose a block.
-template <int distance, size_t... lane>
-PYOPS_INLINE void exchange(Bits& a, Bits& b, std::index_sequence<lane...>) {
-  constexpr size_t W = sizeof...(lane);
-  const Bits low = __builtin_shufflevector(a, b, int(lane & distance ? W + lane - distance : lane)...);
-  b = __builtin_shufflevector(a, b, int(lane & distance ? W + lane : lane + distance)...);
-  a = low;
-}
-template <int distance = Vec<float>::width / 2>
-PYOPS_INLINE void transpose(Bits (&block)[Vec<float>::width]) {
-  constexpr int W = Vec<float>::width;
-#pragma GCC unroll 16
-  for (int r = 0; r < W; ++r)
-    if ((r & distance) == 0) exchange<distance>(block[r], block[r + distance], std::make_index_sequence<W>());
-  if constexpr (distance > 1) transpose<distance / 2>(block);
-}
-
-}  // namespace simd
-
-// The transpose: to[i * stride + r] = from[r * from_row + i], zero for r in [rows, stride).
-template <class acc_t, class T>
-void pack_columns(acc_t* to, int64_t stride, const T* from, int64_t from_row, int64_t rows, int64_t width) {
-  int64_t whole = 0;
-  if constexpr (std::is_same_v<acc_t, float>) {
-    constexpr int64_t W = Vec<float>::width;
-    for (; whole + W <= rows; whole += W)
-      each_vector<float>(width, [&](int64_t i, auto lanes) {
-        simd::Bits block[W];
-#pragma GCC unroll 16
-        for (int64_t r = 0; r < W; ++r)
-          block[r] = simd::bits_as<simd::Bits>(Vec<float>::load(from + (whole + r) * from_row + i, lanes).v);
-        simd::transpose(block);
-#pragma GCC unroll 16
-        for (int64_t n = 0; n < W; ++n)
-          if (i + n < width) std::memcpy(to + (i + n) * stride + whole, block + n, sizeof *block);
-      });
-  }
-  for (int64_t i = 0; i < width; ++i) {
-    int64_t r = whole;
-    for (; r < rows; ++r) to[i * stride + r] = acc_t(from[r * from_row + i]);
-    for (; r < stride; ++r) to[i * stride + r] = 0;
-  }
 }
 
 }  // namespace pyops::PYOPS_CPU_CAPABILITY

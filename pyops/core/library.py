@@ -208,6 +208,11 @@ def cpu_capabilities() -> tuple[str, ...]:
     return _runnable
 
 
+def cpu_is_intel() -> bool:
+    """Whether Intel made this CPU, whose vectors its libraries use to the full."""
+    return "pyops" in _binaries and bool(_binaries["pyops"].pyops_cpu_is_intel())
+
+
 def cuda_architectures() -> str:
     """GPU architectures compiled into the loaded library; empty where it was built without CUDA."""
     return _text("pyops", "cuda_architectures")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autocast, check, masking, tracing
+from . import autocast, check, masking, product, tracing
 from .autograd import Tensors, derivative_levels_active
 
 
@@ -203,7 +203,7 @@ def weight_gradient(dgates: Tensor, y: Tensor, h0: Tensor, starts: Tensor | None
             products.append(dgates.new_zeros(dgates.shape[2], h0.shape[2]))
             continue
         initial = dgates[edge, d].mT @ h0[d]
-        products.append(torch.addmm(initial, dgates[inner, d].mT, y[source, d]))
+        products.append(initial + product.weight_gradient(dgates[inner, d], y[source, d]))
     return torch.stack(products)
 
 
@@ -357,7 +357,7 @@ def run_network(
         biases = [bias(w) for w in weights]
         w_ih = weights[0][0] if directions == 1 else torch.cat([w[0] for w in weights])
         b = biases[0] if directions == 1 or biases[0] is None else torch.cat([b for b in biases if b is not None])
-        gates = torch.nn.functional.linear(x, w_ih, b).to(states[0].dtype).contiguous()
+        gates = product.linear(x, w_ih, b).to(states[0].dtype).contiguous()
         of_layer = tuple(s[k * directions : (k + 1) * directions].contiguous() for s in states)
         y, final = layer(
             gates.reshape(rows, directions, w_ih.shape[0] // directions), of_layer, weights, Layout(batch, starts)
@@ -425,7 +425,7 @@ def run_stack(
     x = net.input.transpose(0, 1) if net.batch_first else net.input
     layers = [net.weights(k, per_direction)[0] for k in range(net.num_layers)]
     biases = [bias(w) for w in layers]
-    gates = torch.nn.functional.linear(x.reshape(-1, x.shape[2]), layers[0][0], biases[0]).to(states[0].dtype)
+    gates = product.linear(x.reshape(-1, x.shape[2]), layers[0][0], biases[0]).to(states[0].dtype)
     others = [b for b in biases[1:] if b is not None]
     y, finals = stack(
         gates.contiguous(),

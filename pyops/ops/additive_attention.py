@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import autocast, backend, check, library
+from ..core import autocast, backend, check, library, product
 from ..core.autograd import Formula, differentiable
 from ..core.samples import Maker, Sample, checked
 
@@ -128,8 +128,8 @@ def additive_attention(
         bias = rest[0] if rest else None
     batch, length, keys = query.shape[:-2], query.shape[-2], key.shape[-2]
     n = math.prod(batch)
-    q = torch.nn.functional.linear(query, w_q, bias).reshape(n, length, len(v)).contiguous()
-    k = torch.nn.functional.linear(key, w_k).reshape(n, keys, len(v)).contiguous()
+    q = product.linear(query, w_q, bias).reshape(n, length, len(v)).contiguous()
+    k = product.linear(key, w_k).reshape(n, keys, len(v)).contiguous()
     values = value.reshape(n, keys, value.shape[-1]).contiguous()
     mask = None if attn_mask is None else _added(attn_mask, batch, q.dtype)
     y, _ = _apply(backend.namespace_for("additive_attention", query), q, k, values, v.contiguous(), mask)

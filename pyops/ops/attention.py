@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd import forward_ad
 
-from ..core import autocast, backend, check, library, random
+from ..core import autocast, backend, check, library, product, random
 from ..core.attention import reference, with_weights
 from ..core.autograd import Formula, Tensors, differentiable
 from ..core.intercept import Unsupported, route
@@ -445,7 +445,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if self._qkv_same_embed_dim:
             weights = self.in_proj_weight.chunk(3)
         biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        q, k, v = (torch.nn.functional.linear(t, w, b) for t, w, b in zip(inputs, weights, biases))
+        q, k, v = (product.linear(t, w, b) for t, w, b in zip(inputs, weights, biases))
         added = 0
         if self.bias_k is not None and self.bias_v is not None:
             added += 1

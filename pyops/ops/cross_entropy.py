@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..core import autocast, backend, check, library
+from ..core import autocast, backend, check, library, product
 from ..core.autograd import Formula, Tensors, differentiable
 from ..core.intercept import route
 from ..core.samples import Maker, Sample, checked
@@ -350,7 +350,7 @@ def linear_cross_entropy(
     step = chunk or CHUNK_BYTES // max(weight.shape[0] * weight.element_size(), 1) + 1
 
     def losses(x: torch.Tensor, t: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-        logits: Any = autocast.cast(op, _torch.linear(x, w, b))[0]
+        logits: Any = autocast.cast(op, product.linear(x, w, b))[0]
         return _labelled(op, logits, t, class_weight, ignore_index, "none", smoothing, z, True)
 
     failures: list[Exception] = []

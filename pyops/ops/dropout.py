@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ..core import check, random
+from ..core import check, product, random
 from ..core.intercept import route
 from ..core.layout import is_channels_last
 from ..core.masking import check_probability, masked, numbers
@@ -165,7 +165,7 @@ def dropconnect_linear(
     The mask is drawn as in ``dropout`` and not stored; the product is torch's. Source: Wan et al. 2013, who also draw a
     mask for each example.
     """
-    return _torch.linear(input, _drop("dropconnect_linear", weight, p, training, False), bias)
+    return product.linear(input, _drop("dropconnect_linear", weight, p, training, False), bias)
 
 
 # The modules

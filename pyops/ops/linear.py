@@ -1,4 +1,4 @@
-"""Linear layers: the products by torch, bias, activation and their gradients in one pass by pyops.
+"""Linear layers: the products by core/product.py, bias, activation and their gradients in one pass by pyops.
 
     linear      y[m,o] = Σ_i x[m,i] w[o,i] + b[o]
     linear_act  y      = f(x wᵀ + b)
@@ -21,9 +21,10 @@ from collections.abc import Callable
 
 import torch
 
-from ..core import activations, autocast, backend, check, library, multilinear
+from ..core import activations, autocast, backend, check, library, multilinear, product
 from ..core.bias_act import apply as _bias_act
 from ..core.bias_act import apply_inplace, recorded
+from ..core.explain import explains
 from ..core.intercept import Unsupported, route
 from ..core.layout import channels, restore
 from ..core.multilinear import Multilinear, first
@@ -130,16 +131,19 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
         RuntimeError: shapes, dtypes or devices that do not fit.
         Unsupported (NotImplementedError): a bias of two or more dimensions; ``pyops.use`` leaves it to torch.
 
-    The product is torch's; the gradient of the bias is a sum of columns in a fixed order, in float32 for half types.
+    The product is torch's, or, of float32 on a CPU half of whose vectors torch leaves unused, our own (``python -m
+    pyops explain linear`` says which). The gradient of the bias is a sum of columns in a fixed order, in float32 for
+    half types.
     """
     _alike("linear", input, weight=weight, bias=bias)
     input, weight, bias = autocast.cast("linear", input, weight, bias)
     x, w = _matrices("linear", input, weight)
     shape = (*input.shape[:-1], *weight.shape[:-1])
     bias = _bias_of("linear", bias, w.shape[0])
-    if bias is None:
-        return torch.mm(x, w.mT).view(shape)
-    rows = _rows(backend.namespace_for("linear", x), bias, x.shape[0])
+    namespace = backend.namespace_for("linear", x)
+    if bias is None or product.is_ours(namespace, x, w, bias):
+        return product.linear(x, w, bias).view(shape)
+    rows = _rows(namespace, bias, x.shape[0])
     return _plus(rows, x, w).view(shape)
 
 
@@ -176,7 +180,7 @@ def linear_act(
     input, weight, bias = autocast.cast("linear", input, weight, bias)
     x, w = _matrices("linear_act", input, weight)
     bias = _bias_of("linear_act", bias, w.shape[0])
-    z = torch.mm(x, w.mT)
+    z = product.linear(x, w, None)
     bias = z.new_zeros(w.shape[0]) if bias is None else bias
     namespace = backend.namespace_for("linear_act", x)
     shape = (*input.shape[:-1], *weight.shape[:-1])
@@ -290,10 +294,12 @@ class Bilinear(torch.nn.Bilinear):
         return bilinear(input1, input2, self.weight, self.bias)
 
 
-# Routes and samples
+# Routes, explanations and samples
 
 route((_torch.linear,), "linear", linear)
 route((_torch.bilinear, torch.bilinear), "bilinear", bilinear)
+explains("linear", product.explanation)
+explains("linear_act", product.explanation)
 
 
 def _linear_sample(shape, outputs, bias=True):

@@ -1,0 +1,241 @@
+// Gradient of a convolution in its weight as a product over pixels.
+//
+//   NCHW   dW^T[(c,tap), k] = Col[(c,tap), pixel] * dY^T[pixel, k]   lanes over output channels; what is turned is dY,
+//                                                                    once for all taps, and rows of images are copied
+//   NHWC   dW[k, (tap,c)]   = dY^T[k, pixel] * Col[pixel, (tap,c)]   lanes over (tap,c), which are copied; dY is turned
+//
+// A task owns a block of the product, whose sums stay in cache, and a range of pixels, of which it packs a few at a time.
+#pragma once
+
+#include "cpu/conv_gemm.h"
+
+namespace pyops::PYOPS_CPU_CAPABILITY::conv_weight {
+
+using conv::Sizes;
+using conv::Space;
+using conv_gemm::Run;
+
+// A tap and a channel, numbered as the layout numbers columns.
+struct Column {
+  int64_t c;
+  int32_t jd, jh, jw;
+};
+inline Column column_at(const Space& s, int64_t C, bool last, int64_t ct) {
+  const int64_t T = s.taps(), j = last ? ct / C : ct % T;
+  return {last ? ct % C : ct / T, int32_t(j / s.w.taps / s.h.taps), int32_t(j / s.w.taps % s.h.taps),
+          int32_t(j % s.w.taps)};
+}
+
+// Pixels packed at a time; rows and lanes of a block of sums, 1 MiB of float.
+inline constexpr int64_t depth = 256, most_rows = 1008, most_lanes = 256;
+// Panels of dY that are packed together, for they share cache lines.
+inline constexpr int64_t together = 16;
+
+template <class scalar_t>
+class Gradient {
+ public:
+  using acc_t = accumulate_t<scalar_t>;
+
+  Gradient(const Sizes& z, bool last, const scalar_t* dy, const scalar_t* x)
+      : s_(conv::forward_space(z)), z_(z), last_(last), dy_(dy), x_(x) {
+    const auto alone = [](const conv::Axis& a) {
+      return a.taps == 1 && a.in_step == 1 && a.in_base == 0 && a.count == a.size;
+    };
+    pointwise_ = alone(s_.d) && alone(s_.h) && alone(s_.w);
+  }
+
+  // dw of shape [K, C/G, taps], or [K, taps, C/G].
+  void operator()(scalar_t* dw) const {
+    const int64_t rows = last_ ? M() : CT(), lanes = last_ ? CT() : M();
+    const int64_t height = std::min(rows, most_rows), width = std::min(ceil_div(lanes, L) * L, most_lanes);
+    const int64_t down = ceil_div(rows, height), across = ceil_div(lanes, width), blocks = z_.G * down * across;
+    // Ranges of pixels by shape alone, so that the sums do not depend on the number of threads.
+    const int64_t most = std::max<int64_t>((8 << 20) / int64_t(sizeof(acc_t)) / (z_.K * CT()), 1);
+    const int64_t splits =
+        std::clamp<int64_t>(8 / blocks, 1, std::clamp<int64_t>(ceil_div(pixels(), 4 * depth), 1, most));
+    const int64_t range = ceil_div(ceil_div(pixels(), splits), depth) * depth;
+    Buffer<acc_t> partial(splits > 1 ? splits * z_.K * CT() : 0);
+    parallel_for(blocks * splits, conv_gemm::task_grain(range * height * width), [&](int64_t begin, int64_t end) {
+      Buffers buffers(height, width);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t split = task % splits, at = task / splits;
+        const Block b{at % z_.G, at / z_.G % down * height, at / z_.G / down * width, height, width, rows, lanes};
+        sum(b, split * range, std::min((split + 1) * range, pixels()), buffers);
+        if (splits > 1)
+          store(b, buffers.sum.get(), partial.get() + split * z_.K * CT());
+        else
+          store(b, buffers.sum.get(), dw);
+      }
+    });
+    if (splits == 1) return;
+    parallel_for(z_.K, ceil_div(4096, CT()), [&](int64_t begin, int64_t end) {
+      each_vector<acc_t>((end - begin) * CT(), [&](int64_t i, auto which) {
+        V total;
+        for (int64_t split = 0; split < splits; ++split)
+          total += V::load(partial.get() + split * z_.K * CT() + begin * CT() + i, which);
+        total.store(dw + begin * CT() + i, which);
+      });
+    });
+  }
+
+ private:
+  using V = Vec<acc_t>;
+  static constexpr int64_t R = Tile<acc_t>::rows, L = Tile<acc_t>::columns;
+  static constexpr int64_t panel_a = Tile<acc_t>::packed_a(R, depth);
+
+  // Rows from `row` and lanes from `lane` on, of one group's product.
+  struct Block {
+    int64_t g, row, lane, height, width, rows, lanes;
+    int64_t used_rows() const { return std::min(height, rows - row); }
+    int64_t used_lanes() const { return std::min(width, lanes - lane); }
+  };
+  struct Buffers {
+    Buffer<acc_t> a, b, sum, line;
+    std::vector<Run> runs;
+    Buffers(int64_t height, int64_t width)
+        : a(together * panel_a), b(depth * width), sum(height * width), line(depth) {}
+  };
+
+  int64_t M() const { return z_.K / z_.G; }
+  int64_t C() const { return z_.C / z_.G; }
+  int64_t CT() const { return C() * s_.taps(); }
+  int64_t pixels() const { return z_.N * s_.positions(); }
+
+  // The sums of a block over pixels [first, end), in blocks of `depth`.
+  void sum(const Block& b, int64_t first, int64_t end, Buffers& to) const {
+    alignas(64) acc_t tile[R * L];
+    std::memset(to.sum.get(), 0, size_t(b.height * b.width) * sizeof(acc_t));
+    for (; first < end; first += depth) {
+      const int64_t n = std::min(depth, end - first);
+      conv_gemm::runs_of(s_, first, first + n, depth, to.runs);
+      if (last_)
+        pack_image_columns(b, to.runs, to.b.get());
+      else
+        pack_dy_planes(b, first, n, to.b.get());
+      for (int64_t m = 0; m < b.used_rows(); m += R) {
+        const int64_t count = std::min(R, b.used_rows() - m), padded = Tile<acc_t>::round(count);
+        acc_t* a = to.a.get() + (last_ ? m / R % together * panel_a : 0);
+        if (!last_)
+          pack_image_rows(b, m, count, padded, first, n, to, a);
+        else if (m / R % together == 0)
+          pack_dy_channels(b, m, first, n, a);
+        for (int64_t q = 0; q < b.used_lanes(); q += L) {
+          acc_t* at = to.sum.get() + m * b.width + q;
+          for (int64_t i = 0; i < count; ++i) {
+            __builtin_prefetch(at + i * b.width, 1);
+            __builtin_prefetch(at + i * b.width + L - 1, 1);
+          }
+          const int64_t used = std::min(L, b.used_lanes() - q);
+          tile_product(padded, used, n, a, to.b.get() + q * depth, tile);
+          for (int64_t i = 0; i < count; ++i)
+            each_vector<acc_t>(used, [&](int64_t e, auto which) {
+              acc_t* element = at + i * b.width + e;
+              (V::load(element, which) + V::load(tile + i * L + e, which)).store(element, which);
+            });
+        }
+      }
+    }
+  }
+
+  // ---- planes
+
+  // B[pixel][k]
+  void pack_dy_planes(const Block& b, int64_t first, int64_t n, acc_t* to) const {
+    const int64_t plane = s_.positions();
+    for (int64_t i = 0, count; i < n; i += count) {
+      const int64_t example = (first + i) / plane, at = (first + i) % plane;
+      count = std::min(plane - at, n - i);
+      for (int64_t q = 0; q < b.used_lanes(); q += L)
+        transpose<acc_t>(to + q * depth + i * L, L, dy_ + (example * z_.K + b.g * M() + b.lane + q) * plane + at, plane,
+                         std::min(L, b.used_lanes() - q), count, L);
+    }
+  }
+  // A[(c,tap)][pixel]
+  void pack_image_rows(const Block& b, int64_t m, int64_t count, int64_t padded, int64_t first, int64_t n,
+                       Buffers& from, acc_t* to) const {
+    acc_t* line = from.line.get();
+    if (pointwise_) {
+      const int64_t plane = s_.positions();
+      for (int64_t at = 0, run; at < n; at += run) {
+        const int64_t example = (first + at) / plane, pixel = (first + at) % plane;
+        run = std::min(plane - pixel, n - at);
+        for (int64_t i = 0; i < count; ++i)
+          pack_a_run(to, padded, i, at, x_ + (example * z_.C + b.g * C() + b.row + m + i) * plane + pixel, run);
+      }
+      return;
+    }
+    const scalar_t* const none = nullptr;
+    for (int64_t i = 0; i < count; ++i) {
+      const Column column = column_at(s_, C(), false, b.row + m + i);
+      for (const Run& r : from.runs) {
+        const int64_t row = conv_gemm::row_of(s_, r, column.jd, column.jh), size = s_.w.size;
+        const int64_t left = s_.w.input(r.first.w, column.jw);
+        const scalar_t* at = x_ + (r.first.n * z_.C + b.g * C() + column.c) * s_.in_plane() + row;
+        if (row < 0) {
+          pack_a_strided(to, padded, i, r.at, none, 0, r.count);
+        } else if (s_.w.in_step == 1) {
+          const int64_t low = std::clamp<int64_t>(-left, 0, r.count), high = std::clamp(size - left, low, r.count);
+          pack_a_strided(to, padded, i, r.at, none, 0, low);
+          pack_a_run(to, padded, i, r.at + low, at + left + low, high - low);
+          pack_a_strided(to, padded, i, r.at + high, none, 0, r.count - high);
+        } else {
+          conv_gemm::gather_run(line, at, left, s_.w.in_step, size, r.count);
+          pack_a_run(to, padded, i, r.at, line, r.count);
+        }
+      }
+    }
+  }
+
+  // ---- channels last
+
+  // B[pixel][(tap,c)]: what stands together in a tap and in a panel is one run of channels.
+  void pack_image_columns(const Block& b, const std::vector<Run>& runs, acc_t* to) const {
+    for (int64_t q = 0, count; q < b.used_lanes(); q += count) {
+      const Column column = column_at(s_, C(), true, b.lane + q);
+      count = std::min({C() - column.c, b.used_lanes() - q, L - q % L});
+      for (const Run& r : runs) {
+        const int64_t row = conv_gemm::row_of(s_, r, column.jd, column.jh);
+        const scalar_t* from = x_ + (r.first.n * s_.in_plane() + row) * z_.C + b.g * C() + column.c;
+        acc_t* line = to + q / L * L * depth + r.at * L + q % L;
+        for (int64_t i = 0; i < r.count; ++i, line += L) {
+          const int64_t w = s_.w.input(r.first.w + int32_t(i), column.jw);
+          if (row < 0 || w < 0 || w >= s_.w.size)
+            std::fill_n(line, count, acc_t(0));
+          else
+            each_vector<acc_t>(
+                count, [&](int64_t e, auto which) { V::load(from + w * z_.C + e, which).store(line + e, which); });
+        }
+      }
+    }
+  }
+  // Panels of A[k][pixel] from row m on. Pixels are numbered as they stand in dy.
+  void pack_dy_channels(const Block& b, int64_t m, int64_t first, int64_t n, acc_t* to) const {
+    const int64_t end = std::min(m + together * R, b.used_rows());
+    for (int64_t k = 0; k < n; k += chunk)
+      for (int64_t j = m; j < end; j += R) {
+        const int64_t count = std::min(R, end - j), padded = Tile<acc_t>::round(count);
+        pack_a_columns(to + (j - m) / R * panel_a + k * padded, padded,
+                       dy_ + (first + k) * z_.K + b.g * M() + b.row + j, z_.K, count, std::min(chunk, n - k));
+      }
+  }
+
+  // ---- the block in dw
+
+  template <class T>
+  void store(const Block& b, const acc_t* sum, T* dw) const {
+    if (last_) {
+      for (int64_t m = 0; m < b.used_rows(); ++m)
+        narrow(dw + (b.g * M() + b.row + m) * CT() + b.lane, sum + m * b.width, b.used_lanes());
+      return;
+    }
+    transpose<acc_t>(dw + (b.g * M() + b.lane) * CT() + b.row, CT(), sum, b.width, b.used_rows(), b.used_lanes(),
+                     b.used_rows());
+  }
+
+  Space s_;
+  const Sizes& z_;
+  bool last_, pointwise_;  // pointwise: the pixels of x are those of y
+  const scalar_t *dy_, *x_;
+};
+
+}  // namespace pyops::PYOPS_CPU_CAPABILITY::conv_weight
