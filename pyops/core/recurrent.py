@@ -83,7 +83,7 @@ def summed_gates(
     input: Tensor, h: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None
 ) -> Tensor:
     """``input W_ih' + h W_hh' + b_ih + b_hh`` [B, gates * H]: the second product is added inside the product."""
-    gates = torch.nn.functional.linear(input, weight_ih, joined(bias_ih, bias_hh))
+    gates = product.linear(input, weight_ih, joined(bias_ih, bias_hh))
     return torch.addmm(gates, h, weight_hh.mT)
 
 
@@ -190,7 +190,7 @@ def weight_gradient(dgates: Tensor, y: Tensor, h0: Tensor, starts: Tensor | None
     if starts is not None:
         indices = _rows_before(starts, n, batch, directions)
         before = (torch.cat((h0[d], y[:, d]))[indices[d]] for d in range(directions))
-        return torch.stack([dgates[:, d].mT @ h for d, h in enumerate(before)])
+        return torch.stack([product.weight_gradient(dgates[:, d], h) for d, h in enumerate(before)])
     if y.dtype in autocast.HALF:
         # a copy, lest the product be rounded twice
         parts = ((h0[0], y[: n - batch, 0]), (y[batch:, directions - 1], h0[directions - 1]))

@@ -243,7 +243,7 @@ def bilinear(
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit.
 
-    Two products by torch: the longer of I and J is summed first, which leaves M · O · min(I, J) numbers between them.
+    Two products, the second torch's: the longer of I and J is summed first, which leaves M · O · min(I, J) numbers between them.
     """
     _alike("bilinear", input1, input2=input2, weight=weight, bias=bias)
     if input1.dim() == 0 or input1.shape[:-1] != input2.shape[:-1]:
@@ -270,7 +270,7 @@ def bilinear(
 def _two_products(x1, x2, weight, bias):
     """[M, O], over the dimension of x1 first."""
     m, (outputs, i, j) = x1.shape[0], weight.shape
-    between = torch.mm(x1, weight.movedim(1, 0).reshape(i, outputs * j)).view(m, outputs, j)
+    between = product.linear(x1, weight.mT.reshape(outputs * j, i)).view(m, outputs, j)
     if bias is None:
         return torch.bmm(between, x2.unsqueeze(-1)).squeeze(-1)
     rows = _rows(backend.namespace_for("bilinear", x1), bias.contiguous(), m)
