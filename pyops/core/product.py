@@ -18,12 +18,13 @@ from . import autocast, backend, convolution, library, tracing
 
 # Fewer rows, or fewer multiply-adds, are left to torch: packing a weight and calling an op cost more than is gained.
 _ROWS, _PRODUCTS = 128, 2**23
+_DTYPES = (torch.float32, torch.float64)  # half types are oneDNN's in torch too
 _GEOMETRY = ([1, 1, 1], [0, 0, 0], [1, 1, 1], 1, True, "")
 
 
 @tracing.constant
 def beats_torch() -> bool:
-    """Whether torch's float32 product, MKL's, leaves half of this CPU unused: AVX-512 on a CPU that is not Intel's."""
+    """Whether torch's product, MKL's, leaves half of this CPU unused: AVX-512 on a CPU that is not Intel's."""
     return library.cpu_capability() == "avx512" and not library.cpu_is_intel() and torch.backends.mkl.is_available()
 
 
@@ -33,7 +34,7 @@ def _is_large(rows: int, inputs: int, outputs: int) -> bool:
 
 def _pays(namespace: str, x: torch.Tensor, outputs: int) -> bool:
     """Whether a product with the rows of x [*, I] and ``outputs`` columns on the other side is ours."""
-    if namespace != "pyops" or x.device.type != "cpu" or x.dtype != torch.float32 or not beats_torch():
+    if namespace != "pyops" or x.device.type != "cpu" or x.dtype not in _DTYPES or not beats_torch():
         return False
     if torch._C._are_functorch_transforms_active() or autocast.enabled(x):
         return False
@@ -84,7 +85,7 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def explanation(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, name: str) -> tuple[str, ...]:
     """What ``pyops explain`` says about a product: whose it is, and why."""
-    if name != "cpu" or dtype != torch.float32:
+    if name != "cpu" or dtype not in _DTYPES:
         return ("the product is torch's",)
     if not beats_torch():
         return ("the product is torch's, which uses the vectors of this CPU",)

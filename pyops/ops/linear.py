@@ -131,9 +131,9 @@ def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
         RuntimeError: shapes, dtypes or devices that do not fit.
         Unsupported (NotImplementedError): a bias of two or more dimensions; ``pyops.use`` leaves it to torch.
 
-    The product is torch's, or, of float32 on a CPU half of whose vectors torch leaves unused, our own (``python -m
-    pyops explain linear`` says which). The gradient of the bias is a sum of columns in a fixed order, in float32 for
-    half types.
+    The product is torch's, or, in float32 and float64 on a CPU half of whose vectors torch leaves unused, our own:
+    ``python -m pyops explain linear`` says which. The gradient of the bias is a sum of columns in a fixed order, in
+    float32 for half types.
     """
     _alike("linear", input, weight=weight, bias=bias)
     input, weight, bias = autocast.cast("linear", input, weight, bias)
@@ -243,7 +243,7 @@ def bilinear(
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit.
 
-    Two products, the second torch's: the longer of I and J is summed first, which leaves M · O · min(I, J) numbers between them.
+    Two products: the longer of I and J is summed first, which leaves M · O · min(I, J) numbers between them.
     """
     _alike("bilinear", input1, input2=input2, weight=weight, bias=bias)
     if input1.dim() == 0 or input1.shape[:-1] != input2.shape[:-1]:
