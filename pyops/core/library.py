@@ -208,6 +208,7 @@ def cpu_capabilities() -> tuple[str, ...]:
     return _runnable
 
 
+@functools.cache
 def cpu_is_intel() -> bool:
     """Whether Intel made this CPU, whose vectors its libraries use to the full."""
     return "pyops" in _binaries and bool(_binaries["pyops"].pyops_cpu_is_intel())

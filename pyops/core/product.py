@@ -34,21 +34,20 @@ def _is_large(rows: int, inputs: int, outputs: int) -> bool:
 
 def _pays(namespace: str, x: torch.Tensor, outputs: int) -> bool:
     """Whether a product with the rows of x [*, I] and ``outputs`` columns on the other side is ours."""
+    if not _is_large(math.prod(x.shape[:-1]), x.shape[-1], outputs):
+        return False
     if namespace != "pyops" or x.device.type != "cpu" or x.dtype not in _DTYPES or not beats_torch():
         return False
-    if torch._C._are_functorch_transforms_active() or autocast.enabled(x):
-        return False
-    return _is_large(math.prod(x.shape[:-1]), x.shape[-1], outputs)
+    return not torch._C._are_functorch_transforms_active() and not autocast.enabled(x)
 
 
 def is_ours(namespace: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether x wᵀ + b runs as a convolution. What does not fit together is torch's, which says so."""
-    if weight.dim() != 2 or x.dim() < 2 or x.shape[-1] != weight.shape[1]:
+    if weight.dim() != 2 or x.dim() < 2 or not _pays(namespace, x, weight.shape[0]):
         return False
-    if bias is not None and bias.shape != weight.shape[:1]:
+    if x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         return False
-    alike = all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in (weight, bias))
-    return alike and _pays(namespace, x, weight.shape[0])
+    return all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in (weight, bias))
 
 
 def _image(matrix: torch.Tensor) -> torch.Tensor:

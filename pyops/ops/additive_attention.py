@@ -94,8 +94,8 @@ def additive_attention(
 ) -> Tensor:
     """Attention whose scores are ``v . tanh(w_q query + w_k key + bias)`` (Bahdanau et al. 2014).
 
-    ``y[l] = sum_s softmax_s(score[l,s] + mask[l,s]) value[s]``. Both matrix products are torch's; of the L x S x D
-    numbers under the tanh none is stored, in either direction.
+    ``y[l] = sum_s softmax_s(score[l,s] + mask[l,s]) value[s]``. Both matrix products are as in ``linear``; of the
+    L x S x D numbers under the tanh none is stored, in either direction.
 
     Args:
         query: Tensor[*, L, Q], float32, float64, bfloat16 or float16, any strides.

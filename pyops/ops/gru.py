@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import backend, library, recurrent, recurrent_samples
+from ..core import backend, library, product, recurrent, recurrent_samples
 from ..core.autograd import Formula, differentiable
 from ..core.intercept import route
 from ..core.regularized import Regularized
@@ -64,7 +64,8 @@ def gru_cell(
     """One step of a GRU; drops in for torch.gru_cell.
 
     ``h' = (1 - z) * n + z * h``; with ``x = input @ w_ih.T + b_ih`` and ``y = hx @ w_hh.T + b_hh`` in three parts each,
-    ``r, z = sigmoid(x + y)`` and ``n = tanh(x_n + r * y_n)``. Both matrix products are torch's, all else is one kernel.
+    ``r, z = sigmoid(x + y)`` and ``n = tanh(x_n + r * y_n)``. Both matrix products are as in ``linear``, all else is
+    one kernel.
 
     Args:
         input: Tensor[B, I], float32, float64, bfloat16 or float16, any strides.
@@ -87,8 +88,8 @@ def gru_cell(
     """
     recurrent.check_cell("gru_cell", 3, input, {"hx": hx}, w_ih, w_hh, b_ih, b_hh)
     input, hx, w_ih, w_hh, b_ih, b_hh = recurrent.cast("gru_cell", input, hx, w_ih, w_hh, b_ih, b_hh)
-    x_gates = torch.nn.functional.linear(input, w_ih, b_ih).to(hx.dtype)
-    h_gates = torch.nn.functional.linear(hx, w_hh, b_hh).to(hx.dtype)
+    x_gates = product.linear(input, w_ih, b_ih).to(hx.dtype)
+    h_gates = product.linear(hx, w_hh, b_hh).to(hx.dtype)
     namespace = backend.namespace_for("gru_cell", input)
     return _apply_gates(namespace, x_gates.contiguous(), h_gates.contiguous(), hx.contiguous())
 
@@ -123,10 +124,10 @@ _layer_bwd = library.declare(
 
 def _step_reference(gates, states, w_hh, b_n):
     (h,) = states
-    product = h @ w_hh.mT
+    y_gates = h @ w_hh.mT
     if b_n is not None:
-        product = product + torch.cat((b_n.new_zeros(2 * b_n.shape[0]), b_n))
-    return _gates_reference(gates, product, h)
+        y_gates = y_gates + torch.cat((b_n.new_zeros(2 * b_n.shape[0]), b_n))
+    return _gates_reference(gates, y_gates, h)
 
 
 def _layer_reference(gates, h0, w_hh, b_n, starts, keep):

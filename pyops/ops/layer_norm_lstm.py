@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import autocast, backend, check, library, recurrent
+from ..core import autocast, backend, check, library, product, recurrent
 from ..core.autograd import Formula, differentiable
 from ..core.regularized import Regularized
 from ..core.samples import Maker, Sample, checked
@@ -143,7 +143,7 @@ def layer_norm_lstm_cell(
 
     ``c' = f * c + i * g``, ``h' = o * tanh(n(c') * gain_c + bias_c)``; the gates ``i, f, g, o`` are sigmoid (g: tanh)
     of the four parts of ``n(input @ w_ih.T) * gain_ih + b_ih + n(h @ w_hh.T) * gain_hh + b_hh``, and ``n`` gives a row
-    mean 0 and variance 1. Both matrix products are torch's, all else is one kernel.
+    mean 0 and variance 1. Both matrix products are as in ``linear``, all else is one kernel.
 
     Args:
         input: Tensor[B, I], float32, float64, bfloat16 or float16, any strides.
@@ -176,10 +176,10 @@ def layer_norm_lstm_cell(
     _check_normalisation(op, input, c.shape[1], named, eps)
     given = (input, h, c, w_ih, w_hh, gain_ih, gain_hh, gain_c, b_ih, b_hh, bias_c)
     input, h, c, w_ih, w_hh, gain_ih, gain_hh, gain_c, b_ih, b_hh, bias_c = recurrent.cast("lstm_cell", *given)
-    x = torch.nn.functional.linear(input, w_ih).to(c.dtype)
+    x = product.linear(input, w_ih).to(c.dtype)
     small = gain_ih, gain_hh, recurrent.joined(b_ih, b_hh), gain_c, bias_c
     rows: Any = (*(t if t is None else t.contiguous() for t in small), float(eps))
-    y = torch.nn.functional.linear(h, w_hh).to(c.dtype)
+    y = product.linear(h, w_hh).to(c.dtype)
     states = _apply(backend.namespace_for(op, input), x.contiguous(), y.contiguous(), c.contiguous(), *rows)
     return states[:2]
 

@@ -63,7 +63,7 @@ def lstm_cell(
     """One step of an LSTM; drops in for torch.lstm_cell.
 
     ``c' = f * c + i * g``, ``h' = o * tanh(c')``; the gates ``i, f, g, o`` are sigmoid (g: tanh) of the four parts of
-    ``input @ w_ih.T + b_ih + h @ w_hh.T + b_hh``. Both matrix products are torch's, all else is one kernel.
+    ``input @ w_ih.T + b_ih + h @ w_hh.T + b_hh``. Both matrix products are as in ``linear``, all else is one kernel.
 
     Args:
         input: Tensor[B, I], float32, float64, bfloat16 or float16, any strides.

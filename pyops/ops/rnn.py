@@ -62,7 +62,7 @@ def rnn_tanh_cell(
 ) -> Tensor:
     """One step of a recurrent network; drops in for torch.rnn_tanh_cell.
 
-    ``h' = tanh(input @ w_ih.T + b_ih + hx @ w_hh.T + b_hh)``; both matrix products are torch's.
+    ``h' = tanh(input @ w_ih.T + b_ih + hx @ w_hh.T + b_hh)``; both matrix products are as in ``linear``.
 
     Args:
         input: Tensor[B, I], float32, float64, bfloat16 or float16, any strides.
