@@ -14,7 +14,6 @@ The rules with all their options are derived in docs/math/optimizers.md.
 
 from __future__ import annotations
 
-import math
 import types
 import warnings
 from collections.abc import Callable, Iterable
@@ -23,15 +22,10 @@ from typing import Any
 import torch
 
 from ..core import backend, check, library
+from ..core.multi_tensor import Flat, by_kind, strides_fit, total_norm
+from ..core.optimizer import COMMON, DROPS_IN, Batch, MultiTensorOptimizer
 
 _kernels = library.triton_kernels("optim")
-
-# What every rule is told besides its own numbers. Numbers that live on the device need no wait for it: the learning
-# rate, the GradScaler's scale and verdict, the norm of all gradients.
-_COMMON = (
-    "float lr, Tensor? device_lr, Tensor? grad_scale, Tensor? found_inf, Tensor? total_norm, float max_norm,"
-    " bool maximize"
-)
 
 
 def _nothing(*_: Any) -> None:
@@ -40,33 +34,28 @@ def _nothing(*_: Any) -> None:
 
 _sgd = library.declare(
     "sgd_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, Tensor(d!)[] masters,"
-    f" {_COMMON}, float momentum, float dampening, float weight_decay, bool nesterov, bool first) -> ()",
+    f" {COMMON}, float momentum, float dampening, float weight_decay, bool nesterov, bool first) -> ()",
     _nothing,
     _kernels,
 )
 _adagrad = library.declare(
     "adagrad_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] sums, Tensor(d!)[] masters,"
-    f" Tensor(e!)[] steps, bool steps_on_device, {_COMMON}, float lr_decay, float weight_decay, float eps) -> ()",
+    f" Tensor(e!)[] steps, bool steps_on_device, {COMMON}, float lr_decay, float weight_decay, float eps) -> ()",
     _nothing,
     _kernels,
 )
 _rmsprop = library.declare(
     "rmsprop_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] square_avgs, Tensor(d!)[] momentum_buffers,"
-    f" Tensor(e!)[] grad_avgs, Tensor(f!)[] masters, Tensor(g!)[] steps, bool steps_on_device, {_COMMON},"
+    f" Tensor(e!)[] grad_avgs, Tensor(f!)[] masters, Tensor(g!)[] steps, bool steps_on_device, {COMMON},"
     " float alpha, float eps, float weight_decay, float momentum, bool centered) -> ()",
     _nothing,
     _kernels,
 )
 _adam = library.declare(
     "adam_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
-    f" Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] masters, Tensor(g!)[] steps, bool steps_on_device, {_COMMON},"
+    f" Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] masters, Tensor(g!)[] steps, bool steps_on_device, {COMMON},"
     " float beta1, float beta2, float eps, float weight_decay, bool amsgrad, bool decoupled) -> ()",
     _nothing,
-    _kernels,
-)
-_norm = library.declare(
-    "multi_norm(Tensor[] tensors, float order) -> Tensor",
-    lambda tensors, order: tensors[0].new_empty((), dtype=torch.float64),
     _kernels,
 )
 _scale = library.declare(
@@ -78,319 +67,13 @@ _lerp = library.declare(
 )  # fmt: skip
 
 
-# Lists of tensors as the kernels take them: one dtype, one device, no gaps
-
-
-def _strides_fit(first: torch.Tensor, *others: torch.Tensor) -> bool:
-    """The tensors fill their memory without gaps, in the same order."""
-    if all(t.is_contiguous() for t in (first, *others)):
-        return True
-    dense = torch._prims_common.is_non_overlapping_and_dense_or_false(first)
-    return dense and all(t.stride() == first.stride() for t in others)
-
-
-class _Flat:
-    """Exchanges tensors with gaps for contiguous copies, and copies back what changed."""
-
-    def __init__(self) -> None:
-        self.exchanged: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        for t in tensors:
-            if not t.is_contiguous() or t.is_complex():
-                break
-        else:
-            return tensors
-        if tensors[0].is_complex():
-            tensors = tuple(torch.view_as_real(t) for t in tensors)
-        if _strides_fit(*tensors):
-            return tensors
-        copies = tuple(t.clone(memory_format=torch.contiguous_format) for t in tensors)
-        self.exchanged += zip(tensors, copies)
-        return copies
-
-    def restore(self) -> None:
-        for original, copy in self.exchanged:
-            original.copy_(copy)
-
-
-def _by_kind(op: str, *lists: list[torch.Tensor]) -> Iterable[tuple[list[torch.Tensor], ...]]:
-    """Parallel lists cut into those of one device and dtype, by the first; checked."""
-    cut: dict[Any, tuple[list[torch.Tensor], ...]] = {}
-    for tensors in zip(*lists):
-        first = tensors[0]
-        if first.dtype not in check.FLOATING and not first.is_complex():
-            check.fail(NotImplementedError, op, "tensors", first.dtype, "a floating or complex dtype")
-        kind = cut.setdefault((first.device, first.dtype, tensors[-1].dtype), tuple([] for _ in lists))
-        for into, tensor in zip(kind, tensors):
-            into.append(tensor)
-    return cut.values()
-
-
-def _total_norm(op: str, tensors: list[torch.Tensor], order: float) -> torch.Tensor:
-    """The norm of all tensors as one vector, float64, on the first one's device."""
-    norms = []
-    for (alike,) in _by_kind(op, tensors):
-        if order not in (1.0, 2.0, math.inf):
-            norms += [torch.linalg.vector_norm(t.detach(), order).double() for t in alike]
-            continue
-        # a complex number is one entry of a vector, except under order 2, where its parts can stand for it
-        if alike[0].is_complex() and order != 2.0:
-            alike = [t.abs() for t in alike]
-        flat = [_Flat()(t)[0] for t in alike]
-        norms.append(_norm(backend.namespace_for(op, flat[0]), flat, order))
-    if len(norms) == 1 and order != 0:  # of order 0 torch counts the tensors that are not 0, as the last line does
-        return norms[0]
-    return torch.linalg.vector_norm(torch.stack([n.to(tensors[0].device) for n in norms]), order)
-
-
 # The optimizers
 
 
-class _Batch:
-    """What one call of a step op gets: parameters of one dtype on one device, with gradients and states."""
-
-    def __init__(self, states: tuple[str, ...]) -> None:
-        self.params: list[torch.Tensor] = []
-        self.grads: list[torch.Tensor] = []
-        self.states: dict[str, list[torch.Tensor]] = {name: [] for name in states}
-        self.masters: list[torch.Tensor] = []
-        self.steps: list[torch.Tensor] = []
-        self.first = False
-        self.flat = _Flat()
-
-
-def _unhooked(step: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's own step without the hooks, which the calling step has run already."""
-    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined, no-any-return]
-
-
-class _MultiTensor(torch.optim.Optimizer):
-    """What the optimizers share: states of all parameters collected, one call of a step op for each kind."""
-
-    # GradScaler hands its scale and its verdict over instead of waiting for them.
-    _step_supports_amp_scaling = True
-    _torch: type[torch.optim.Optimizer]
-
-    def _extend(self, master_weights: bool, max_norm: float | None) -> None:
-        if max_norm is not None:
-            check.non_negative(type(self).__name__, "max_norm", max_norm)
-        self.defaults.update(master_weights=bool(master_weights), max_norm=max_norm)
-        self._fill_groups()
-
-    def _fill_groups(self) -> None:
-        for group in self.param_groups:
-            group.setdefault("master_weights", self.defaults.get("master_weights", False))
-            group.setdefault("max_norm", self.defaults.get("max_norm"))
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._fill_groups()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch; states of parameters with master copies stay in float32, where torch rounds them."""
-        super().load_state_dict(state_dict)
-        saved = state_dict["state"]
-        for group, old in zip(self.param_groups, state_dict["param_groups"]):
-            for p, name in zip(group["params"], old["params"]):
-                if self._keeps_master(group, p) and "master" in saved.get(name, {}):
-                    for key, value in saved[name].items():
-                        if key != "step" and isinstance(value, torch.Tensor):
-                            self.state[p][key] = value.to(device=p.device, dtype=torch.float32).clone()
-
-    @staticmethod
-    def _keeps_master(group: dict[str, Any], p: torch.Tensor) -> bool:
-        return bool(group["master_weights"]) and p.dtype in (torch.bfloat16, torch.float16)
-
-    # which states a group has, and the op that takes them: stated by each optimizer
-
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        raise NotImplementedError
-
-    def _counts_steps(self) -> bool:
-        return True
-
-    def _call(self, group: dict[str, Any], batch: _Batch, common: tuple[Any, ...]) -> None:
-        raise NotImplementedError
-
-    def _new_state(self, group: dict[str, Any], name: str, like: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(like, memory_format=torch.preserve_format)
-
-    def _steps_on_device(self, group: dict[str, Any]) -> bool:
-        return bool(group.get("capturable") or group.get("fused"))
-
-    def _collect(self, group: dict[str, Any]) -> list[_Batch]:
-        """Parameters that have gradients, with their states, which are made at the first step."""
-        names, counted = self._state_names(group), self._counts_steps()
-        on_device = self._steps_on_device(group)
-        masters, scaled = group["master_weights"], getattr(self, "found_inf", None) is not None
-        batches: dict[Any, _Batch] = {}
-        for p in group["params"]:
-            g = p.grad
-            if g is None:
-                continue
-            like, mastered = p, masters and self._keeps_master(group, p)
-            # a look-up makes an entry, and torch's SGD without momentum has none
-            state = self.state[p] if names or counted or mastered else {}
-            if mastered:
-                if "master" not in state:
-                    state["master"] = p.detach().float()
-                    for name in names:
-                        if name in state:
-                            state[name] = state[name].float()
-                like = state["master"]
-            tensors = [p, g]
-            first = False
-            for name in names:
-                t = state.get(name)
-                if t is None:
-                    first = True
-                    t = state[name] = self._new_state(group, name, like)
-                tensors.append(t)
-            if like is not p:
-                tensors.append(like)
-            # without steps to count, the first one is another rule
-            first = first and not counted
-            batch = batches.get((p.dtype, p.device, first))
-            if batch is None:
-                self._check(group, p)
-                batch = batches[p.dtype, p.device, first] = _Batch(names)
-                batch.first = first
-            flat = batch.flat(*tensors)
-            batch.params.append(flat[0])
-            batch.grads.append(flat[1])
-            for k, name in enumerate(names):
-                batch.states[name].append(flat[2 + k])
-            if like is not p:
-                batch.masters.append(flat[-1])
-            if counted:
-                step = state.get("step")
-                if step is None:
-                    step = state["step"] = self._new_step(p, on_device)
-                if scaled and p.is_cuda and not step.is_cuda:
-                    # whether this step counts is known on the device only
-                    step = state["step"] = step.to(p.device, torch.float32)
-                batch.steps.append(step)
-        return list(batches.values())
-
-    @staticmethod
-    def _new_step(p: torch.Tensor, on_device: bool) -> torch.Tensor:
-        if on_device:
-            return torch.zeros((), dtype=torch.float32, device=p.device)
-        wide = torch.get_default_dtype() == torch.float64
-        return torch.zeros((), dtype=torch.float64 if wide else torch.float32)
-
-    def _check(self, group: dict[str, Any], p: torch.Tensor) -> None:
-        if p.dtype not in check.FLOATING and not p.is_complex():
-            check.fail(NotImplementedError, type(self).__name__, "params", p.dtype, "a floating or complex dtype")
-        stays = self._counts_steps() and not self._steps_on_device(group)
-        if p.is_cuda and stays and torch.cuda.is_current_stream_capturing():
-            check.fail(
-                RuntimeError, type(self).__name__, "capturable", "False while a CUDA graph is captured",
-                "True: the graph would repeat one step's number",
-            )  # fmt: skip
-
-    def _left_to_torch(self) -> str | None:
-        """Why torch's own step runs, or None."""
-        for group in self.param_groups:
-            if group.get("differentiable"):
-                return "differentiable=True"
-            for p in group["params"]:
-                if p.grad is not None and p.grad.layout is not torch.strided:
-                    return "a sparse gradient"
-        return None
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step: every parameter that has a gradient is updated.
-
-        Args:
-            closure: computes the loss again, with gradients.
-
-        Returns:
-            What the closure returned, or None.
-
-        Raises:
-            NotImplementedError: parameters of a dtype without kernels.
-            RuntimeError: a graph capture without ``capturable``; a sparse gradient or ``differentiable`` with a
-                GradScaler or ``max_norm``.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if reason := self._left_to_torch():
-            if getattr(self, "grad_scale", None) is not None or any(
-                g["max_norm"] is not None for g in self.param_groups
-            ):
-                raise RuntimeError(
-                    f"{type(self).__name__}: argument 'params': got {reason}, expected none with GradScaler or max_norm"
-                )
-            _unhooked(self._torch.step)(self)
-            return loss
-        with torch.no_grad():
-            self._step()
-        return loss
-
-    def _step(self) -> None:
-        batches = [(group, batch) for group in self.param_groups for batch in self._collect(group)]
-        norm = None
-        if any(group["max_norm"] is not None for group, _ in batches):
-            name = type(self).__name__
-            norm = _total_norm(name, [g for _, batch in batches for g in batch.grads], 2.0)
-        for group, batch in batches:
-            device = batch.params[0].device
-            lr: Any = group["lr"]
-            device_lr = None
-            if isinstance(lr, torch.Tensor) and self._steps_on_device(group) and lr.device == device:
-                lr, device_lr = 0.0, lr.detach().to(torch.float32).reshape(())
-            scale, found = (self._scaler_number(name, device) for name in ("grad_scale", "found_inf"))
-            max_norm = group["max_norm"]
-            common = (
-                float(lr), device_lr, scale, found,
-                None if max_norm is None or norm is None else norm.to(device),
-                0.0 if max_norm is None else float(max_norm), bool(group["maximize"]),
-            )  # fmt: skip
-            self._call(group, batch, common)
-            batch.flat.restore()
-            if not torch.compiler.is_compiling():
-                torch.autograd.graph.increment_version(batch.params)
-
-    def _scaler_number(self, name: str, device: torch.device) -> torch.Tensor | None:
-        """grad_scale or found_inf, which GradScaler sets for the length of a step."""
-        t = getattr(self, name, None)
-        return None if t is None else t.detach().to(device, torch.float32, non_blocking=True).reshape(())
-
-    def _counted(self, group: dict[str, Any], batch: _Batch) -> tuple[list[torch.Tensor], bool]:
-        """The steps, and whether the device counts them."""
-        return batch.steps, self._steps_on_device(group) or batch.steps[0].device.type != "cpu"
-
-
-_EXTRA = """
-    Drops in for torch.optim.{name}: its arguments, its states (``state_dict`` goes both ways) and its trajectory. All
-    parameters of a group, of one dtype, are updated in one call; ``foreach`` and ``fused`` are taken and change
-    nothing but where torch would keep the number of the step. With ``differentiable=True`` or sparse gradients torch's
-    own step runs.
-
-    Args:
-        master_weights: keep a float32 copy of bfloat16 and float16 parameters (state ``master``) and float32 states;
-            the parameter is the rounded copy. Without it, states have the parameter's dtype, as in torch.
-        max_norm: clip the gradients of the whole optimizer to this 2-norm while they are read; ``p.grad`` itself stays
-            as it is. The result is that of ``clip_grad_norm_`` before the step.
-        others: as in torch.optim.{name}.
-
-    Raises:
-        ValueError: numbers out of range, as in torch.
-        NotImplementedError: parameters of a dtype without kernels.
-
-    Arithmetic in float32 (float64 for float64), bitwise deterministic. A GradScaler's scale and verdict are applied in
-    the same pass, without waiting for the device; the gradients are left unscaled, as torch leaves them.
-"""
-
-
-class SGD(_MultiTensor, torch.optim.SGD):
+class SGD(MultiTensorOptimizer, torch.optim.SGD):
     __doc__ = (
         """Stochastic gradient descent with momentum: ``v <- μ v + (1 - d) g``, ``p <- p - η v``.\n"""
-        + _EXTRA.format(name="SGD")
+        + DROPS_IN.format(name="SGD")
     )
     _torch = torch.optim.SGD
 
@@ -422,7 +105,7 @@ class SGD(_MultiTensor, torch.optim.SGD):
     def _counts_steps(self) -> bool:
         return False
 
-    def _call(self, group: dict[str, Any], batch: _Batch, common: tuple[Any, ...]) -> None:
+    def _call(self, group: dict[str, Any], batch: Batch, common: tuple[Any, ...]) -> None:
         _sgd(
             backend.namespace_for("sgd_step", batch.params[0]),
             batch.params, batch.grads, batch.states.get("momentum_buffer", []), batch.masters, *common,
@@ -431,10 +114,10 @@ class SGD(_MultiTensor, torch.optim.SGD):
         )  # fmt: skip
 
 
-class Adagrad(_MultiTensor, torch.optim.Adagrad):
+class Adagrad(MultiTensorOptimizer, torch.optim.Adagrad):
     __doc__ = (
         """Gradients divided by the root of the sum of their squares: ``s <- s + g²``, ``p <- p - η g / (√s + ε)``.\n"""
-        + _EXTRA.format(name="Adagrad")
+        + DROPS_IN.format(name="Adagrad")
     )
     _torch = torch.optim.Adagrad
 
@@ -468,7 +151,7 @@ class Adagrad(_MultiTensor, torch.optim.Adagrad):
         value = complex(start, start) if like.is_complex() else start
         return torch.full_like(like, value, memory_format=torch.preserve_format)
 
-    def _call(self, group: dict[str, Any], batch: _Batch, common: tuple[Any, ...]) -> None:
+    def _call(self, group: dict[str, Any], batch: Batch, common: tuple[Any, ...]) -> None:
         _adagrad(
             backend.namespace_for("adagrad_step", batch.params[0]),
             batch.params, batch.grads, batch.states["sum"], batch.masters, *self._counted(group, batch), *common,
@@ -476,10 +159,10 @@ class Adagrad(_MultiTensor, torch.optim.Adagrad):
         )  # fmt: skip
 
 
-class RMSprop(_MultiTensor, torch.optim.RMSprop):
+class RMSprop(MultiTensorOptimizer, torch.optim.RMSprop):
     __doc__ = (
         """Gradients over the root of their mean square: ``v <- α v + (1 - α) g²``, ``p <- p - η g / (√v + ε)``.\n"""
-        + _EXTRA.format(name="RMSprop")
+        + DROPS_IN.format(name="RMSprop")
     )
     _torch = torch.optim.RMSprop
 
@@ -513,7 +196,7 @@ class RMSprop(_MultiTensor, torch.optim.RMSprop):
             names.append("grad_avg")
         return tuple(names)
 
-    def _call(self, group: dict[str, Any], batch: _Batch, common: tuple[Any, ...]) -> None:
+    def _call(self, group: dict[str, Any], batch: Batch, common: tuple[Any, ...]) -> None:
         states = batch.states
         _rmsprop(
             backend.namespace_for("rmsprop_step", batch.params[0]),
@@ -524,13 +207,13 @@ class RMSprop(_MultiTensor, torch.optim.RMSprop):
         )  # fmt: skip
 
 
-class _AdamStep(_MultiTensor):
+class _AdamStep(MultiTensorOptimizer):
     """What Adam and AdamW share."""
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
 
-    def _call(self, group: dict[str, Any], batch: _Batch, common: tuple[Any, ...]) -> None:
+    def _call(self, group: dict[str, Any], batch: Batch, common: tuple[Any, ...]) -> None:
         states = batch.states
         beta1, beta2 = group["betas"]
         _adam(
@@ -545,7 +228,7 @@ class _AdamStep(_MultiTensor):
 class Adam(_AdamStep, torch.optim.Adam):
     __doc__ = (
         """Adam: averages of gradient and square, ``p <- p - η m̂ / (√v̂ + ε)``, with L2 or decoupled weight decay.\n"""
-        + _EXTRA.format(name="Adam")
+        + DROPS_IN.format(name="Adam")
     )
     _torch = torch.optim.Adam
 
@@ -576,7 +259,7 @@ class Adam(_AdamStep, torch.optim.Adam):
 
 
 class AdamW(_AdamStep, torch.optim.AdamW):
-    __doc__ = """Adam with decoupled weight decay: ``p <- (1 - η λ) p - η m̂ / (√v̂ + ε)``.\n""" + _EXTRA.format(
+    __doc__ = """Adam with decoupled weight decay: ``p <- (1 - η λ) p - η m̂ / (√v̂ + ε)``.\n""" + DROPS_IN.format(
         name="AdamW"
     )
     _torch = torch.optim.AdamW
@@ -648,7 +331,7 @@ def get_total_norm(
 
 
 def _finite_norm(op: str, tensors: list[torch.Tensor], order: float, error_if_nonfinite: bool) -> torch.Tensor:
-    total = _total_norm(op, tensors, order)
+    total = total_norm(op, tensors, order)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         got = f"gradients of norm {total.item()}"
         check.fail(RuntimeError, op, "error_if_nonfinite", got, f"a finite norm of order {order}")
@@ -691,8 +374,8 @@ def clip_grad_norm_(
     if not grads:
         return torch.tensor(0.0)
     total = _finite_norm("clip_grad_norm_", grads, float(norm_type), error_if_nonfinite)
-    for (alike,) in _by_kind("clip_grad_norm_", grads):
-        flat = _Flat()
+    for (alike,) in by_kind("clip_grad_norm_", grads):
+        flat = Flat()
         scaled = [flat(t)[0] for t in alike]
         there = total.to(alike[0].device)
         _scale(backend.namespace_for("multi_scale", alike[0]), scaled, there, float(max_norm))
@@ -712,10 +395,10 @@ def clip_grad_value_(
         foreach: taken for the sake of the signature.
     """
     grads = _gradients(parameters)
-    for (alike,) in _by_kind("clip_grad_value_", grads):
+    for (alike,) in by_kind("clip_grad_value_", grads):
         if alike[0].is_complex():
             check.fail(NotImplementedError, "clip_grad_value_", "parameters", alike[0].dtype, "real gradients")
-        flat = _Flat()
+        flat = Flat()
         _clamp(backend.namespace_for("multi_clamp", alike[0]), [flat(t)[0] for t in alike], float(clip_value))
         flat.restore()
 
@@ -749,11 +432,11 @@ def ema_(averages: Iterable[torch.Tensor], values: Iterable[torch.Tensor], decay
             check.fail(RuntimeError, "ema_", "values", f"a tensor on {v.device}", f"one on {a.device}")
         if a.dtype != v.dtype and a.dtype != check.accumulate_dtype(v.dtype):
             check.fail(RuntimeError, "ema_", "averages", a.dtype, f"{v.dtype} or {check.accumulate_dtype(v.dtype)}")
-    for some, news in _by_kind("ema_", averages, values):
-        flat = _Flat()
+    for some, news in by_kind("ema_", averages, values):
+        flat = Flat()
         pairs = []
         for a, v in zip(some, news):
-            if _strides_fit(a, v) or a.is_complex():
+            if strides_fit(a, v) or a.is_complex():
                 pairs.append(flat(a, v.to(a.dtype) if a.is_complex() else v))
             else:
                 (target,) = flat(a)
