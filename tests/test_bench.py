@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -167,6 +168,23 @@ def test_a_histogram_is_measured_apart_from_its_kinks() -> None:
     at_kinks = torch.linspace(low, high, 2 * case.args["bins"] + 1)
     moved = room.apart(case, at_kinks)
     assert ((moved - at_kinks).abs() > 0).all() and ((moved - at_kinks).abs() < 1e-3).all()
+
+
+def test_hog_is_measured_where_no_vote_is_rounding_s_choice() -> None:
+    room: Any = runner.rooms()["hog"]
+    case = room.tiny("cpu")[0]
+    votes, clip = torch.zeros(1, 2, 24, 24), torch.zeros(1, 1, 24, 24)
+    angle = 2 * math.pi / room.ORIENTATIONS
+    votes[0, 1, 5, 8], votes[0, 1, 6, 7] = math.cos(angle), math.sin(angle)  # at (5, 7) between two bins
+    votes[0, :, 16, 16] = torch.tensor([1.0, 1 + 2e-7])  # around it channels of one length, but for rounding
+    clip[0, 0, 4, 4], clip[0, 0, 20, 20] = 10 * math.sqrt(2 / 23), 10.0  # a / sqrt(2 a² + 2 b²) = 0.2
+    where = room.undecided_pixels(votes)[0]
+    assert where.nonzero()[:, 2:].tolist() == [[5, 7], [15, 16], [16, 15], [16, 17], [17, 16]]
+    assert room.undecided_values(clip).nonzero().tolist() == [[0, 0, 0]]
+    fresh = harness.fresh_inputs(room, dataclasses.replace(case, shape=(4, 3, 512, 512)))["x"]
+    for moved in (fresh, room.apart(case, votes), room.apart(case, clip)):
+        assert not room.undecided_pixels(moved)[0].any() and not room.undecided_values(moved).any()
+    assert (room.apart(case, votes) - votes).abs().max() < 0.01 and (room.apart(case, clip) - clip).abs().max() < 0.02
 
 
 def test_inputs_are_fresh_and_layouts_kept() -> None:
