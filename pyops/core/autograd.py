@@ -120,12 +120,16 @@ class _Recipe:
         self.formula = formula
         self.results = len(schema.returns)
         self.keep = tuple(range(formula.outputs, self.results)) if formula.keep is None else formula.keep
+        self.nothing = (None,) * (formula.inputs - formula.gradients)
 
     def save(self, ctx: Any, namespace: str, constants: Tensors, inputs: Tensors, result: Any) -> None:
         """Keeps what the gradient reads, and names the results that have none."""
-        results = _results(result)
         ctx.namespace, ctx.constants = namespace, constants
         ctx.set_materialize_grads(False)
+        if self.results == 1 and not self.keep:
+            ctx.save_for_backward(*inputs)
+            return
+        results = _results(result)
         ctx.save_for_backward(*inputs, *[results[i] for i in self.keep])
         if self.results > self.formula.outputs:
             ctx.mark_non_differentiable(*results[self.formula.outputs :])
@@ -174,18 +178,19 @@ class _Recipe:
     def pick(self, inputs: Tensors, needs: Sequence[bool], grads: Tensors) -> Tensors:
         """Gradients in input order, None where there is no input or nobody asked."""
         asked = [g if t is not None and need else None for t, need, g in zip(inputs, needs, grads)]
-        return (*asked, *(None,) * (self.formula.inputs - self.formula.gradients))
+        return (*asked, *self.nothing)
 
     def backward(
         self, namespace: str, dys: Tensors, inputs: Tensors, kept: Tensors, constants: Tensors, needs: tuple[bool, ...]
     ) -> Tensors:
         """The backward op: one gradient for each of the first ``gradients`` inputs."""
-        dy = dys[0] if self.formula.outputs == 1 else dys
-        arguments = self.formula.backward_arguments(dy, inputs, kept, constants, needs)
-        results = _results(self.formula.backward(namespace, *arguments))
-        if self.formula.added:
+        formula = self.formula
+        dy = dys[0] if formula.outputs == 1 else dys
+        arguments = formula.backward_arguments(dy, inputs, kept, constants, needs)
+        results = _results(formula.backward.direct[namespace](*arguments))
+        if formula.added:
             results = (*results, dys[0].view_as(dys[0]))  # a Function may not return what it was given
-        return results if self.formula.finish is None else self.formula.finish(results, inputs, kept, needs)
+        return results if formula.finish is None else formula.finish(results, inputs, kept, needs)
 
     def second(
         self,
@@ -215,7 +220,7 @@ class _Recipe:
 def differentiable(formula: Formula) -> Callable[..., Any]:
     """Builds ``apply(namespace, *inputs, *constants)`` from a formula; see the module docstring."""
     recipe = _Recipe(formula)
-    n, m = formula.inputs, formula.outputs
+    n, m, direct = formula.inputs, formula.outputs, formula.forward.direct
 
     class Backward(torch.autograd.Function):
         """(*dys, *inputs, *kept) -> gradients of the inputs, by the backward op; differentiable itself."""
@@ -288,7 +293,7 @@ def differentiable(formula: Formula) -> Callable[..., Any]:
         @staticmethod
         def forward(ctx: Any, namespace: str, constants: Tensors, *inputs: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                result = formula.forward.overloads[namespace](*inputs, *constants)
+                result = direct[namespace](*inputs, *constants)
             recipe.save(ctx, namespace, constants, inputs, result)
             return result
 
@@ -347,7 +352,7 @@ def differentiable(formula: Formula) -> Callable[..., Any]:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments[:n]):
             return bind(namespace, arguments[n:], *arguments[:n])
         with torch._C._AutoDispatchBelowAutograd():
-            return formula.forward.overloads[namespace](*arguments)
+            return direct[namespace](*arguments)
 
     _register(recipe)
     return apply
