@@ -1,10 +1,10 @@
 """elementwise_loss · Triton
-  y[b] = Σ_{i in block b} l(x[i], t[i]);  dx[i] = dy[b] l_x(x[i], t[i]),  dt[i] = dy[b] l_t(x[i], t[i]);
-  l by number, as in csrc/common/elementwise_loss.h; blocks of one element: no sum
-layout   x, t, c, dx, dt: n elements of any shape · y, dy: [ceil(n / block)]
-mapping  a program takes one block of a sum, or TILE elements
-memory   every input read once, every output written once; a sum writes one number for a block
-numerics in fp32 (fp64 for fp64); y in that type where it is a sum
+  y[i] = l(x[i], t[i]);  dx[i] = g l_x(x[i], t[i]),  dt[i] = g l_t(x[i], t[i]),  g = dy[i];
+  reduced: y = (Σ_i l(x[i], t[i])) / over,  g = dy / over;  l by number, as in csrc/common/elementwise_loss.h
+layout   x, t, c, dx, dt: n elements of any shape · y, dy: as many, or reduced one · parts: the sum of each span
+mapping  a program takes a span of a sum, or TILE elements; one adds up the spans, if they are several
+memory   every input read once, every output written once; of a sum, one number for a span
+numerics in fp32 (fp64 for fp64); rounded once
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton.language as tl
 from ._toolbox import Specimen, accumulate_dtype, cdiv
 
 TILE = 1024
+LEAST_SPAN, MOST_SPANS = 4096, 2048  # of a sum; powers of two
 
 
 @triton.jit
@@ -104,32 +105,7 @@ def slope(x, t, c, KIND: tl.constexpr, A: tl.constexpr):
 
 
 @triton.jit
-def elementwise_loss_fwd_kernel(
-    x, t, c, y, n, KIND: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
-):
-    acc_t: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    program = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((TILE,), acc_t)
-    for k in range(0, BLOCK if BLOCK > 1 else TILE, TILE):
-        i = program * (BLOCK if BLOCK > 1 else TILE) + k + tl.arange(0, TILE)
-        xv = tl.load(x + i, mask=i < n, other=0.0).to(acc_t)
-        tv = tl.load(t + i, mask=i < n, other=0.0).to(acc_t)
-        cv = tl.full((TILE,), 1.0, acc_t)
-        if c is not None:
-            cv = tl.load(c + i, mask=i < n, other=0.0).to(acc_t)
-        v = value(xv, tv, cv, KIND, A)
-        if BLOCK > 1:
-            total += tl.where(i < n, v, 0.0)
-        else:
-            tl.store(y + i, v.to(y.dtype.element_ty), mask=i < n)
-    if BLOCK > 1:
-        tl.store(y + program, tl.sum(total, 0))
-
-
-@triton.jit
-def elementwise_loss_bwd_kernel(
-    dy, x, t, c, dx, dt, n, KIND: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
-):
+def elementwise_loss_fwd_kernel(x, t, c, y, n, KIND: tl.constexpr, A: tl.constexpr, TILE: tl.constexpr):
     acc_t: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     xv = tl.load(x + i, mask=i < n, other=0.0).to(acc_t)
@@ -137,7 +113,51 @@ def elementwise_loss_bwd_kernel(
     cv = tl.full((TILE,), 1.0, acc_t)
     if c is not None:
         cv = tl.load(c + i, mask=i < n, other=0.0).to(acc_t)
-    g = tl.load(dy + i // BLOCK, mask=i < n, other=0.0).to(acc_t)
+    tl.store(y + i, value(xv, tv, cv, KIND, A).to(y.dtype.element_ty), mask=i < n)
+
+
+@triton.jit
+def elementwise_loss_sum_kernel(
+    x, t, c, y, n, over, KIND: tl.constexpr, A: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr
+):
+    """y: the sum of each span, over ``over``."""
+    acc_t: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    program = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((TILE,), acc_t)
+    for k in range(0, SPAN, TILE):
+        i = program * SPAN + k + tl.arange(0, TILE)
+        xv = tl.load(x + i, mask=i < n, other=0.0).to(acc_t)
+        tv = tl.load(t + i, mask=i < n, other=0.0).to(acc_t)
+        cv = tl.full((TILE,), 1.0, acc_t)
+        if c is not None:
+            cv = tl.load(c + i, mask=i < n, other=0.0).to(acc_t)
+        total += tl.where(i < n, value(xv, tv, cv, KIND, A), 0.0)
+    tl.store(y + program, (tl.sum(total, 0) / over).to(y.dtype.element_ty))
+
+
+@triton.jit
+def elementwise_loss_total_kernel(parts, y, spans, over, SPANS: tl.constexpr):
+    i = tl.arange(0, SPANS)
+    total = tl.sum(tl.load(parts + i, mask=i < spans, other=0.0), 0)
+    tl.store(y, (total / over).to(y.dtype.element_ty))
+
+
+@triton.jit
+def elementwise_loss_bwd_kernel(
+    dy, x, t, c, dx, dt, n, over,
+    KIND: tl.constexpr, A: tl.constexpr, EACH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    acc_t: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    xv = tl.load(x + i, mask=i < n, other=0.0).to(acc_t)
+    tv = tl.load(t + i, mask=i < n, other=0.0).to(acc_t)
+    cv = tl.full((TILE,), 1.0, acc_t)
+    if c is not None:
+        cv = tl.load(c + i, mask=i < n, other=0.0).to(acc_t)
+    if EACH:
+        g = tl.load(dy + i, mask=i < n, other=0.0).to(acc_t)
+    else:
+        g = tl.load(dy).to(acc_t) / over
     in_x, in_t = slope(xv, tv, cv, KIND, A)
     if dx is not None:
         tl.store(dx + i, (g * in_x).to(dx.dtype.element_ty), mask=i < n)
@@ -146,26 +166,40 @@ def elementwise_loss_bwd_kernel(
 
 
 def elementwise_loss_fwd(
-    x: torch.Tensor, t: torch.Tensor, c: torch.Tensor | None, kind: int, a: float, block: int
+    x: torch.Tensor, t: torch.Tensor, c: torch.Tensor | None, kind: int, a: float, reduced: bool, over: int
 ) -> torch.Tensor:
     n = x.numel()
-    y = torch.empty_like(x) if block == 1 else x.new_empty(cdiv(n, block), dtype=accumulate_dtype(x.dtype))
-    if n:
-        grid = (cdiv(n, TILE if block == 1 else block),)
-        elementwise_loss_fwd_kernel[grid](x, t, c, y, n, KIND=kind, A=a, BLOCK=block, TILE=TILE)
+    if not reduced:
+        y = torch.empty_like(x)
+        if n:
+            elementwise_loss_fwd_kernel[(cdiv(n, TILE),)](x, t, c, y, n, KIND=kind, A=a, TILE=TILE)
+        return y
+    y = x.new_empty(())
+    span = LEAST_SPAN
+    while cdiv(n, span) > MOST_SPANS:
+        span *= 2
+    spans = max(cdiv(n, span), 1)  # no elements: one that writes 0 / over
+    how = {"KIND": kind, "A": a, "SPAN": span, "TILE": TILE}
+    if spans == 1:
+        elementwise_loss_sum_kernel[(1,)](x, t, c, y, n, over, **how)
+        return y
+    parts = x.new_empty(spans, dtype=accumulate_dtype(x.dtype))
+    elementwise_loss_sum_kernel[(spans,)](x, t, c, parts, n, 1, **how)
+    elementwise_loss_total_kernel[(1,)](parts, y, spans, over, SPANS=MOST_SPANS)
     return y
 
 
 def elementwise_loss_bwd(
-    dy: torch.Tensor, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor | None, kind: int, a: float, block: int,
-    need_dx: bool, need_dt: bool,
+    dy: torch.Tensor, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor | None, kind: int, a: float, reduced: bool,
+    over: int, need_dx: bool, need_dt: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     n = x.numel()
     dx, dt = (torch.empty_like(x) if need else x.new_empty(0) for need in (need_dx, need_dt))
     if n:
         elementwise_loss_bwd_kernel[(cdiv(n, TILE),)](
-            dy, x, t, c, dx if need_dx else None, dt if need_dt else None, n, KIND=kind, A=a, BLOCK=block, TILE=TILE
-        )
+            dy, x, t, c, dx if need_dx else None, dt if need_dt else None, n, over,
+            KIND=kind, A=a, EACH=not reduced, TILE=TILE,
+        )  # fmt: skip
     return dx, dt
 
 
@@ -174,12 +208,18 @@ def specimens() -> list[Specimen]:
     found = []
     for kind in range(8):
         for t in ("fp32", "bf16", "fp64") if kind in (0, 5) else ("fp32",):
-            for block in (1, 4096):
-                total = t if block == 1 or t == "fp64" else "fp32"
-                inputs = {"x": f"*{t}", "t": f"*{t}", "c": f"*{t}"}
-                constants = {"KIND": kind, "A": 0.5, "BLOCK": block, "TILE": TILE}
-                forward = inputs | {"y": f"*{total}", "n": "i32"}
-                backward = {"dy": f"*{total}"} | inputs | {"dx": f"*{t}", "dt": f"*{t}", "n": "i32"}
-                found.append(Specimen(elementwise_loss_fwd_kernel, forward, constants, 4, t != "fp64"))
-                found.append(Specimen(elementwise_loss_bwd_kernel, backward, constants, 4, t != "fp64"))
+            hot = t != "fp64"
+            inputs = {"x": f"*{t}", "t": f"*{t}", "c": f"*{t}"}
+            which = {"KIND": kind, "A": 0.5, "TILE": TILE}
+            out = {"y": f"*{t}", "n": "i32"}
+            found.append(Specimen(elementwise_loss_fwd_kernel, inputs | out, which, 4, hot))
+            out["over"] = "i32"
+            found.append(Specimen(elementwise_loss_sum_kernel, inputs | out, which | {"SPAN": LEAST_SPAN}, 4, hot))
+            for each in (True, False):
+                outs = {"dx": f"*{t}", "dt": f"*{t}", "n": "i32", "over": "i32"}
+                backward = {"dy": f"*{t}"} | inputs | outs
+                found.append(Specimen(elementwise_loss_bwd_kernel, backward, which | {"EACH": each}, 4, hot))
+    for t in ("fp32", "bf16", "fp64"):
+        total = {"parts": "*fp64" if t == "fp64" else "*fp32", "y": f"*{t}", "spans": "i32", "over": "i32"}
+        found.append(Specimen(elementwise_loss_total_kernel, total, {"SPANS": MOST_SPANS}, 4, t != "fp64"))
     return found

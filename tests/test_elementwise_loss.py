@@ -184,6 +184,73 @@ def test_infinite_logits_as_torch(backend):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_of_no_elements_as_torch(backend, op):
+    for reduction in ("mean", "sum", *(("batchmean",) if op == "kl_div" else ())):
+        same(op, torch.zeros(0, 7), torch.zeros(0, 7), backend, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_reduced_in_one_node(backend, reduction):
+    x, t = X.clone().requires_grad_(), T.clone().requires_grad_()
+    with forced(backend):
+        y = F.mse_loss(x, t, reduction=reduction)
+    assert y.shape == () and {f.name() for f, _ in y.grad_fn.next_functions if f} == {"torch::autograd::AccumulateGrad"}
+
+
+def test_reductions_are_rounded_once(backend):
+    x, t = (torch.randn(3, 4099, generator=G).bfloat16() for _ in range(2))
+    wide = x.double(), t.double()
+    with forced(backend):
+        for reduction in ("mean", "sum"):
+            y = F.mse_loss(x, t, reduction=reduction)
+            assert y.dtype == torch.bfloat16 and y == torch_F.mse_loss(*wide, reduction=reduction).bfloat16()
+
+
+def test_sums_do_not_depend_on_threads():
+    x, t = torch.randn(2, 300_000, generator=G)
+    before, found = torch.get_num_threads(), set()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.add(F.mse_loss(x, t).item())
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+
+
+def test_spans_grow_with_the_input_on_triton(monkeypatch):
+    kernels = pytest.importorskip("pyops.kernels.elementwise_loss")
+    monkeypatch.setattr(kernels, "MOST_SPANS", 2)
+    x, t = torch.randn(2, 3 * 4099, generator=G)
+    with forced("triton"):
+        torch.testing.assert_close(F.mse_loss(x, t), torch_F.mse_loss(x, t))
+
+
+def test_compiled_for_every_size():
+    compiled = torch.compile(F.mse_loss, backend="aot_eager", dynamic=True, fullgraph=True)
+    for n in (5, 7, 4100):
+        x, t = torch.randn(2, n, generator=G)
+        found = []
+        for f in (compiled, F.mse_loss):
+            leaf = x.clone().requires_grad_()
+            y = f(leaf, t)
+            found.append((y, *torch.autograd.grad(y, leaf)))
+        torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("how", [{}, {"reduction": "none"}, {"reduction": "sum"}, {"weight": W[0]}])
+def test_only_numbers_that_are_no_probabilities_are_refused(backend, how):
+    for number in (-1e-30, 1 + 1e-6, -float("inf"), float("inf"), float("nan")):
+        for target in (0.0, 1.0):
+            x, t = P.clone(), Q.clone()
+            x[4, 6], t[4, 6] = number, target
+            with forced(backend):
+                refuses(RuntimeError, ("binary_cross_entropy", "'input'"), F.binary_cross_entropy, x, t, **how)
+    with forced(backend):
+        assert F.binary_cross_entropy(P, Q * float("nan"), **how).isnan().all()
+
+
 def test_scalars():
     x, t = torch.tensor(0.3), torch.tensor(0.6)
     for op in OPS:

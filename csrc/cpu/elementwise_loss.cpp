@@ -1,10 +1,10 @@
 // elementwise_loss · CPU
-//   y[b] = Σ_{i in block b} l(x[i], t[i]);  dx[i] = dy[b] l_x(x[i], t[i]),  dt[i] = dy[b] l_t(x[i], t[i]);
-//   l by number, common/elementwise_loss.h; blocks of one element: no sum
-// layout   x, t, c, dx, dt: n elements of any shape · y, dy: [ceil(n / block)]
+//   y[i] = l(x[i], t[i]);  dx[i] = g l_x(x[i], t[i]),  dt[i] = g l_t(x[i], t[i]),  g = dy[i];
+//   reduced: y = (Σ_i l(x[i], t[i])) / over,  g = dy / over;  l by number, common/elementwise_loss.h
+// layout   x, t, c, dx, dt: n elements of any shape · y, dy: as many, or reduced one
 // mapping  a thread takes blocks; lanes over elements
-// memory   every input read once, every output written once; a sum writes one number for a block
-// numerics acc_t, sums of a block in fixed order; y in acc_t where it is a sum
+// memory   every input read once, every output written once; of a sum, one number for a block
+// numerics acc_t; sums of a block in acc_t, over blocks in double, both in fixed order; rounded once
 #include "common/elementwise_loss.h"
 
 #include "common/registry.h"
@@ -71,31 +71,22 @@ struct LossScratch {
   alignas(64) acc_t row[blocks][size];
 };
 
-// f(first, count) over runs that a scratch block holds and that lie within one block of sums.
+// f(first, count) over runs that a scratch block holds.
 template <class F>
-void each_run(int64_t n, int64_t block, const F& f) {
-  const int64_t size = block == 1 ? elementwise_block : block;
-  parallel_for(ceil_div(n, size), ceil_div(elementwise_grain, size), [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b)
-      for (int64_t i = b * size; i < n && i < (b + 1) * size; i += elementwise_block) {
-        const int64_t stop = (b + 1) * size < n ? (b + 1) * size : n;
-        f(i, stop - i < elementwise_block ? stop - i : elementwise_block);
-      }
+void each_run(int64_t n, const F& f) {
+  constexpr int64_t size = elementwise_block;
+  parallel_for(ceil_div(n, size), elementwise_grain / size, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * size; i < end * size; i += size) f(i, n - i < size ? n - i : size);
   });
 }
 
 template <class scalar_t, class acc_t>
-void loss_forward(const scalar_t* x, const scalar_t* t, const scalar_t* c, scalar_t* y, acc_t* sums, int64_t n,
-                  int64_t kind, double a, int64_t block) {
-  each_run(n, block, [&](int64_t i, int64_t count) {
+void loss_forward(const scalar_t* x, const scalar_t* t, const scalar_t* c, scalar_t* y, int64_t n, int64_t kind,
+                  double a) {
+  each_run(n, [&](int64_t i, int64_t count) {
     LossScratch<scalar_t, acc_t, 4> scratch;
     const LossBlock<acc_t> b{widened<acc_t>(x + i, count, scratch.row[0]), widened<acc_t>(t + i, count, scratch.row[1]),
                              c == nullptr ? nullptr : widened<acc_t>(c + i, count, scratch.row[2]), count};
-    if (block > 1) {
-      acc_t& to = sums[i / block];
-      to = (i % block == 0 ? acc_t(0) : to) + loss_sum(kind, a, b);
-      return;
-    }
     if constexpr (!std::is_same_v<scalar_t, acc_t>) {
       loss_values(kind, a, b, scratch.row[3]);
       narrow(y + i, scratch.row[3], count);
@@ -105,22 +96,42 @@ void loss_forward(const scalar_t* x, const scalar_t* t, const scalar_t* c, scala
   });
 }
 
+// The sum over n elements: those of runs in acc_t, kept one by one, so that it is the same for any number of threads.
 template <class scalar_t, class acc_t>
-void loss_backward(const scalar_t* dy, const acc_t* of_sums, const scalar_t* x, const scalar_t* t, const scalar_t* c,
-                   scalar_t* dx, scalar_t* dt, int64_t n, int64_t kind, double a, int64_t block) {
-  each_run(n, block, [&](int64_t i, int64_t count) {
+double loss_total(const scalar_t* x, const scalar_t* t, const scalar_t* c, int64_t n, int64_t kind, double a) {
+  const auto of_run = [&](int64_t i, int64_t count) {
+    LossScratch<scalar_t, acc_t, 3> scratch;
+    return loss_sum(
+        kind, a,
+        LossBlock<acc_t>{widened<acc_t>(x + i, count, scratch.row[0]), widened<acc_t>(t + i, count, scratch.row[1]),
+                         c == nullptr ? nullptr : widened<acc_t>(c + i, count, scratch.row[2]), count});
+  };
+  if (n <= elementwise_block) return double(of_run(0, n));
+  const int64_t runs = ceil_div(n, elementwise_block);
+  Buffer<acc_t> sums(runs);
+  each_run(n, [&](int64_t i, int64_t count) { sums[i / elementwise_block] = of_run(i, count); });
+  double total = 0;
+  for (int64_t r = 0; r < runs; ++r) total += double(sums[r]);
+  return total;
+}
+
+// dy: a cotangent for each element, or null and `g` for all.
+template <class scalar_t, class acc_t>
+void loss_backward(const scalar_t* dy, acc_t g, const scalar_t* x, const scalar_t* t, const scalar_t* c, scalar_t* dx,
+                   scalar_t* dt, int64_t n, int64_t kind, double a) {
+  each_run(n, [&](int64_t i, int64_t count) {
     LossScratch<scalar_t, acc_t, 6> scratch;
     const LossBlock<acc_t> b{widened<acc_t>(x + i, count, scratch.row[0]), widened<acc_t>(t + i, count, scratch.row[1]),
                              c == nullptr ? nullptr : widened<acc_t>(c + i, count, scratch.row[2]), count};
-    const bool each = of_sums == nullptr;
-    const acc_t* g = each ? widened<acc_t>(dy + i, count, scratch.row[3]) : of_sums + i / block;
+    const bool each = dy != nullptr;
+    const acc_t* of = each ? widened<acc_t>(dy + i, count, scratch.row[3]) : &g;
     if constexpr (!std::is_same_v<scalar_t, acc_t>) {
-      loss_slopes(kind, a, b, g, each, dx == nullptr ? nullptr : scratch.row[4],
+      loss_slopes(kind, a, b, of, each, dx == nullptr ? nullptr : scratch.row[4],
                   dt == nullptr ? nullptr : scratch.row[5]);
       if (dx != nullptr) narrow(dx + i, scratch.row[4], count);
       if (dt != nullptr) narrow(dt + i, scratch.row[5], count);
     } else {
-      loss_slopes(kind, a, b, g, each, dx == nullptr ? nullptr : dx + i, dt == nullptr ? nullptr : dt + i);
+      loss_slopes(kind, a, b, of, each, dx == nullptr ? nullptr : dx + i, dt == nullptr ? nullptr : dt + i);
     }
   });
 }
@@ -128,41 +139,41 @@ void loss_backward(const scalar_t* dy, const acc_t* of_sums, const scalar_t* x, 
 // ---- binding
 
 Tensor elementwise_loss_fwd(const Tensor& x, const Tensor& t, const OptionalTensor& c, int64_t kind, double a,
-                            int64_t block) {
+                            bool reduced, int64_t over) {
   OpScope op("elementwise_loss_fwd", x);
-  op.check(block >= 1 && kind >= 0 && kind < 8, "block must be positive and kind in [0, 8)");
-  const int64_t n = x.numel(), blocks = ceil_div(n, block);
+  op.check(kind >= 0 && kind < 8, "kind must be in [0, 8)");
+  const int64_t n = x.numel();
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
     auto *px = op.in<scalar_t>(x, "x", ShapeRef(x)), *pt = op.in<scalar_t>(t, "t", ShapeRef(x));
     auto* pc = op.in_optional<scalar_t>(c, "c", ShapeRef(x));
-    if (block == 1) {
-      Tensor y = op.empty<scalar_t>(ShapeRef(x));
-      loss_forward(px, pt, pc, op.out<scalar_t>(y, "y", ShapeRef(x)), static_cast<acc_t*>(nullptr), n, kind, a, block);
-      return y;
-    }
-    Tensor y = op.empty<acc_t>({blocks});
-    loss_forward(px, pt, pc, static_cast<scalar_t*>(nullptr), op.out<acc_t>(y, "y", {blocks}), n, kind, a, block);
+    Tensor y = reduced ? op.empty<scalar_t>({}) : op.empty<scalar_t>(ShapeRef(x));
+    if (reduced)
+      // of no elements the mean is 0 / 0
+      *op.out<scalar_t>(y, "y", {}) =
+          scalar_t(acc_t(loss_total<scalar_t, acc_t>(px, pt, pc, n, kind, a) / double(over)));
+    else
+      loss_forward<scalar_t, acc_t>(px, pt, pc, op.out<scalar_t>(y, "y", ShapeRef(x)), n, kind, a);
     return y;
   });
 }
 
 std::tuple<Tensor, Tensor> elementwise_loss_bwd(const Tensor& dy, const Tensor& x, const Tensor& t,
-                                                const OptionalTensor& c, int64_t kind, double a, int64_t block,
-                                                bool need_dx, bool need_dt) {
+                                                const OptionalTensor& c, int64_t kind, double a, bool reduced,
+                                                int64_t over, bool need_dx, bool need_dt) {
   OpScope op("elementwise_loss_bwd", dy);
-  op.check(block >= 1 && kind >= 0 && kind < 8, "block must be positive and kind in [0, 8)");
-  const int64_t n = x.numel(), blocks = ceil_div(n, block);
+  op.check(kind >= 0 && kind < 8, "kind must be in [0, 8)");
+  const int64_t n = x.numel();
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
     Tensor dx = need_dx ? op.empty<scalar_t>(ShapeRef(x)) : op.empty<scalar_t>({0});
     Tensor dt = need_dt ? op.empty<scalar_t>(ShapeRef(x)) : op.empty<scalar_t>({0});
     auto* pdx = need_dx ? op.out<scalar_t>(dx, "dx", ShapeRef(x)) : nullptr;
     auto* pdt = need_dt ? op.out<scalar_t>(dt, "dt", ShapeRef(x)) : nullptr;
-    const scalar_t* each = block == 1 ? op.in<scalar_t>(dy, "dy", ShapeRef(x)) : nullptr;
-    const acc_t* sums = block == 1 ? nullptr : op.in<acc_t>(dy, "dy", {blocks});
-    loss_backward(each, sums, op.in<scalar_t>(x, "x", ShapeRef(x)), op.in<scalar_t>(t, "t", ShapeRef(x)),
-                  op.in_optional<scalar_t>(c, "c", ShapeRef(x)), pdx, pdt, n, kind, a, block);
+    const scalar_t* pdy = reduced ? op.in<scalar_t>(dy, "dy", {}) : op.in<scalar_t>(dy, "dy", ShapeRef(x));
+    loss_backward<scalar_t, acc_t>(reduced ? nullptr : pdy, reduced ? acc_t(acc_t(*pdy) / double(over)) : acc_t(0),
+                                   op.in<scalar_t>(x, "x", ShapeRef(x)), op.in<scalar_t>(t, "t", ShapeRef(x)),
+                                   op.in_optional<scalar_t>(c, "c", ShapeRef(x)), pdx, pdt, n, kind, a);
     return std::tuple(dx, dt);
   });
 }

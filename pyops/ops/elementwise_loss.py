@@ -5,7 +5,7 @@
     smooth l1  |x - t| - β/2; below β (x - t)²/(2β)   kl          t (log t - x); 0 where t is 0
     huber      δ (|x - t| - δ/2); below δ (x - t)²/2  kl, log t   exp(t) (t - x)
 
-    x, t: n elements; y: as many, or the sums of blocks of BLOCK elements, which the reduction adds
+    x, t: n elements; y: as many, or one number, their sum over the count that a mean divides by
 
 Every loss is one row of ``_LOSSES``: its number in csrc/common/elementwise_loss.h and, in plain torch, its truth.
 
@@ -35,7 +35,6 @@ from ..core.samples import Maker, Sample, checked
 
 _kernels = library.triton_kernels("elementwise_loss")
 _torch = torch.nn.functional
-BLOCK = 4096
 
 
 def _smooth_l1(x, t, c, a):
@@ -71,35 +70,32 @@ _LOSSES: dict[str, tuple[int, Callable[..., torch.Tensor]]] = {
 _TRUTH = dict(_LOSSES.values())
 
 
-def _fwd_fake(x, t, c, kind, a, block):
-    if block == 1:
-        return torch.empty_like(x)
-    return x.new_empty((x.numel() + block - 1) // block, dtype=check.accumulate_dtype(x.dtype))
+def _fwd_fake(x, t, c, kind, a, reduced, over):
+    return x.new_empty(()) if reduced else torch.empty_like(x)
 
 
-def _bwd_fake(dy, x, t, c, kind, a, block, need_dx, need_dt):
+def _bwd_fake(dy, x, t, c, kind, a, reduced, over, need_dx, need_dt):
     return tuple(torch.empty_like(x) if need else x.new_empty(0) for need in (need_dx, need_dt))
 
 
+# over: what the sum of all losses is divided by, where they are reduced: 1 for the sum itself
 _fwd = library.declare(
-    "elementwise_loss_fwd(Tensor x, Tensor t, Tensor? c, int kind, float a, int block) -> Tensor", _fwd_fake, _kernels
+    "elementwise_loss_fwd(Tensor x, Tensor t, Tensor? c, int kind, float a, bool reduced, SymInt over) -> Tensor",
+    _fwd_fake,
+    _kernels,
 )
 _bwd = library.declare(
-    "elementwise_loss_bwd(Tensor dy, Tensor x, Tensor t, Tensor? c, int kind, float a, int block, bool need_dx, "
-    "bool need_dt) -> (Tensor, Tensor)",
+    "elementwise_loss_bwd(Tensor dy, Tensor x, Tensor t, Tensor? c, int kind, float a, bool reduced, SymInt over, "
+    "bool need_dx, bool need_dt) -> (Tensor, Tensor)",
     _bwd_fake,
     _kernels,
 )
 
 
-def _reference(x, t, c, kind, a, block):
+def _reference(x, t, c, kind, a, reduced, over):
     wide = check.accumulate_dtype(x.dtype)
     y = _TRUTH[kind](x.to(wide), t.to(wide), c if c is None else c.to(wide), a)
-    if block == 1:
-        return (y.to(x.dtype),)
-    n = y.numel()
-    blocks = (n + block - 1) // block
-    return (_torch.pad(y.reshape(-1), (0, blocks * block - n)).view(blocks, block).sum(1),)
+    return ((y.sum() / over if reduced else y).to(x.dtype),)
 
 
 def _arguments(dy, inputs: Tensors, kept: Tensors, constants: Tensors, needs) -> Tensors:
@@ -108,7 +104,7 @@ def _arguments(dy, inputs: Tensors, kept: Tensors, constants: Tensors, needs) ->
 
 def _fold(forward, batch, dims, inputs, constants):
     """Elements are alone: a batch is more of them, unless they are summed."""
-    if constants[-1] != 1:
+    if constants[2]:
         return None
     given = zip(inputs, dims)
     x, t, c = (v if v is None else v.expand(batch, *v.shape) if d is None else v.movedim(d, 0) for v, d in given)
@@ -151,6 +147,8 @@ def _pair(op: str, input: Any, target: Any, same_size: bool) -> tuple[Any, Any]:
         except RuntimeError:
             check.fail(RuntimeError, op, "target", f"shape {list(target.shape)}", f"one like {list(input.shape)}")
     x, t = autocast.cast(op, input, target)
+    if x.dtype == t.dtype:  # type: ignore[union-attr]
+        return x, t
     dtype = torch.promote_types(x.dtype, t.dtype)  # type: ignore[union-attr]
     return _as_dtype(x, dtype), _as_dtype(t, dtype)
 
@@ -173,19 +171,18 @@ def _loss(
     kind, namespace = _LOSSES[name][0], backend.namespace_for(op, x)
     moved, order = in_memory_order(x)
     inputs = moved, _as_lies(t, order), None if c is None else _as_lies(c.to(x.dtype).expand(x.shape), order)
-    if reduction == "none" or weight is not None:
-        y = from_memory_order(_apply(namespace, *inputs, kind, a, 1), order)
-        y = y if weight is None else y * weight
-        if reduction == "none":
-            return y
-        total = y.sum(dtype=check.accumulate_dtype(y.dtype))
-    else:
-        sums = _apply(namespace, *inputs, kind, a, BLOCK)
-        total = sums.reshape(()) if 0 < x.numel() <= BLOCK else sums.sum()
-    if reduction != "sum":
-        # torch's mean of no elements is NaN
-        total = total / (over if over is not None else x.numel() or math.nan * 1)
-    return _as_dtype(total, x.dtype)
+    if over is None:
+        over = x.numel()
+    if reduction == "sum":
+        over = 1
+    if reduction != "none" and weight is None:
+        return _apply(namespace, *inputs, kind, a, True, over)  # type: ignore[no-any-return]
+    y = from_memory_order(_apply(namespace, *inputs, kind, a, False, 1), order)
+    y = y if weight is None else y * weight
+    if reduction == "none":
+        return y
+    # torch's mean of no elements is NaN
+    return _as_dtype(y.sum(dtype=check.accumulate_dtype(y.dtype)) / over, x.dtype)
 
 
 def _weight(op: str, x: torch.Tensor, weight: Any, same_size: bool) -> torch.Tensor | None:
@@ -326,13 +323,15 @@ def binary_cross_entropy(
     if input.is_cuda and torch.is_autocast_enabled("cuda"):
         check.fail(RuntimeError, op, "input", "an autocast context", "none, or binary_cross_entropy_with_logits in it")
     x, t = _pair(op, input, target, True)
+    w = _weight(op, x, weight, False)
+    y = _loss(op, "bce", x, t, _reduction(op, reduction, size_average, reduce), weight=w)
     plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    if x.device.type == "cpu" and x.numel() and plain:
+    # beside a number that is no probability the loss is NaN: only then are they looked through
+    if x.device.type == "cpu" and plain and math.isnan(y.detach().sum().item() if y.dim() else y.item()) and x.numel():
         low, high = (v.item() for v in x.detach().aminmax())
         if not (low >= 0 and high <= 1):  # a NaN neither
             check.fail(RuntimeError, op, "input", f"numbers from {low} to {high}", "probabilities in [0, 1]")
-    w = _weight(op, x, weight, False)
-    return _loss(op, "bce", x, t, _reduction(op, reduction, size_average, reduce), weight=w)
+    return y
 
 
 def binary_cross_entropy_with_logits(
