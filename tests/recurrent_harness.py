@@ -9,6 +9,7 @@ from pyops import functional as F
 from pyops import nn, testing
 from pyops.core import backend as backends
 from pyops.core import library, recurrent, recurrent_samples
+from pyops.core.explain import explain
 
 from .harness import accurate, emulated_device
 
@@ -236,6 +237,43 @@ def states_by_multicast(op, case, dtype, backend, monkeypatch):
         assert all(map(torch.equal, apart, together)) and more_meetings > meetings
     finally:
         library.configure_emulator(multiprocessors=2)
+
+
+# What `explain` says of the CUDA kernels is what runs: name -> (processors, capability, layers, shape of the input,
+# hidden size of lstm, gru and rnn, dtype, PYOPS_RECURRENT_MULTICAST, words)
+EXPLAINED = {
+    "CUDA cores": (2, 90, 1, (3, 2, 2), (7, 7, 7), torch.float64, "0", "one persistent launch"),
+    "beyond shared memory": (2, SMALL, 2, (3, 2, 2), MOST, torch.float64, "0", "a launch for each step"),
+    "side by side": (2, 90, 3, (4, 2, 2), (5, 5, 5), torch.float32, "1", "3 layers side by side"),
+    "tensor cores": (4, 90, 1, (3, 10, 2), (24, 32, 72), torch.bfloat16, "0", "tensor cores, 32 rows"),
+    "one example": (*ONE_EXAMPLE[:1], 90, 1, *ONE_EXAMPLE[1:3], torch.float16, "0", "CUDA cores"),
+    "side by side on tensor cores": (4, 90, 3, (3, 9, 2), (8, 8, 16), torch.float16, "0", "tensor cores"),
+    "multicast": (4, 90, 1, (3, 3, 2), (16, 16, 56), torch.bfloat16, "1", "multicast in clusters of 4"),
+    "no clusters": (4, 80, 1, (3, 3, 2), (16, 16, 56), torch.bfloat16, "1", "tensor cores, 16 rows"),
+}
+
+
+def explains_what_runs(op, name, monkeypatch):
+    """On the emulator: kernels and launches of a forward pass are those that ``explain`` names."""
+    processors, capability, layers, shape, sizes, dtype, multicast, words = EXPLAINED[name]
+    kind = {"lstm": "LSTM", "gru": "GRU"}.get(op, "RNN")
+    sizes = tuple(sizes.values()) if isinstance(sizes, dict) else sizes
+    hidden = sizes[("LSTM", "GRU", "RNN").index(kind)]
+    monkeypatch.setenv("PYOPS_RECURRENT_MULTICAST", multicast)
+    case = (processors, shape, sizes, {"layers": layers})
+    ours, _, make, _ = on_tensor_cores(op, case, dtype)
+    arguments, kwargs = make(testing.Maker(dtype))
+    library.configure_emulator(multiprocessors=processors, statistics="reset")
+    try:
+        with emulated_device("emulator", capability), backends.backend("emulator"), torch.no_grad():
+            ours(*arguments, **kwargs)
+            notes = explain(op, [shape, (layers, shape[1], hidden)], dtype).notes
+    finally:
+        library.configure_emulator(multiprocessors=2)
+    (forward,) = [note for note in notes if note.startswith("forward")]
+    assert any(words in note for note in notes) and any(note.startswith("backward") for note in notes)
+    assert ("one persistent" in forward) == (library.emulator_statistic("launches") == 1)
+    assert ("blocks on tensor cores" in forward) == (library.emulator_statistic("mma") > 0)
 
 
 def stacks_differentiate(network, states):

@@ -9,10 +9,12 @@ from pyops import functional as F
 from pyops import nn, use
 from pyops.core import backend as backends
 from pyops.core import library, recurrent
+from pyops.core.explain import explain
 
 from .harness import emulated_device, passes, refuses, same_refusal
 from .recurrent_harness import (
     BEYOND_REGISTERS,
+    EXPLAINED,
     MULTICAST,
     NETWORKS,
     ODD,
@@ -24,6 +26,7 @@ from .recurrent_harness import (
     TENSOR_CORES,
     cells_agree,
     equal,
+    explains_what_runs,
     launches,
     network_case,
     networks_agree,
@@ -331,3 +334,20 @@ def test_which_layers_run_side_by_side():
         assert not asks(2, 256, 1, bidirectional=True)
         assert not asks(2, 256, 1, dropout=0.5)
         assert asks(2, 256, 1, dropout=0.5, train=False)
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_explains_what_runs(name, monkeypatch):
+    explains_what_runs("lstm", name, monkeypatch)
+
+
+def test_explains_other_backends():
+    notes = lambda name, *shapes: " | ".join(explain("lstm", shapes, torch.float32, wanted=name).notes)
+    shapes = (5, 3, 2), (1, 3, 7)
+    assert "15 x 2 x 28" in notes("cpu", *shapes) and "packed once" in notes("cpu", *shapes)
+    # the four gates and the cell state of each step and example
+    assert f"keeps {5 * 3 * (28 + 7) * 4} bytes" in notes("cpu", *shapes)
+    assert "each step of each layer" in notes("triton", *shapes)
+    assert "give the shapes" in notes("cpu", (5, 3, 2))
+    if not torch.cuda.is_available():
+        assert "none is here" in notes("cuda", *shapes)

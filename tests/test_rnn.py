@@ -6,6 +6,7 @@ from pyops import nn, use
 
 from .harness import passes, refuses, same_refusal
 from .recurrent_harness import (
+    EXPLAINED,
     MULTICAST,
     NETWORKS,
     OF_THE_RECIPE,
@@ -13,6 +14,7 @@ from .recurrent_harness import (
     TENSOR_CORES,
     cells_agree,
     equal,
+    explains_what_runs,
     network_case,
     networks_agree,
     products_on_tensor_cores,
@@ -179,3 +181,8 @@ def test_derivatives_of_layers_side_by_side():
 
 def test_layers_side_by_side_compile():
     stacks_compile(nn.RNN(3, 4, 2))
+
+
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_explains_what_runs(name, monkeypatch):
+    explains_what_runs("rnn_tanh", name, monkeypatch)

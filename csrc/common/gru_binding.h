@@ -117,5 +117,14 @@ std::tuple<Tensor, Tensor, Tensor> gru_stack_bwd(const OptionalTensor& dy, const
   });
 }
 
+std::vector<int64_t> gru_plan(const Tensor& like, int64_t steps, int64_t batch, int64_t directions, int64_t hidden,
+                              bool stacked, bool backward) {
+  OpScope op("gru_plan", like);
+  const auto sizes = recurrent::checked_steps(op, steps, batch, directions, hidden);
+  return dispatch_floating(op, like.scalar_type(), [&]<class T>() {
+    return plan_numbers<Gru, T>(sizes, directions, hidden, stacked, backward);
+  });
+}
+
 }  // namespace
 }  // namespace pyops

@@ -135,5 +135,14 @@ std::tuple<Tensor, Tensor, Tensor> lstm_stack_bwd(const OptionalTensor& dy, cons
   });
 }
 
+std::vector<int64_t> lstm_plan(const Tensor& like, int64_t steps, int64_t batch, int64_t directions, int64_t hidden,
+                               bool stacked, bool backward) {
+  OpScope op("lstm_plan", like);
+  const auto sizes = recurrent::checked_steps(op, steps, batch, directions, hidden);
+  return dispatch_floating(op, like.scalar_type(), [&]<class T>() {
+    return plan_numbers<Lstm, T>(sizes, directions, hidden, stacked, backward);
+  });
+}
+
 }  // namespace
 }  // namespace pyops

@@ -57,4 +57,20 @@ Stack<Cell, T> stack_of(const OpScope& op, int64_t N, const Tensor& h0, const Te
   return stack;
 }
 
+// Sizes that plan_numbers takes, of cuda/recurrent_stack.cuh.
+inline Steps checked_steps(const OpScope& op, int64_t steps, int64_t batch, int64_t directions, int64_t hidden) {
+  op.check(steps > 0 && batch > 0 && directions > 0 && hidden > 0, "sizes must be positive");
+  return {steps, batch, steps * batch, nullptr};
+}
+
 }  // namespace pyops::recurrent
+
+#if defined(PYOPS_CPU_CAPABILITY)
+namespace pyops::PYOPS_CPU_CAPABILITY {
+// The CPU's kernels have one plan.
+template <class Cell, class T>
+std::vector<int64_t> plan_numbers(const recurrent::Steps&, int64_t, int64_t, bool, bool) {
+  return {};
+}
+}  // namespace pyops::PYOPS_CPU_CAPABILITY
+#endif

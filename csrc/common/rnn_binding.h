@@ -123,5 +123,14 @@ std::tuple<Tensor, Tensor> rnn_stack_bwd(const OptionalTensor& dy, const Optiona
               : rnn_stack_backward<TanhRnn>(op, dy, dh_n, h0, w_ih, w_hh, y, below);
 }
 
+std::vector<int64_t> rnn_plan(const Tensor& like, int64_t steps, int64_t batch, int64_t directions, int64_t hidden,
+                              bool stacked, bool backward) {
+  OpScope op("rnn_plan", like);
+  const auto sizes = recurrent::checked_steps(op, steps, batch, directions, hidden);
+  return dispatch_floating(op, like.scalar_type(), [&]<class T>() {
+    return plan_numbers<TanhRnn, T>(sizes, directions, hidden, stacked, backward);
+  });
+}
+
 }  // namespace
 }  // namespace pyops

@@ -20,4 +20,5 @@ PYOPS_LIBRARY(m) {
   PYOPS_IMPL(m, gru_layer_bwd);
   PYOPS_IMPL(m, gru_stack_fwd);
   PYOPS_IMPL(m, gru_stack_bwd);
+  PYOPS_IMPL(m, gru_plan);
 }

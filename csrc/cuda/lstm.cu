@@ -19,4 +19,5 @@ PYOPS_LIBRARY(m) {
   PYOPS_IMPL(m, lstm_layer_bwd);
   PYOPS_IMPL(m, lstm_stack_fwd);
   PYOPS_IMPL(m, lstm_stack_bwd);
+  PYOPS_IMPL(m, lstm_plan);
 }

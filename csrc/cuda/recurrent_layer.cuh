@@ -21,71 +21,150 @@ void transpose(const T* from, T* to, int64_t D, int64_t rows, int64_t columns, c
          from, to, D, rows, columns);
 }
 
-// All steps in one launch, of work.blocks_per_direction for each of D directions or layers; false, and nothing done,
-// where these blocks do not all run at once.
-template <class Kernel, class Layer, class Work, class... More>
-bool launch_persistent(Kernel kernel, const Layer& s, Work work, int64_t D, int64_t steps, size_t shared, int cluster,
-                       cudaStream_t stream, const More&... more) {
-  work.begin = 0, work.end = steps, work.phase = 0;
-  const int64_t blocks = work.blocks_per_direction * D;
-  if (blocks > max_cooperative_blocks(kernel, sequence_threads, shared, cluster)) return false;
-  zero_memory(work.barrier, sizeof(unsigned), stream);
-  launch(kernel,
-         {.grid = dim3(static_cast<unsigned>(blocks)),
-          .block = dim3(sequence_threads),
-          .smem = shared,
-          .stream = stream,
-          .cluster = dim3(static_cast<unsigned>(cluster)),
-          .cooperative = true},
-         s, work, more...);
-  return true;
+// How all steps of a layer, or of layers side by side, are launched.
+struct SequencePlan {
+  int blocks = 0;          // per direction or layer; 0: not this way
+  int tiles = 0;           // on tensor cores; 0: on CUDA cores
+  int cluster = 1;         // blocks that share the states by multicast
+  bool persistent = true;  // one launch of blocks that all run at once; else one for each part of a step
+  int64_t kept = 0;        // CUDA cores: units of a block whose weights are in shared memory
+  int64_t shared = 0;      // bytes of it
+};
+
+// What the choice looks at.
+struct SequenceSizes {
+  int64_t units, bytes, D, steps;  // `bytes`: of the weights of a unit; D: directions or layers
+  int parts;                       // of a step
+  bool vectors;                    // rows of weights and states in 16-byte steps, as tensor cores want them
+  MmaSizes mma;
+};
+
+// What a pass needs for its own use, in elements: c, direct, m of SequenceWork, and weights transposed.
+template <class T>
+struct SequenceSpace {
+  int64_t c, direct, m, weights, other_weights;
+  int64_t bytes() const {
+    const auto wide = static_cast<int64_t>(sizeof(accumulate_t<T>)), narrow = static_cast<int64_t>(sizeof(T));
+    return (c + direct) * wide + (m + weights + other_weights) * narrow + static_cast<int64_t>(sizeof(unsigned));
+  }
+};
+
+template <class Kernel>
+bool runs_at_once(Kernel kernel, const SequencePlan& plan, int64_t D) {
+  return plan.blocks * D <=
+         max_cooperative_blocks(kernel, sequence_threads, static_cast<size_t>(plan.shared), plan.cluster);
 }
 
-// On tensor cores, by kernel_of(std::integral_constant) of one of these tiles; false where CUDA cores are to take the
-// layer.
-template <class T, int segments, int... tiles, class KernelOf, class Layer, class Work>
-bool run_on_tensor_cores(std::integer_sequence<int, tiles...> choices, const KernelOf& kernel_of, const Layer& s,
-                         Work work, const MmaSizes& size, int64_t steps, cudaStream_t stream) {
-  bool done = false;
-  if constexpr (sizeof(T) == 2) {
-    const MmaPlan plan = mma_plan<T, segments>(size, choices);
-    work.blocks_per_direction = plan.blocks;
-    const auto with = [&]<int n>() {
-      if (n == plan.tiles)
-        done = launch_persistent(kernel_of(std::integral_constant<int, n>()), s, work, size.D, steps,
-                                 static_cast<size_t>(plan.shared), 1, stream);
-    };
-    (with.template operator()<tiles>(), ...);
-  }
-  return done;
+// All steps in one launch.
+template <class Kernel, class Layer, class Work, class... More>
+void launch_persistent(Kernel kernel, const Layer& s, Work work, const SequencePlan& plan, int64_t D, int64_t steps,
+                       cudaStream_t stream, const More&... more) {
+  work.begin = 0, work.end = steps, work.phase = 0, work.blocks_per_direction = plan.blocks, work.kept = plan.kept;
+  zero_memory(work.barrier, sizeof(unsigned), stream);
+  launch(kernel,
+         {.grid = dim3(static_cast<unsigned>(plan.blocks * D)),
+          .block = dim3(sequence_threads),
+          .smem = static_cast<size_t>(plan.shared),
+          .stream = stream,
+          .cluster = dim3(static_cast<unsigned>(plan.cluster)),
+          .cooperative = true},
+         s, work, more...);
+}
+
+// Calls f.operator()<n>() where n is one of the tiles.
+template <int... tiles, class F>
+void with_tiles(std::integer_sequence<int, tiles...>, int n, const F& f) {
+  const auto with = [&]<int one>() {
+    if (n == one) f.template operator()<one>();
+  };
+  (with.template operator()<tiles>(), ...);
+}
+
+// The tensor cores' plan by kernel_of.operator()<tiles>(); of no blocks where CUDA cores are to take the layer.
+template <class T, int segments, class Tiles, class KernelOf>
+SequencePlan tensor_core_plan(Tiles tiles, const KernelOf& kernel_of, const MmaSizes& size) {
+  SequencePlan plan;
+  const MmaPlan mma = mma_plan<T, segments>(size, tiles);
+  with_tiles(tiles, mma.tiles, [&]<int n>() {
+    const SequencePlan wanted{.blocks = mma.blocks, .tiles = n, .cluster = size.cluster, .shared = mma.shared};
+    if (runs_at_once(kernel_of.template operator()<n>(), wanted, size.D)) plan = wanted;
+  });
+  return plan;
 }
 
 // One persistent launch where the weights of at least half of the `units` units of each of D directions (or layers),
 // `bytes` each, fit beside what else the kernel shares; else a launch for each of the one or two parts of a step.
-template <class Kernel, class Layer, class Work>
-void run_sequence(Kernel kernel, const Layer& s, Work work, int64_t D, int64_t units, int64_t bytes, int64_t steps,
-                  int parts, size_t other_bytes, cudaStream_t stream) {
-  if (steps == 0) return;
+template <class Kernel>
+SequencePlan cuda_core_plan(Kernel kernel, int64_t D, int64_t units, int64_t bytes, int64_t other_bytes) {
   const int64_t most = std::max<int64_t>(multiprocessor_count() / D, 1);
   // No more blocks than keep every warp busy with a tile.
-  work.blocks_per_direction = static_cast<int>(std::min(most, ceil_div(units, 4)));
-  const int64_t of_block = ceil_div(units, work.blocks_per_direction);
-  work.kept = std::min(of_block, (shared_memory_limit() - static_cast<int64_t>(other_bytes)) / bytes);
-  const size_t shared = other_bytes + static_cast<size_t>(work.kept * bytes);
-  if (2 * work.kept >= of_block && launch_persistent(kernel, s, work, D, steps, shared, 1, stream)) return;
-  work.blocks_per_direction = static_cast<int>(std::min<int64_t>(ceil_div(units, 8), most * 4)), work.kept = 0;
-  const dim3 grid(static_cast<unsigned>(work.blocks_per_direction * D));
+  SequencePlan plan{.blocks = static_cast<int>(std::min(most, ceil_div(units, 4)))};
+  const int64_t of_block = ceil_div(units, plan.blocks);
+  plan.kept = std::min(of_block, (shared_memory_limit() - other_bytes) / bytes);
+  plan.shared = other_bytes + plan.kept * bytes;
+  if (2 * plan.kept >= of_block && runs_at_once(kernel, plan, D)) return plan;
+  return {.blocks = static_cast<int>(std::min<int64_t>(ceil_div(units, 8), most * 4)),
+          .persistent = false,
+          .shared = other_bytes};
+}
+
+template <class Kernel, class Layer, class Work>
+void run_on_cuda_cores(Kernel kernel, const Layer& s, Work work, const SequencePlan& plan, int64_t D, int64_t steps,
+                       int parts, cudaStream_t stream) {
+  if (steps == 0) return;
+  if (plan.persistent) return launch_persistent(kernel, s, work, plan, D, steps, stream);
+  work.blocks_per_direction = plan.blocks, work.kept = 0;
+  const dim3 grid(static_cast<unsigned>(plan.blocks * D));
   for (int64_t i = 0; i < steps; ++i) {
     work.begin = i, work.end = i + 1;
     for (work.phase = 1; work.phase <= parts; ++work.phase)
-      launch(kernel, {.grid = grid, .block = dim3(sequence_threads), .smem = other_bytes, .stream = stream}, s, work);
+      launch(
+          kernel,
+          {.grid = grid, .block = dim3(sequence_threads), .smem = static_cast<size_t>(plan.shared), .stream = stream},
+          s, work);
   }
 }
 
-// In csrc/cuda/<stem>_hopper.cu: blocks share the states by multicast in clusters; false, and nothing done, where they
+template <class Kernel, class Layer, class Work>
+void run_sequence(Kernel kernel, const Layer& s, const Work& work, int64_t D, int64_t units, int64_t bytes,
+                  int64_t steps, int parts, size_t other_bytes, cudaStream_t stream) {
+  const auto plan = cuda_core_plan(kernel, D, units, bytes, static_cast<int64_t>(other_bytes));
+  run_on_cuda_cores(kernel, s, work, plan, D, steps, parts, stream);
+}
+
+// A Pass names its type, how many products of a step it has, the tiles it may take, and the kernel for each, 0 that on
+// CUDA cores.
+template <class Pass>
+SequencePlan plan_of(const SequenceSizes& size) {
+  using T = typename Pass::type;
+  if constexpr (sizeof(T) == 2) {
+    const auto kernel_of = []<int tiles>() { return Pass::template kernel<tiles>(); };
+    if (size.vectors)
+      if (const auto plan = tensor_core_plan<T, Pass::segments>(typename Pass::Tiles(), kernel_of, size.mma);
+          plan.blocks > 0)
+        return plan;
+  }
+  return cuda_core_plan(Pass::template kernel<0>(), size.D, size.units, size.bytes, 0);
+}
+
+template <class Pass, class Layer, class Work>
+void run_pass(const SequencePlan& plan, const SequenceSizes& size, const Layer& s, const Work& work,
+              cudaStream_t stream) {
+  if constexpr (sizeof(typename Pass::type) == 2)
+    if (plan.tiles > 0)
+      return with_tiles(typename Pass::Tiles(), plan.tiles, [&]<int n>() {
+        launch_persistent(Pass::template kernel<n>(), s, work, plan, size.D, size.steps, stream);
+      });
+  run_on_cuda_cores(Pass::template kernel<0>(), s, work, plan, size.D, size.steps, size.parts, stream);
+}
+
+// In csrc/cuda/<stem>_hopper.cu: blocks share the states by multicast in clusters; a plan of no blocks where they
 // should not or cannot. cuda/recurrent_multicast.cuh.
 template <class Cell, class T>
-bool forward_by_multicast(const recurrent::Sequence<T>& s, const SequenceWork<T>& work, cudaStream_t stream);
+SequencePlan multicast_plan(const recurrent::Sequence<T>& s);
+template <class Cell, class T>
+void forward_by_multicast(const recurrent::Sequence<T>& s, const SequenceWork<T>& work, const SequencePlan& plan,
+                          cudaStream_t stream);
 
 // Initial states go straight to the final ones where there are no steps.
 template <class T>
@@ -104,6 +183,65 @@ void copy(const T* from, T* to, int64_t n, cudaStream_t stream) {
 }
 
 template <class Cell, class T>
+struct LayerForward {
+  using type = T;
+  using Tiles = std::integer_sequence<int, 1, 2, 4>;
+  static constexpr int segments = 1;
+  template <int tiles>
+  static auto kernel() {
+    return sequence_forward_kernel<Cell, T, tiles>;
+  }
+  static SequenceSizes sizes(const recurrent::Sequence<T>& s) {
+    const int64_t bytes = Cell::gates * s.P * static_cast<int64_t>(sizeof(T));
+    return {s.H,
+            bytes,
+            s.D,
+            s.steps.T,
+            s.w_hr != nullptr ? 2 : 1,
+            s.P % 8 == 0 && is_aligned(s.h0, s.w_hh),
+            {s.H, Cell::gates, whole_blocks(s.P), s.steps.B, s.D, bytes}};
+  }
+  static SequenceSpace<T> space(const recurrent::Sequence<T>& s) {
+    const int64_t states = s.D * s.steps.B * s.H;
+    return {Cell::has_cell ? states : 0, 0, s.w_hr != nullptr ? states : 0, 0, 0};
+  }
+  static SequencePlan plan(const recurrent::Sequence<T>& s) {
+    const SequenceSizes size = sizes(s);
+    if constexpr (hopper_built && sizeof(T) == 2)
+      if (size.vectors && compute_capability() == 90)
+        if (const SequencePlan shared = multicast_plan<Cell>(s); shared.blocks > 0) return shared;
+    return plan_of<LayerForward>(size);
+  }
+};
+
+template <class Cell, class T>
+struct LayerBackward {
+  using type = T;
+  using Tiles = std::integer_sequence<int, 1>;
+  static constexpr int segments = 1;
+  template <int tiles>
+  static auto kernel() {
+    return sequence_backward_kernel<Cell, T, tiles>;
+  }
+  static SequenceSizes sizes(const recurrent::Sequence<T>& s) {
+    const int64_t K = Cell::gates * s.H, bytes = K * static_cast<int64_t>(sizeof(T));
+    return {s.P,
+            bytes,
+            s.D,
+            s.steps.T + 1,
+            s.w_hr != nullptr ? 2 : 1,
+            K % 8 == 0,
+            {s.P, 1, whole_blocks(K), s.steps.B, s.D, bytes}};
+  }
+  static SequenceSpace<T> space(const recurrent::Sequence<T>& s) {
+    const int64_t states = s.D * s.steps.B * s.H, weights = s.D * s.P * s.H;
+    return {Cell::has_cell ? states : 0, Cell::splits ? states : 0, 0, Cell::gates * weights,
+            s.w_hr != nullptr ? weights : 0};
+  }
+  static SequencePlan plan(const recurrent::Sequence<T>& s) { return plan_of<LayerBackward>(sizes(s)); }
+};
+
+template <class Cell, class T>
 void layer_forward(const OpScope& op, const recurrent::Sequence<T>& s) {
   using A = accumulate_t<T>;
   const auto stream = static_cast<cudaStream_t>(op.stream());
@@ -114,23 +252,16 @@ void layer_forward(const OpScope& op, const recurrent::Sequence<T>& s) {
     if (Cell::has_cell) copy(s.c0, s.c_n, D * B * s.H, stream);
     return;
   }
-  Tensor c = op.empty<A>({Cell::has_cell ? D * B * s.H : 0}), m = op.empty<T>({s.w_hr != nullptr ? D * B * s.H : 0});
-  Tensor barrier = op.empty<int32_t>({1});
+  using Pass = LayerForward<Cell, T>;
+  const auto space = Pass::space(s);
+  Tensor c = op.empty<A>({space.c}), m = op.empty<T>({space.m}), barrier = op.empty<int32_t>({1});
   SequenceWork<T> work{};
   work.c = op.out<A>(c, "c", {c.numel()}), work.m = op.out<T>(m, "m", {m.numel()});
   work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
-  const int64_t bytes = Cell::gates * s.P * static_cast<int64_t>(sizeof(T));
-  if (s.P % 8 == 0 && is_aligned(s.h0, s.w_hh)) {
-    if constexpr (hopper_built && sizeof(T) == 2)
-      if (compute_capability() == 90 && forward_by_multicast<Cell>(s, work, stream)) return;
-    if (run_on_tensor_cores<T, 1>(
-            std::integer_sequence<int, 1, 2, 4>(),
-            [](auto tiles) { return sequence_forward_kernel<Cell, T, decltype(tiles)::value>; }, s, work,
-            {s.H, Cell::gates, whole_blocks(s.P), B, D, bytes}, s.steps.T, stream))
-      return;
-  }
-  run_sequence(sequence_forward_kernel<Cell, T>, s, work, D, s.H, bytes, s.steps.T, s.w_hr != nullptr ? 2 : 1, 0,
-               stream);
+  const SequencePlan plan = Pass::plan(s);
+  if constexpr (hopper_built && sizeof(T) == 2)
+    if (plan.cluster > 1) return forward_by_multicast<Cell>(s, work, plan, stream);
+  run_pass<Pass>(plan, Pass::sizes(s), s, work, stream);
 }
 
 template <class Cell, class T>
@@ -144,24 +275,19 @@ void layer_backward(const OpScope& op, const recurrent::Sequence<T>& s) {
     if (Cell::has_cell) copy(s.dc_n, s.dc0, D * B * s.H, stream);
     return;
   }
-  Tensor c = op.empty<A>({Cell::has_cell ? D * B * s.H : 0}), direct = op.empty<A>({Cell::splits ? D * B * s.H : 0});
-  Tensor w_hh_t = op.empty<T>({D * s.P * K}), w_hr_t = op.empty<T>({s.w_hr != nullptr ? D * s.P * s.H : 0});
+  using Pass = LayerBackward<Cell, T>;
+  const auto space = Pass::space(s);
+  Tensor c = op.empty<A>({space.c}), direct = op.empty<A>({space.direct});
+  Tensor w_hh_t = op.empty<T>({space.weights}), w_hr_t = op.empty<T>({space.other_weights});
   Tensor barrier = op.empty<int32_t>({1});
   SequenceWork<T> work{};
   work.c = op.out<A>(c, "dc", {c.numel()}), work.direct = op.out<A>(direct, "direct", {direct.numel()});
   work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
-  T *pw = op.out<T>(w_hh_t, "w_hh_t", {D * s.P * K}), *pr = op.out<T>(w_hr_t, "w_hr_t", {w_hr_t.numel()});
+  T *pw = op.out<T>(w_hh_t, "w_hh_t", {space.weights}), *pr = op.out<T>(w_hr_t, "w_hr_t", {w_hr_t.numel()});
   transpose(s.w_hh, pw, D, K, s.P, stream);
   if (s.w_hr != nullptr) transpose(s.w_hr, pr, D, s.P, s.H, stream);
   work.w_hh_t = pw, work.w_hr_t = pr;
-  const int64_t bytes = K * static_cast<int64_t>(sizeof(T));
-  if (K % 8 == 0 && run_on_tensor_cores<T, 1>(
-                        std::integer_sequence<int, 1>(),
-                        [](auto tiles) { return sequence_backward_kernel<Cell, T, decltype(tiles)::value>; }, s, work,
-                        {s.P, 1, whole_blocks(K), B, D, bytes}, s.steps.T + 1, stream))
-    return;
-  run_sequence(sequence_backward_kernel<Cell, T>, s, work, D, s.P, bytes, s.steps.T + 1, s.w_hr != nullptr ? 2 : 1, 0,
-               stream);
+  run_pass<Pass>(Pass::plan(s), Pass::sizes(s), s, work, stream);
 }
 
 }  // namespace pyops

@@ -57,38 +57,46 @@ __global__ void sequence_forward_multicast_kernel(recurrent::Sequence<T> s, Sequ
   cluster_sync();  // no block leaves while others may send it something
 }
 
+using MulticastTiles = std::integer_sequence<int, 1, 2, 4>;
+
 template <class Cell, class T>
-bool forward_by_multicast(const recurrent::Sequence<T>& s, const SequenceWork<T>& work, cudaStream_t stream) {
+SequencePlan multicast_plan(const recurrent::Sequence<T>& s) {
+  const int64_t B = s.steps.B, size = sizeof(T);
+  SequencePlan plan;
+  if (s.steps.starts != nullptr || s.w_hr != nullptr || !multicast_pays(B * s.P * size)) return plan;
+  const auto kernel_of = []<int tiles>() { return sequence_forward_multicast_kernel<Cell, T, tiles>; };
+  for (const int cluster : {4, 2})
+    if (plan.blocks == 0)
+      plan = tensor_core_plan<T, 1>(MulticastTiles(), kernel_of,
+                                    {s.H, Cell::gates, whole_blocks(s.P), B, s.D, Cell::gates * s.P * size, cluster});
+  return plan;
+}
+
+template <class Cell, class T>
+void forward_by_multicast(const recurrent::Sequence<T>& s, const SequenceWork<T>& work, const SequencePlan& plan,
+                          cudaStream_t stream) {
   const int64_t B = s.steps.B, D = s.D, P = s.P, steps = s.steps.T, size = sizeof(T);
-  if (s.steps.starts != nullptr || s.w_hr != nullptr || !multicast_pays(B * P * size)) return false;
   const auto map = [&]<int rows>(const T* from, uint64_t of_direction, uint64_t of_row, int64_t count) {
     const auto box = static_cast<uint32_t>(B < rows ? ceil_div(B, 8) * 8 : rows);
     const auto n = [](int64_t v) { return static_cast<uint64_t>(v); };
     return make_tensor_map(from, {n(P), n(D), n(B), n(count)}, {n(size), of_direction, of_row, n(D * B * P * size)},
                            {mma_depth, 1, box, 1}, Swizzle::none);
   };
-  bool done = false;
-  for (const int cluster : {4, 2}) {
-    const MmaPlan plan = mma_plan<T, 1>({s.H, Cell::gates, whole_blocks(P), B, D, Cell::gates * P * size, cluster},
-                                        std::integer_sequence<int, 1, 2, 4>());
-    const auto with = [&]<int tiles>() {
-      if (done || tiles != plan.tiles) return;
-      constexpr int rows = MmaProduct<T, tiles>::rows;
-      const StateMaps maps{map.template operator()<rows>(s.y, P * size, D * P * size, steps),
-                           map.template operator()<rows>(s.h0, B * P * size, P * size, 1)};
-      SequenceWork<T> of_plan = work;
-      of_plan.blocks_per_direction = plan.blocks;
-      done = launch_persistent(sequence_forward_multicast_kernel<Cell, T, tiles>, s, of_plan, D, steps,
-                               static_cast<size_t>(plan.shared), cluster, stream, maps);
-    };
-    with.template operator()<1>(), with.template operator()<2>(), with.template operator()<4>();
-  }
-  return done;
+  with_tiles(MulticastTiles(), plan.tiles, [&]<int tiles>() {
+    constexpr int rows = MmaProduct<T, tiles>::rows;
+    const StateMaps maps{map.template operator()<rows>(s.y, P * size, D * P * size, steps),
+                         map.template operator()<rows>(s.h0, B * P * size, P * size, 1)};
+    launch_persistent(sequence_forward_multicast_kernel<Cell, T, tiles>, s, work, plan, D, steps, stream, maps);
+  });
 }
 
 // What <stem>_hopper.cu holds of a cell.
-#define PYOPS_FORWARD_BY_MULTICAST(CELL)                                                                               \
-  template bool forward_by_multicast<CELL>(const recurrent::Sequence<bf16>&, const SequenceWork<bf16>&, cudaStream_t); \
-  template bool forward_by_multicast<CELL>(const recurrent::Sequence<fp16>&, const SequenceWork<fp16>&, cudaStream_t)
+#define PYOPS_FORWARD_BY_MULTICAST_OF(CELL, T)                                                                         \
+  template SequencePlan multicast_plan<CELL>(const recurrent::Sequence<T>&);                                           \
+  template void forward_by_multicast<CELL>(const recurrent::Sequence<T>&, const SequenceWork<T>&, const SequencePlan&, \
+                                           cudaStream_t)
+#define PYOPS_FORWARD_BY_MULTICAST(CELL)     \
+  PYOPS_FORWARD_BY_MULTICAST_OF(CELL, bf16); \
+  PYOPS_FORWARD_BY_MULTICAST_OF(CELL, fp16)
 
 }  // namespace pyops

@@ -89,24 +89,61 @@ __global__ void stack_backward_kernel(recurrent::Stack<Cell, T> stack, StackWork
 }
 
 template <class Cell, class T>
+struct StackForward {
+  using type = T;
+  using Tiles = std::integer_sequence<int, 2, 4>;
+  static constexpr int segments = 2;
+  template <int tiles>
+  static auto kernel() {
+    return stack_forward_kernel<Cell, T, tiles>;
+  }
+  static SequenceSizes sizes(const recurrent::Stack<Cell, T>& stack) {
+    const int64_t H = stack.s.H, B = stack.s.steps.B, L = stack.L;
+    const int64_t bytes = 2 * Cell::gates * H * static_cast<int64_t>(sizeof(T));
+    constexpr int slots = Cell::gates + Cell::splits;
+    const bool vectors = H % 8 == 0 && is_aligned(stack.s.h0, stack.s.w_hh, stack.w_ih);
+    return {H, bytes, L, stack.s.steps.T + L - 1, 1, vectors, {H, slots, 2 * whole_blocks(H), B, L, bytes}};
+  }
+  static SequenceSpace<T> space(const recurrent::Stack<Cell, T>& stack) {
+    return {Cell::has_cell ? stack.L * stack.s.steps.B * stack.s.H : 0, 0, 0, 0, 0};
+  }
+  static SequencePlan plan(const recurrent::Stack<Cell, T>& stack) { return plan_of<StackForward>(sizes(stack)); }
+};
+
+template <class Cell, class T>
+struct StackBackward {
+  using type = T;
+  using Tiles = std::integer_sequence<int, 1>;
+  static constexpr int segments = 2;
+  template <int tiles>
+  static auto kernel() {
+    return stack_backward_kernel<Cell, T, tiles>;
+  }
+  static SequenceSizes sizes(const recurrent::Stack<Cell, T>& stack) {
+    const int64_t H = stack.s.H, B = stack.s.steps.B, L = stack.L, K = Cell::gates * H;
+    const int64_t bytes = 2 * K * static_cast<int64_t>(sizeof(T));
+    return {H, bytes, L, stack.s.steps.T + L, 1, K % 8 == 0, {H, 1, 2 * whole_blocks(K), B, L, bytes}};
+  }
+  static SequenceSpace<T> space(const recurrent::Stack<Cell, T>& stack) {
+    const int64_t L = stack.L, H = stack.s.H, states = L * stack.s.steps.B * H, weights = Cell::gates * H * H;
+    return {Cell::has_cell ? states : 0, Cell::splits ? states : 0, 0, L * weights, (L - 1) * weights};
+  }
+  static SequencePlan plan(const recurrent::Stack<Cell, T>& stack) { return plan_of<StackBackward>(sizes(stack)); }
+};
+
+template <class Cell, class T>
 void stack_forward(const OpScope& op, const recurrent::Stack<Cell, T>& stack) {
   using A = accumulate_t<T>;
   const auto stream = static_cast<cudaStream_t>(op.stream());
-  const int64_t B = stack.s.steps.B, H = stack.s.H, L = stack.L, K = Cell::gates * H;
+  const int64_t B = stack.s.steps.B, H = stack.s.H, L = stack.L;
   if (B == 0) return;
-  Tensor c = op.empty<A>({Cell::has_cell ? L * B * H : 0}), barrier = op.empty<int32_t>({1});
+  using Pass = StackForward<Cell, T>;
+  const auto space = Pass::space(stack);
+  Tensor c = op.empty<A>({space.c}), barrier = op.empty<int32_t>({1});
   StackWork<T> work{};
   work.c = op.out<A>(c, "c", {c.numel()});
   work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
-  const int64_t bytes = 2 * K * static_cast<int64_t>(sizeof(T)), steps = stack.s.steps.T + L - 1;
-  constexpr int slots = Cell::gates + Cell::splits;
-  if (H % 8 == 0 && is_aligned(stack.s.h0, stack.s.w_hh, stack.w_ih) &&
-      run_on_tensor_cores<T, 2>(
-          std::integer_sequence<int, 2, 4>(),
-          [](auto tiles) { return stack_forward_kernel<Cell, T, decltype(tiles)::value>; }, stack, work,
-          {H, slots, 2 * whole_blocks(H), B, L, bytes}, steps, stream))
-    return;
-  run_sequence(stack_forward_kernel<Cell, T>, stack, work, L, H, bytes, steps, 1, 0, stream);
+  run_pass<Pass>(Pass::plan(stack), Pass::sizes(stack), stack, work, stream);
 }
 
 template <class Cell, class T>
@@ -115,22 +152,36 @@ void stack_backward(const OpScope& op, const recurrent::Stack<Cell, T>& stack) {
   const auto stream = static_cast<cudaStream_t>(op.stream());
   const int64_t B = stack.s.steps.B, H = stack.s.H, L = stack.L, K = Cell::gates * H;
   if (B == 0) return;
-  Tensor c = op.empty<A>({Cell::has_cell ? L * B * H : 0}), direct = op.empty<A>({Cell::splits ? L * B * H : 0});
-  Tensor w_hh_t = op.empty<T>({L * H * K}), w_ih_t = op.empty<T>({(L - 1) * H * K}), barrier = op.empty<int32_t>({1});
+  using Pass = StackBackward<Cell, T>;
+  const auto space = Pass::space(stack);
+  Tensor c = op.empty<A>({space.c}), direct = op.empty<A>({space.direct}), barrier = op.empty<int32_t>({1});
+  Tensor w_hh_t = op.empty<T>({space.weights}), w_ih_t = op.empty<T>({space.other_weights});
   StackWork<T> work{};
   work.c = op.out<A>(c, "dc", {c.numel()}), work.direct = op.out<A>(direct, "direct", {direct.numel()});
   work.barrier = reinterpret_cast<unsigned*>(op.out<int32_t>(barrier, "barrier", {1}));
-  T *hidden = op.out<T>(w_hh_t, "w_hh_t", {L * H * K}), *input = op.out<T>(w_ih_t, "w_ih_t", {(L - 1) * H * K});
+  T *hidden = op.out<T>(w_hh_t, "w_hh_t", {space.weights}), *input = op.out<T>(w_ih_t, "w_ih_t", {space.other_weights});
   transpose(stack.s.w_hh, hidden, L, K, H, stream);
   transpose(stack.w_ih, input, L - 1, K, H, stream);
   work.w_hh_t = hidden, work.w_ih_t = input;
-  const int64_t bytes = 2 * K * static_cast<int64_t>(sizeof(T)), steps = stack.s.steps.T + L;
-  if (K % 8 == 0 && run_on_tensor_cores<T, 2>(
-                        std::integer_sequence<int, 1>(),
-                        [](auto tiles) { return stack_backward_kernel<Cell, T, decltype(tiles)::value>; }, stack, work,
-                        {H, 1, 2 * whole_blocks(K), B, L, bytes}, steps, stream))
-    return;
-  run_sequence(stack_backward_kernel<Cell, T>, stack, work, L, H, bytes, steps, 1, 0, stream);
+  run_pass<Pass>(Pass::plan(stack), Pass::sizes(stack), stack, work, stream);
+}
+
+// The plan of a layer of D directions, or of D layers side by side: blocks in all, tiles, cluster, whether it is one
+// launch, bytes of shared memory of a block, bytes of workspace.
+template <class Pass, class Layer>
+std::vector<int64_t> plan_numbers(const Layer& s, int64_t D) {
+  const SequencePlan plan = Pass::plan(s);
+  return {plan.blocks * D, plan.tiles, plan.cluster, plan.persistent, plan.shared, Pass::space(s).bytes()};
+}
+template <class Cell, class T>
+std::vector<int64_t> plan_numbers(const recurrent::Steps& steps, int64_t D, int64_t H, bool stacked, bool backward) {
+  recurrent::Stack<Cell, T> stack{};
+  stack.L = D;
+  recurrent::Sequence<T>& s = stack.s;
+  s.steps = steps, s.D = D, s.H = s.P = H;
+  if (stacked)
+    return backward ? plan_numbers<StackBackward<Cell, T>>(stack, D) : plan_numbers<StackForward<Cell, T>>(stack, D);
+  return backward ? plan_numbers<LayerBackward<Cell, T>>(s, D) : plan_numbers<LayerForward<Cell, T>>(s, D);
 }
 
 }  // namespace pyops

@@ -19,4 +19,5 @@ PYOPS_LIBRARY(m) {
   PYOPS_IMPL(m, rnn_layer_bwd);
   PYOPS_IMPL(m, rnn_stack_fwd);
   PYOPS_IMPL(m, rnn_stack_bwd);
+  PYOPS_IMPL(m, rnn_plan);
 }

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import backend, library, product, recurrent, recurrent_samples
+from ..core import backend, library, product, recurrent, recurrent_notes, recurrent_samples
 from ..core.autograd import Formula, differentiable
+from ..core.explain import explains
 from ..core.intercept import route
 from ..core.regularized import Regularized
 from ..core.samples import Sample, checked
@@ -324,6 +325,11 @@ class GRU(Regularized, torch.nn.GRU):
 
 route((torch.gru_cell,), "gru_cell", gru_cell)
 route((torch.gru,), "gru", gru)
+
+_notes = recurrent_notes.explainer(
+    3, recurrent_notes.declare_plan("gru"), lambda gates, h0: _layer_fwd_fake(gates, h0, None, None, None, True)[2:]
+)
+explains("gru", _notes)
 
 
 _sample = partial(recurrent_samples.cell, 3, 1)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import autocast, backend, check, library, recurrent, recurrent_samples
+from ..core import autocast, backend, check, library, recurrent, recurrent_notes, recurrent_samples
 from ..core.autograd import Formula, differentiable
+from ..core.explain import explains
 from ..core.intercept import route
 from ..core.regularized import Regularized
 from ..core.samples import Sample, checked
@@ -322,6 +323,13 @@ class LSTM(Regularized, torch.nn.LSTM):
 
 route((torch.lstm_cell,), "lstm_cell", lstm_cell)
 route((torch.lstm,), "lstm", lstm)
+
+_notes = recurrent_notes.explainer(
+    4,
+    recurrent_notes.declare_plan("lstm"),
+    lambda gates, h0: _layer_fwd_fake(gates, h0, h0, None, None, None, True)[3:],
+)
+explains("lstm", _notes)
 
 
 def _flat(function):

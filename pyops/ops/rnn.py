@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import backend, library, recurrent, recurrent_samples
+from ..core import backend, library, recurrent, recurrent_notes, recurrent_samples
 from ..core.autograd import Formula, differentiable
+from ..core.explain import explains
 from ..core.intercept import route
 from ..core.regularized import Regularized
 from ..core.samples import Sample, checked
@@ -310,6 +311,10 @@ route((torch.rnn_tanh_cell,), "rnn_tanh_cell", rnn_tanh_cell)
 route((torch.rnn_relu_cell,), "rnn_relu_cell", rnn_relu_cell)
 route((torch.rnn_tanh,), "rnn_tanh", rnn_tanh)
 route((torch.rnn_relu,), "rnn_relu", rnn_relu)
+
+_notes = recurrent_notes.explainer(1, recurrent_notes.declare_plan("rnn"), lambda gates, h0: ())
+for _op in ("rnn_tanh", "rnn_relu"):
+    explains(_op, _notes)
 
 
 _sample = partial(recurrent_samples.cell, 1, 1)
