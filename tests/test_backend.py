@@ -31,3 +31,25 @@ def test_the_first_choice_may_be_made_while_compiling():
     torch.testing.assert_close(compiled(X), torch.nn.functional.layer_norm(X, (4,)))
     with backends.backend("emulator"):
         torch.testing.assert_close(compiled(X), torch.nn.functional.layer_norm(X, (4,)))
+
+
+def test_compiled_once_for_a_backend():
+    graphs = []
+    count = lambda graph, _: graphs.append(graph) or graph.forward
+    torch._dynamo.reset()
+    with backends.backend(None):
+        compiled = torch.compile(lambda x: F.layer_norm(x, (4,)), fullgraph=True, backend=count)
+        compiled(X)
+        compiled(X)
+        assert len(graphs) == 1
+        with backends.backend("emulator"):
+            compiled(X)
+        assert ["pyops_emulator" in graph.code for graph in graphs] == [False, True]
+
+
+def test_a_compiled_call_says_why_nothing_can_run(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(backends, "_problem", "PYOPS_BACKEND: got 'gpu'")
+    backends._chosen.clear()
+    with pytest.raises(RuntimeError, match=r"^layer_norm: PYOPS_BACKEND: got 'gpu'$"):
+        torch.compile(lambda x: F.layer_norm(x, (4,)), backend="aot_eager")(X)

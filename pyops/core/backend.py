@@ -12,6 +12,8 @@ from types import TracebackType
 
 import torch
 
+from . import tracing
+
 NAMES = ("cpu", "cuda", "triton", "emulator")
 _NAMESPACE_ON = {
     # (backend, device type) -> namespace; what is absent cannot run
@@ -118,10 +120,24 @@ def namespace_for(op: str, x: torch.Tensor) -> str:
         NotImplementedError: none is forced, and pyops has no kernels for the device here.
     """
     device_type = x.device.type
+    if torch.compiler.is_compiling():
+        return _compiled_choice(op, device_type, _forced, _problem) or _choose(op, device_type)
     namespace = _chosen.get(device_type)
     if namespace is None:
         namespace = _chosen[device_type] = _choose(op, device_type)
     return namespace
+
+
+@tracing.constant
+def _compiled_choice(op: str, device_type: str, forced: str | None, problem: str | None) -> str | None:
+    """The choice where dynamo traces, which then guards the two causes of it and not what is remembered.
+
+    What the first call remembers would make the second compile again. None where nothing can run.
+    """
+    try:
+        return _choose(op, device_type)
+    except RuntimeError:
+        return None
 
 
 def _choose(op: str, device_type: str) -> str:
