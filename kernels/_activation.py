@@ -79,7 +79,7 @@ def gradient(dy, x, KIND: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, PC: 
     elif KIND == 1:
         dx = tl.where(x > 0.0, dy, dy * PA)
     elif KIND == 2:
-        dx = tl.where(x <= 0.0, dy * (PA * PB * PC) * tl.exp(tl.where(x <= 0.0, x, 0.0) * PC), dy * PB)
+        dx = tl.where(x > 0.0, dy * PB, dy * (PA * PB * PC) * tl.exp(tl.where(x > 0.0, 0.0, x) * PC))
     elif KIND == 3:
         dx = dy * (normal_distribution(x) + x * (0.3989422804014327 * tl.exp(x * x * -0.5)))
     elif KIND == 4:
@@ -98,9 +98,9 @@ def gradient(dy, x, KIND: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, PC: 
     elif KIND == 8:
         dx = tl.where((x > -3.0) & (x < 3.0), dy / 6.0, 0.0)
     elif KIND == 9:
-        dx = tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, dy * (x / 3.0 + 0.5), dy))
+        dx = tl.where(x <= -3.0, 0.0, tl.where(x >= 3.0, dy, dy * (x / 3.0 + 0.5)))
     elif KIND == 10:
-        dx = tl.where((x <= PA) | (x >= PB), 0.0, dy)
+        dx = tl.where((x > PA) & (x < PB), dy, 0.0)
     elif KIND == 11:
         z = x * PA
         dx = tl.where(z > PB, dy, dy * sigmoid(z))
@@ -114,7 +114,7 @@ def gradient(dy, x, KIND: tl.constexpr, PA: tl.constexpr, PB: tl.constexpr, PC: 
         e = tl.exp(-tl.abs(x))
         dx = dy * (tl.where(x < 0.0, 1.0, e) / (1.0 + e))
     elif KIND == 15 or KIND == 16:
-        dx = tl.where(tl.abs(x) <= PA, 0.0, dy)
+        dx = tl.where(tl.abs(x) > PA, dy, 0.0)
     elif KIND == 17:
         t = tanh(x)
         dx = dy * (t * t)

@@ -6,6 +6,7 @@ import torch
 from pyops import functional as F
 from pyops import nn, testing, use
 from pyops.core import backend as backends
+from pyops.core.activations import FUNCTIONS
 
 from .harness import modules_agree, passes, refuses, same_refusal
 
@@ -106,6 +107,40 @@ def test_kinks_and_nan_as_torch(backend, ours, theirs, arguments, kwargs, dtype)
         torch.testing.assert_close(ours_t[finite], theirs_t[finite])
     # torch's own gradients at NaN and values at infinity differ between its scalar and vector code.
     assert values[0][0][-1].isnan() == values[1][0][-1].isnan()
+
+
+@pytest.mark.parametrize("ours, theirs, arguments, kwargs", functions_of_torch())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gradients_at_nan_as_torch_vectors(backend, ours, theirs, arguments, kwargs, dtype):
+    """As torch on the CPU where a vector is full of them: its scalar tails and its GPU let some of them through."""
+    values = []
+    for function in (ours, theirs):
+        x = torch.full((64,), math.nan, dtype=dtype, requires_grad=True)
+        with backends.backend(backend):
+            y = function(x, *arguments, **kwargs)
+        (dx,) = torch.autograd.grad(y, x, torch.full_like(y, 2.0))
+        assert y.isnan().all()
+        values.append(dx)
+    torch.testing.assert_close(*values, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_truth_has_the_gradient_of_the_kernel_at_nan(name):
+    """What second gradients and fused rooms are made of."""
+    number, truth = FUNCTIONS[name]
+    x = torch.full((64,), math.nan, dtype=torch.float64, requires_grad=True)
+    (dx,) = torch.autograd.grad(truth(x, 0.5, 1.5, 0.7), x, torch.full_like(x, 2.0))
+    kernel = torch.ops.pyops.activation_bwd(torch.full_like(x, 2.0), x.detach(), number, 0.5, 1.5, 0.7)
+    torch.testing.assert_close(dx, kernel, equal_nan=True)
+
+
+@pytest.mark.parametrize("x", [math.inf, -math.inf])
+def test_softsign_is_flat_at_infinity(backend, x):
+    """torch computes 1 - |y| with y = inf / inf and has NaN."""
+    x = torch.full((64,), x, requires_grad=True)
+    with backends.backend(backend):
+        (dx,) = torch.autograd.grad(F.softsign(x).sum(), x)
+    assert (dx == 0).all()
 
 
 def test_an_infinite_cotangent_stays_out_of_the_flat_side():

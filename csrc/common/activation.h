@@ -3,7 +3,9 @@
 // branch in kernels/activation.py and a row in pyops/ops/activation.py.
 //
 // V is a vector or a scalar. value(x, p) is y; gradient(dy, x, p) is dx. Where the slope is 0 or 1 the gradient selects
-// instead of multiplying, so that an infinite dy does not become NaN; kinks and NaN fall on the side torch chooses.
+// instead of multiplying, so that an infinite dy does not become NaN. Kinks fall on the side torch chooses, and so does
+// NaN: where torch's vectors differ from its scalar tails and its GPU (elu, hardswish, hardtanh, the shrinks), as in its
+// vectors. Hence comparisons are written so that NaN, for which all are false, takes the wanted branch.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +49,7 @@ struct Elu {
   }
   template <class V>
   static PYOPS_HOST_DEVICE V gradient(V dy, V x, Parameters p) {
-    return select(x <= V(0), dy * V(p.a * p.b * p.c) * exp(x * V(p.c)), dy * V(p.b));
+    return select(x > V(0), dy * V(p.b), dy * V(p.a * p.b * p.c) * exp(x * V(p.c)));
   }
 };
 
@@ -142,7 +144,7 @@ struct Hardswish {
   }
   template <class V>
   static PYOPS_HOST_DEVICE V gradient(V dy, V x, Parameters) {
-    return select(x <= V(-3), V(0), select(x < V(3), dy * (x / V(3) + V(0.5)), dy));
+    return select(x <= V(-3), V(0), select(x >= V(3), dy, dy * (x / V(3) + V(0.5))));
   }
 };
 
@@ -154,7 +156,7 @@ struct Hardtanh {
   }
   template <class V>
   static PYOPS_HOST_DEVICE V gradient(V dy, V x, Parameters p) {
-    return select(x <= V(p.a), V(0), select(x >= V(p.b), V(0), dy));
+    return select(x > V(p.a), select(x < V(p.b), dy, V(0)), V(0));
   }
 };
 
@@ -219,7 +221,7 @@ struct Hardshrink {
   }
   template <class V>
   static PYOPS_HOST_DEVICE V gradient(V dy, V x, Parameters p) {
-    return select(abs(x) <= V(p.a), V(0), dy);
+    return select(abs(x) > V(p.a), dy, V(0));
   }
 };
 
@@ -231,7 +233,7 @@ struct Softshrink {
   }
   template <class V>
   static PYOPS_HOST_DEVICE V gradient(V dy, V x, Parameters p) {
-    return select(abs(x) <= V(p.a), V(0), dy);
+    return select(abs(x) > V(p.a), dy, V(0));
   }
 };
 

@@ -19,19 +19,19 @@ SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.050700987355480493
 
 
 def _elu(x, a, b, c):
-    return torch.where(x <= 0, (a * b) * torch.expm1(torch.where(x <= 0, x, torch.zeros_like(x)) * c), x * b)
+    return torch.where(x > 0, x * b, (a * b) * torch.expm1(torch.where(x > 0, torch.zeros_like(x), x) * c))
 
 
 def hardsigmoid(x: torch.Tensor) -> torch.Tensor:
     """torch's own has no second derivative, and multiplies by 1/6 in float32 in every dtype."""
-    return torch.where((x > -3) & (x < 3), (x + 3) / 6, torch.where(x != x, x, (x >= 3).to(x.dtype)))
+    return torch.where((x > -3) & (x < 3), (x + 3) / 6, torch.where(x != x, x.detach(), (x >= 3).to(x.dtype)))
 
 
 def hardswish(x: torch.Tensor) -> torch.Tensor:
     """torch's own multiplies by 1/6 in float32 on the GPU; kinks and infinities fall as there."""
-    inside = (x > -3) & (x < 3)
-    t = torch.where(inside, x, torch.zeros_like(x))
-    return torch.where(inside, t * (t + 3) / 6, torch.where(x >= 3, x, x * 0))
+    outside = (x <= -3) | (x >= 3)
+    t = torch.where(outside, torch.zeros_like(x), x)
+    return torch.where(outside, torch.where(x >= 3, x, x * 0), t * (t + 3) / 6)
 
 
 # name -> (number in csrc/common/activation.h, the same in plain torch with parameters a, b, c)

@@ -13,6 +13,11 @@ dtype and, where x is dense in memory (contiguous, channels last, transposed), t
 (float64 for float64), are bitwise deterministic, send NaN to NaN, and have gradients of every order, forward mode,
 vmap and torch.compile. ``inplace=True`` overwrites the input, as in torch. They raise NotImplementedError for an input
 that is not floating point and TypeError for what is no tensor or no number.
+
+The gradient at NaN is that of torch's vector code on the CPU, everywhere: NaN for smooth functions, elu, selu, celu and
+hardswish; the slope of the side that NaN falls on for relu, leaky_relu, prelu and threshold; 0 for hardtanh, relu6,
+hardsigmoid, hardshrink and softshrink. torch itself differs between vectors, the scalar tail of a tensor and the GPU
+(elu, hardswish, hardtanh and the shrinks). The gradient of softsign at infinity is its limit 0; torch has NaN.
 """
 
 from __future__ import annotations
