@@ -257,6 +257,17 @@ def test_gram_matrix_derivatives():
     torch.autograd.gradgradcheck(F.gram_matrix, x)
 
 
+@pytest.mark.parametrize("rows", [3, 257])
+def test_gram_matrix_gradient_of_infinities(rows):
+    """(dG + dGᵀ) x: an infinite feature reaches the channels that meet it, and as an infinity."""
+    x, dy = torch.ones(rows, 2), torch.rand(rows, rows) + 0.5
+    x[1, 0] = math.inf
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(F.gram_matrix(x), x, dy)
+    torch.testing.assert_close(dx, (dy + dy.mT) @ x.detach())
+    assert dx[:, 0].isinf().all() and dx[:, 1].isfinite().all()
+
+
 def test_routed():
     x = torch.randn(3, 4)
     with use() as report:

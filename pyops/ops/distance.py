@@ -349,8 +349,9 @@ def gram_matrix(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         scale: factor, for example 1 / (C H W).
 
     Returns:
-        Tensor[*, C, C], exactly symmetric. From 256 channels on only the blocks on and below the diagonal are computed,
-        10 of 16, by torch's matrix product; the others are their transposes. The gradient is (dG + dGᵀ) x.
+        Tensor[*, C, C], exactly symmetric. Below 256 channels it is torch's whole matrix product, with whose gradient
+        blocks are no faster; from there on only the blocks on and below the diagonal are computed, 10 of 16, and the
+        others are their transposes. The gradient is (dG + dGᵀ) x, also where x is infinite.
 
     Raises:
         RuntimeError: fewer than two dimensions.
@@ -378,8 +379,11 @@ def _gram(x: torch.Tensor) -> torch.Tensor:
 
 
 def _mirrored(g: torch.Tensor) -> torch.Tensor:
-    """The lower triangle on both sides: a product need not round (c, d) as it rounds (d, c)."""
-    return g.tril() + g.tril(-1).mT
+    """The mean with the transpose: a product need not round (c, d) as it rounds (d, c). Its gradient is the mean with
+    the transpose too; one of a triangle would multiply zeros with what is infinite.
+    """
+    half = 0.5 * g
+    return half + half.mT
 
 
 class PairwiseDistance(torch.nn.PairwiseDistance):
