@@ -124,7 +124,16 @@ def test_two_numbers_a_row_are_kept():
 
 def test_labels_outside():
     for bad in (5, -1, 2**40):
-        refuses(IndexError, ("target", "out of bounds"), F.cross_entropy, X, torch.full((6,), bad))
+        labels = torch.full((6,), -100)
+        labels[4] = bad
+        said = ("'target'", f"got {bad} out of bounds", "[0, 5)", "-100")
+        refuses(IndexError, ("cross_entropy: ", *said), F.cross_entropy, X, labels)
+        refuses(IndexError, ("nll_loss: ", *said), F.nll_loss, X, labels)
+        refuses(
+            IndexError, ("linear_cross_entropy: ", *said), F.linear_cross_entropy, X, torch.ones(5, X.shape[1]), labels
+        )
+        hidden = torch.func.vmap(lambda t: F.nll_loss(X, t))
+        refuses(IndexError, ("nll_loss: ", "'target'", "out of bounds"), hidden, labels.expand(2, 6))
         same_refusal(F.nll_loss, torch_F.nll_loss, X, torch.full((6,), bad))
     for name in ("emulator", "triton"):
         try:

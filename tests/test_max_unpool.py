@@ -59,7 +59,10 @@ def test_the_last_of_equal_places_stays(backend):
 
 def test_index_outside_the_output():
     x, index = torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), 16)
-    refuses(RuntimeError, ("max_unpool", "'indices'"), F.max_unpool2d, x, index, 2)
+    said = ("'indices'", "got 16 out of bounds", "[0, 16)")
+    refuses(RuntimeError, ("max_unpool2d: ", *said), F.max_unpool2d, x, index, 2)
+    refuses(RuntimeError, ("max_unpool1d: ", *said[:1]), F.max_unpool1d, x[0], index[0], 2)
+    refuses(RuntimeError, ("max_unpool3d: ", *said[:1]), F.max_unpool3d, x[None], 99 * index[None], 2)
     same_refusal(F.max_unpool2d, torch_F.max_unpool2d, x, -index, 2)
     for name in ("emulator", "triton"):
         try:

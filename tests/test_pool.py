@@ -190,6 +190,10 @@ X = torch.ones(1, 2, 5, 5)
         ("adaptive_avg_pool2d", (X, -1), {}),
         ("adaptive_avg_pool2d", (X, (1, 2, 3)), {}),
         ("adaptive_max_pool2d", (torch.ones(5, 5), 2), {}),
+        ("lp_pool1d", (X[0], 0, 2), {}),
+        ("lp_pool2d", (X, 0.0, 2), {}),
+        ("lp_pool2d", (X, None, 2), {}),
+        ("lp_pool2d", (X, 2.0, 6), {}),
     ],
 )
 def test_refuses_as_torch(op, args, kwargs):
@@ -199,3 +203,9 @@ def test_refuses_as_torch(op, args, kwargs):
 def test_messages():
     refuses(RuntimeError, ("max_pool2d", "'padding'", "2"), F.max_pool2d, X, 3, 1, 2)
     refuses(NotImplementedError, ("avg_pool2d", "'input'", "int32"), F.avg_pool2d, X.int(), 2)
+    for rank, x in ((1, X[0]), (2, X), (3, X[None])):
+        op = f"lp_pool{rank}d"
+        refuses(RuntimeError, (f"{op}: ", "'kernel_size'", "[6"), getattr(F, op), x, 2.0, 6)
+        refuses(RuntimeError, (f"{op}: ", "'kernel_size'", "[6"), getattr(F, op), x, float("inf"), 6)
+        refuses(ZeroDivisionError, (f"{op}: ", "'norm_type'", "0"), getattr(F, op), x, 0, 2)
+        refuses(TypeError, (f"{op}: ", "'norm_type'", "str"), getattr(F, op), x, "2", 2)

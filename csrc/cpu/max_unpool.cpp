@@ -58,7 +58,8 @@ Tensor max_unpool_fwd(const Tensor& x, const Tensor& index, int64_t size) {
   op.check(x.dim() == 3 && size >= 0, "x must be [P, I, C] and size at least 0");
   const int64_t P = x.size(0), I = x.size(1), C = x.size(2), S = size;
   auto* at = op.in<int64_t>(index, "index", {P, I, C});
-  op.check(all_inside(at, P * I * C, S), "argument 'indices': got a number outside, expected numbers in [0, ", S, ")");
+  op.check(all_inside(at, P * I * C, S), "argument 'indices': got a number out of bounds, expected numbers in [0, ", S,
+           ")");
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     Tensor y = op.empty<scalar_t>({P, S, C});
     unpool(op.in<scalar_t>(x, "x", {P, I, C}), at, op.out<scalar_t>(y, "y", {P, S, C}), P, I, S, C);
@@ -71,7 +72,8 @@ Tensor max_unpool_bwd(const Tensor& dy, const Tensor& index) {
   op.check(dy.dim() == 3 && index.dim() == 3, "dy must be [P, S, C] and index [P, I, C]");
   const int64_t P = dy.size(0), S = dy.size(1), C = dy.size(2), I = index.size(1);
   auto* at = op.in<int64_t>(index, "index", {P, I, C});
-  op.check(all_inside(at, P * I * C, S), "argument 'indices': got a number outside, expected numbers in [0, ", S, ")");
+  op.check(all_inside(at, P * I * C, S), "argument 'indices': got a number out of bounds, expected numbers in [0, ", S,
+           ")");
   return dispatch_floating(op, dy.scalar_type(), [&]<class scalar_t>() {
     Tensor dx = op.empty<scalar_t>({P, I, C});
     pick(op.in<scalar_t>(dy, "dy", {P, S, C}), at, op.out<scalar_t>(dx, "dx", {P, I, C}), P, I, S, C);

@@ -21,7 +21,7 @@ FLOAT32_ON: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((f"{name}_loss" for name in ("mse", "l1", "smooth_l1", "huber", "multi_margin")), ("cpu", "cuda")),
     **dict.fromkeys(("binary_cross_entropy_with_logits", "kl_div"), ("cpu", "cuda")),
     "binary_cross_entropy": ("cpu",),
-    **dict.fromkeys((f"{kind}_pool3d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg")), ("cpu",)),
+    **dict.fromkeys((f"{kind}_pool3d" for kind in ("max", "avg", "lp", "adaptive_max", "adaptive_avg")), ("cpu",)),
     **dict.fromkeys((f"max_unpool{n}d" for n in (1, 2, 3)), ("cpu",)),
     **dict.fromkeys((f"fractional_max_pool{n}d" for n in (2, 3)), ("cpu",)),
     "grid_sample": ("cpu",),

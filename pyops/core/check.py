@@ -61,6 +61,28 @@ def ints(op: str, argument: str, value: Any, count: int, spread: bool = False) -
     return values
 
 
+def outside(
+    kind: type[Exception], op: str, argument: str, numbers: torch.Tensor, count: int, ignore: int | None = None
+) -> NoReturn:
+    """Of ``numbers`` one is outside [0, count), as a kernel found: which one, in the name of the public op."""
+    got = "a number"
+    if not torch._C._are_functorch_transforms_active():  # there nothing has a value
+        strays = (numbers < 0) | (numbers >= count)
+        got = str(int(numbers[strays if ignore is None else strays & (numbers != ignore)][0]))
+    wanted = f"numbers in [0, {count})" + ("" if ignore is None else f" or ignore_index {ignore}")
+    fail(kind, op, argument, f"{got} out of bounds", wanted)
+
+
+def broadcast(op: str, name: str, x: torch.Tensor, other: str, shape: torch.Size) -> torch.Size:
+    """The shape to which x and ``shape``, that of another argument, broadcast."""
+    try:
+        return torch.broadcast_shapes(x.shape, shape)
+    except RuntimeError:
+        fail(
+            RuntimeError, op, name, f"shape {list(x.shape)}", f"one that broadcasts with {list(shape)}, that of {other}"
+        )
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums over elements of ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -185,7 +185,7 @@ def _labelled(
     except RuntimeError as error:
         if "out of bounds" not in str(error):
             raise
-        raise IndexError(str(error)) from None
+        check.outside(IndexError, op, "target", labels, classes, int(ignore_index))
     if reduction == "none":
         return loss.to(x.dtype).reshape(shape)
     total = loss.sum() if reduction == "sum" else loss.sum() / divisor.sum()

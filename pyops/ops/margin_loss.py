@@ -114,7 +114,12 @@ def multi_margin_loss(
             kind = RuntimeError if weight.dim() == 1 else ValueError
             check.fail(kind, op, "weight", f"shape {list(weight.shape)}", f"shape {[x.shape[-1]]}")
         weight = weight.to(check.accumulate_dtype(x.dtype)).contiguous()
-    loss = _apply(backend.namespace_for(op, x), rows, labels.contiguous(), weight, int(p), float(margin))
+    try:
+        loss = _apply(backend.namespace_for(op, x), rows, labels.contiguous(), weight, int(p), float(margin))
+    except RuntimeError as error:
+        if "out of bounds" not in str(error):
+            raise
+        check.outside(RuntimeError, op, "target", labels, x.shape[-1])
     if reduction == "none":
         return loss.to(x.dtype).reshape(target.shape)
     return (loss.mean() if reduction == "mean" else loss.sum()).to(x.dtype)

@@ -94,7 +94,12 @@ def _unpool(
         planes, index = (t.movedim(1, -1).contiguous().flatten(1, -2) for t in (x, indices))
     else:
         planes, index = (t.contiguous().reshape(n * c, math.prod(t.shape[2:]), 1) for t in (x, indices))
-    y = _apply(backend.namespace_for(op, x), planes, index, math.prod(out))
+    try:
+        y = _apply(backend.namespace_for(op, x), planes, index, math.prod(out))
+    except RuntimeError as error:
+        if "out of bounds" not in str(error):
+            raise
+        check.outside(RuntimeError, op, "indices", index, math.prod(out))
     y = y.reshape(n, *out, c).movedim(-1, 1) if last else y.reshape(n, c, *out)
     return y[0] if alone else y
 

@@ -359,7 +359,7 @@ def _adaptive_avg_pool(rank: int) -> Any:
     )
 
 
-def _lp_pool(rank: int, average: Any, maximum: Any) -> Any:
+def _lp_pool(rank: int) -> Any:
     op = f"lp_pool{rank}d"
 
     def lp_pool(
@@ -369,13 +369,17 @@ def _lp_pool(rank: int, average: Any, maximum: Any) -> Any:
         stride: Size | None = None,
         ceil_mode: bool = False,
     ) -> torch.Tensor:
-        check.floating(op, "input", input)
-        if isinstance(norm_type, (int, float)) and math.isinf(norm_type):
+        if not isinstance(norm_type, (int, float)):
+            check.fail(TypeError, op, "norm_type", type(norm_type).__name__, "a number")
+        if norm_type == 0:
+            check.fail(ZeroDivisionError, op, "norm_type", norm_type, "a number that is not 0")
+        x = _check_input(op, input, rank)
+        window = _window(op, x, rank, kernel_size, stride, 0, 1, ceil_mode)
+        if math.isinf(norm_type):
             sign = math.copysign(1.0, norm_type)
-            return maximum(input.abs() * sign, kernel_size, stride, 0, 1, ceil_mode) * sign
-        count = math.prod(check.ints(op, "kernel_size", kernel_size, rank, spread=True))
-        mean = average(input.pow(norm_type), kernel_size, stride, 0, ceil_mode)
-        return (torch.sign(mean) * torch.relu(torch.abs(mean))).mul(count).pow(1.0 / norm_type)
+            return _pool_max(op, x.abs() * sign, rank, window, False) * sign
+        mean = _pool_avg(op, x.pow(norm_type), rank, window, True, 0)
+        return (torch.sign(mean) * torch.relu(torch.abs(mean))).mul(math.prod(window[2::5])).pow(1.0 / norm_type)
 
     return _named(
         lp_pool,
@@ -405,10 +409,7 @@ max_pool1d, max_pool2d, max_pool3d = (_max_pool(rank) for rank in (1, 2, 3))
 avg_pool1d, avg_pool2d, avg_pool3d = (_avg_pool(rank) for rank in (1, 2, 3))
 adaptive_max_pool1d, adaptive_max_pool2d, adaptive_max_pool3d = (_adaptive_max_pool(rank) for rank in (1, 2, 3))
 adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d = (_adaptive_avg_pool(rank) for rank in (1, 2, 3))
-lp_pool1d, lp_pool2d, lp_pool3d = (
-    _lp_pool(*pools)
-    for pools in ((1, avg_pool1d, max_pool1d), (2, avg_pool2d, max_pool2d), (3, avg_pool3d, max_pool3d))
-)
+lp_pool1d, lp_pool2d, lp_pool3d = (_lp_pool(rank) for rank in (1, 2, 3))
 
 
 # The modules: torch's, with the forward of pyops
