@@ -291,6 +291,10 @@ def test_bad_input():
     refuses(TypeError, ("knn", "'k'"), F.knn, x, x, 2.0)
     refuses(IndexError, ("cosine_similarity", "'dim'"), F.cosine_similarity, x, x, 2)
     refuses(RuntimeError, ("gram_matrix", "'x'"), F.gram_matrix, torch.ones(3))
+    for function in (F.pairwise_distance, F.cosine_similarity):
+        words = (f"{function.__name__}: ", "'x2'", "[2, 4]", "[3, 4]")
+        refuses(RuntimeError, words, function, x, torch.ones(2, 4))
+        same_refusal(function, getattr(torch.nn.functional, function.__name__), x, torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("args", [(torch.ones(3), torch.ones(3)), (torch.ones(2, 3), torch.ones(2, 4))])

@@ -172,6 +172,20 @@ def test_dropconnect():
     (dw,) = torch.autograd.grad(y.sum(), layer.weight)
     torch.testing.assert_close(dw, torch.where(weight == 0, 0.0, x.sum(0).expand(20, 30) / 0.6))
     torch.testing.assert_close(layer.eval()(x), plain(x))
+    for args, kind, words in (
+        ((x, torch.ones(4, 5)), RuntimeError, ("'weight'", "[4, 5]", "[5, 30]")),
+        ((x, torch.ones(30)), RuntimeError, ("'weight'", "[30]")),
+        ((x[0, 0], layer.weight), RuntimeError, ("'weight'", "[]")),
+        ((x, layer.weight.double()), RuntimeError, ("'weight'", "float64", "float32")),
+        ((x, layer.weight, torch.ones(3)), RuntimeError, ("'bias'", "[3]", "[20]")),
+        ((x, layer.weight, plain.bias.double()), RuntimeError, ("'bias'", "float64", "float32")),
+        ((x, layer.weight, 1.0), TypeError, ("'bias'", "float")),
+        ((x.long(), layer.weight), NotImplementedError, ("'input'", "int64")),
+        ((x, layer.weight, None, 1.5), ValueError, ("'p'", "1.5")),
+    ):
+        refuses(kind, ("dropconnect_linear: ", *words), F.dropconnect_linear, *args)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.dropconnect_linear(x, layer.weight.bfloat16(), None).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["Dropout", "Dropout1d", "AlphaDropout", "FeatureAlphaDropout"])

@@ -145,6 +145,11 @@ def test_bad_input():
         ((X, 2.0), TypeError, ("'bins'", "2.0")),
         ((X, 4, (1, 1)), ValueError, ("'range'", "(1, 1)")),
         ((X, 4, (0.0, float("inf"))), ValueError, ("'range'", "inf")),
+        ((X, 4, (0,)), ValueError, ("'range'", "(0,)")),
+        ((X, 4, (0, 1, 2)), ValueError, ("'range'", "(0, 1, 2)")),
+        ((X, 4, None), TypeError, ("'range'", "None")),
+        ((X, 4, 5), TypeError, ("'range'", "5")),
+        ((X, 4, ("a", "b")), TypeError, ("'range'", "('a', 'b')")),
         ((X.int(),), NotImplementedError, ("'input'", "int32")),
         (([1.0],), TypeError, ("'input'", "list")),
     ):

@@ -217,3 +217,5 @@ def test_layers_refuse():
     refuses(RuntimeError, ("layer_norm_lstm", "'params'", "4 tensors"), call, W_IH, W_HH, *gains[:2])
     refuses(RuntimeError, ("layer_norm_lstm", "'gain_c[0]'", "[16]"), call, W_IH, W_HH, ROW, ROW, ROW)
     refuses(ValueError, ("LayerNormLSTM", "'proj_size'"), nn.LayerNormLSTM, 3, 4, proj_size=2)
+    refuses(ValueError, ("LayerNormLSTM", "'eps'", "-1"), nn.LayerNormLSTM, 3, 4, eps=-1)
+    refuses(ValueError, ("LayerNormLSTMCell", "'eps'", "-1"), nn.LayerNormLSTMCell, 3, 4, eps=-1)

@@ -98,6 +98,8 @@ CELL = [
     ((X, (H, H), W_IH, W_HH, torch.ones(4), B), RuntimeError, ("'b_ih'", "[4]", "[16]")),
     ((X.double(), (H, H), W_IH, W_HH), RuntimeError, ("'hx[0]'", "float32", "float64")),
     ((X.long(), (H, H), W_IH, W_HH), RuntimeError, ("'input'", "int64")),
+    ((X, (torch.ones(2), H), W_IH, W_HH), IndexError, ("'hx[0]'", "[2]", "[2, 4]")),
+    ((X, (H, torch.ones(4)), W_IH, W_HH), RuntimeError, ("'hx[1]'", "[4]", "[2, 4]")),
     ((X, (H, H), W_IH, None), TypeError, ("'w_hh'", "NoneType")),
 ]
 
@@ -160,6 +162,20 @@ def test_module_refuses_as_torch():
         (X3.double(),),
     ):
         same_refusal(nn.LSTM(3, 4), torch.nn.LSTM(3, 4), *args)
+    for kind in ("LSTM", "GRU", "RNN", "LayerNormLSTM"):
+        make = getattr(nn, kind)
+        for sizes, error, words in (
+            ((3, 0), ValueError, ("'hidden_size'", "0")),
+            ((3, "4"), TypeError, ("'hidden_size'", "str")),
+            ((2.5, 4), TypeError, ("'input_size'", "float")),
+        ):
+            refuses(error, (f"{kind}: ", *words), make, *sizes)
+            same_refusal(make, getattr(torch.nn, kind, torch.nn.LSTM), *sizes)
+        refuses(ValueError, (f"{kind}: ", "'input_size'", "-1"), make, input_size=-1, hidden_size=4)
+        refuses(RuntimeError, (f"{kind}: ", "'input'", "[3, 2, 5]", "input_size 3"), make(3, 4), torch.ones(3, 2, 5))
+        few = (torch.ones(1, 3, 4),) * 2 if "LSTM" in kind else torch.ones(1, 3, 4)
+        with pytest.raises(RuntimeError, match=f"^{kind}: Expected hidden.* size .*1, 2, 4.* got .*1, 3, 4"):
+            make(3, 4)(X3, few)
     for size in (4, 5, -1):
         same_refusal(partial(nn.LSTM, proj_size=size), partial(torch.nn.LSTM, proj_size=size), 3, 4)
     pack = torch.nn.utils.rnn.pack_padded_sequence
@@ -220,7 +236,11 @@ def test_derivatives_of_packed_sequences():
 
 
 def test_a_module_compiles_into_one_graph():
+    """As the docstrings and README say: with torch's switch, without which torch does not look at the forward."""
     network, x = nn.LSTM(3, 4, 2), torch.randn(5, 2, 3)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="RNN, GRU"):
+        torch.compile(network, backend="aot_eager", fullgraph=True)(x)
+    torch._dynamo.reset()
     with torch._dynamo.config.patch(allow_rnn=True):  # torch breaks the graph at these modules unless told
         equal(tuple(torch.compile(network, backend="aot_eager", fullgraph=True)(x)), tuple(network(x)))
 

@@ -64,3 +64,11 @@ def test_bad_input():
     refuses(ValueError, ("cutmix", "'target'", "[3]"), F.cutmix, X, T[:3], 1.0, 3)
     refuses(ValueError, ("cutmix", "'input'", "2 dimensions"), F.cutmix, X[0, 0], ONE_HOT)
     refuses(NotImplementedError, ("mixup", "'input'", "int64"), F.mixup, X.long(), ONE_HOT)
+    for mix in (F.mixup, F.cutmix):
+        op = f"{mix.__name__}: "
+        refuses(TypeError, (op, "'num_classes'", "2.5"), mix, X, T, 1.0, 2.5)
+        refuses(TypeError, (op, "'num_classes'", "'a'"), mix, X, T, 1.0, "a")
+        refuses(ValueError, (op, "'num_classes'", "-1"), mix, X, T, 1.0, -1)
+        refuses(RuntimeError, (op, "'target'", "got 2 out of bounds", "[0, 2)"), mix, X, T.clamp(max=2), 1.0, 2)
+        refuses(RuntimeError, (op, "'target'", "got -1 out of bounds"), mix, X, T - 1, 1.0, 4)
+    refuses(ValueError, ("mixup", "'input'", "0 dimensions"), F.mixup, torch.ones(()), T)

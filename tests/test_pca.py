@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -68,6 +70,17 @@ def test_gradients():
     torch.autograd.gradcheck(lambda v: F.pca(v).variances, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    x = torch.randn(40, 3).to(dtype)
+    model, wide = F.pca(x), F.pca(x.float())
+    for half, exact in zip(model, wide):
+        assert half.dtype == dtype and torch.equal(half, exact.to(dtype))
+    scores = F.pca_transform(x, model)
+    assert scores.dtype == dtype
+    torch.testing.assert_close(F.pca_inverse(scores, model), x, rtol=0.05, atol=0.05)
+
+
 def test_bad_input():
     x = torch.randn(4, 3)
     refuses(RuntimeError, ("pca", "'input'", "[3]"), F.pca, x[0])
@@ -76,3 +89,10 @@ def test_bad_input():
     refuses(NotImplementedError, ("pca", "'input'", "int64"), F.pca, x.long())
     refuses(RuntimeError, ("pca_transform", "'input'", "[4, 2]"), F.pca_transform, x[:, :2], F.pca(x))
     refuses(RuntimeError, ("pca_inverse", "'scores'", "[4, 2]"), F.pca_inverse, x[:, :2], F.pca(x))
+    refuses(RuntimeError, ("pca_transform", "'input'", "float64", "float32"), F.pca_transform, x.double(), F.pca(x))
+    refuses(RuntimeError, ("pca_inverse", "'scores'", "float64", "float32"), F.pca_inverse, x.double(), F.pca(x))
+    refuses(TypeError, ("pca_transform", "'input'", "list"), F.pca_transform, [1.0], F.pca(x))
+    refuses(TypeError, ("pca_transform", "'model'", "Tensor"), F.pca_transform, x, x)
+    for bad in (math.nan, math.inf):
+        x[1, 2] = bad
+        refuses(torch.linalg.LinAlgError, ("pca", "'input'", "not finite"), F.pca, x)

@@ -28,3 +28,6 @@ def test_ends_and_evaluation():
     assert not vision.stochastic_depth(x, 1.0, "batch").any()
     refuses(ValueError, ("stochastic_depth", "'p'", "1.5"), vision.stochastic_depth, x, 1.5, "row")
     refuses(ValueError, ("stochastic_depth", "'mode'"), vision.stochastic_depth, x, 0.5, "column")
+    refuses(TypeError, ("stochastic_depth", "'p'", "str"), vision.stochastic_depth, x, "0.5", "row")
+    refuses(TypeError, ("stochastic_depth", "'input'", "list"), vision.stochastic_depth, [1.0], 0.5, "row")
+    refuses(IndexError, ("stochastic_depth", "'input'", "0 dim"), vision.stochastic_depth, torch.ones(()), 0.5, "row")

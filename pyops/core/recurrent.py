@@ -52,7 +52,8 @@ def check_cell(
         check.fail(RuntimeError, op, "input", f"shape {list(input.shape)}", f"input_size {size} in its last dimension")
     for name, t in states.items():
         if t.shape != (batch, hidden):
-            check.fail(RuntimeError, op, name, f"shape {list(t.shape)}", f"shape {[batch, hidden]}")
+            kind = IndexError if t.shape in ((), (batch,)) else RuntimeError  # as torch, which asks size by size
+            check.fail(kind, op, name, f"shape {list(t.shape)}", f"shape {[batch, hidden]}")
     for name, b in (("b_ih", bias_ih), ("b_hh", bias_hh)):
         if b is not None and b.shape != (rows,):
             check.fail(RuntimeError, op, name, f"shape {list(b.shape)}", f"shape {[rows]}")

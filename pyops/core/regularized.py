@@ -28,6 +28,9 @@ class Regularized:
             the states are detached. None: the whole sequence. One direction only.
 
     Kept elements are divided by 1 - p. Both masks come from counter-based random numbers (pyops.core.random).
+
+    torch.compile breaks its graph at every module that is a torch.nn.RNN, GRU or LSTM, as these are, before it sees
+    their forward: ``fullgraph=True`` needs ``torch._dynamo.config.allow_rnn = True``. The functions need nothing.
     """
 
     _plain: ClassVar[Plain]
@@ -48,6 +51,12 @@ class Regularized:
                 check.fail(TypeError, name, "detach_every", type(detach_every).__name__, "a number of steps or None")
             if detach_every < 1:
                 check.fail(ValueError, name, "detach_every", detach_every, "at least one step")
+        for argument, size in (dict(zip(("input_size", "hidden_size"), args)) | kwargs).items():
+            if argument in ("input_size", "hidden_size"):
+                if not isinstance(size, int):
+                    check.fail(TypeError, name, argument, type(size).__name__, "an int")
+                if size < 1:
+                    check.fail(ValueError, name, argument, size, "an int > 0")
         super().__init__(*args, **kwargs)
         if detach_every is not None and self.bidirectional:  # type: ignore[attr-defined]
             expected = "None with bidirectional=True, whose second direction starts at the last step"
@@ -62,6 +71,17 @@ class Regularized:
             if getattr(self, name) != unset:
                 text += f", {name}={getattr(self, name)}"
         return text
+
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        """torch's checks, in the name of the module."""
+        size = self.input_size  # type: ignore[attr-defined]
+        if input.dim() == (3 if batch_sizes is None else 2) and input.shape[-1] != size:
+            expected = f"input_size {size} in its last dimension"
+            check.fail(RuntimeError, type(self).__name__, "input", f"shape {list(input.shape)}", expected)
+        try:
+            super().check_forward_args(input, hidden, batch_sizes)  # type: ignore[misc]
+        except RuntimeError as error:
+            raise RuntimeError(f"{type(self).__name__}: {error}") from None
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         plain = type(self)._plain

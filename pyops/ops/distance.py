@@ -201,6 +201,7 @@ def pairwise_distance(
     check.floating("pairwise_distance", "x2", x2)
     if isinstance(p, bool) or not isinstance(p, (int, float)):
         check.fail(TypeError, "pairwise_distance", "p", type(p).__name__, "a number")
+    check.broadcast("pairwise_distance", "x2", x2, "x1", x1.shape)
     dtype = torch.promote_types(x1.dtype, x2.dtype)
     wide = check.accumulate_dtype(dtype)
     d = x1.to(wide) - x2.to(wide) + eps
@@ -228,6 +229,7 @@ def cosine_similarity(x1: torch.Tensor, x2: torch.Tensor, dim: int = 1, eps: flo
     """
     check.floating("cosine_similarity", "x1", x1)
     check.floating("cosine_similarity", "x2", x2)
+    check.broadcast("cosine_similarity", "x2", x2, "x1", x1.shape)
     dtype = torch.promote_types(x1.dtype, x2.dtype)
     wide = check.accumulate_dtype(dtype)
     a, b = torch.broadcast_tensors(x1.to(wide), x2.to(wide))

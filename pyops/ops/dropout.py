@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ..core import check, product, random
+from ..core import autocast, check, product, random
 from ..core.intercept import route
 from ..core.layout import is_channels_last
 from ..core.masking import check_probability, masked, numbers
@@ -139,6 +139,21 @@ def feature_alpha_dropout(
     return _drop("feature_alpha_dropout", input, p, training, inplace, alpha=True, features=True)
 
 
+def _check_linear(op: str, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    check.floating(op, "input", input)
+    given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    for name, t in given.items():
+        check.floating(op, name, t)
+        if t.device != input.device or (t.dtype != input.dtype and not autocast.enabled(input)):
+            wanted = f"{input.dtype} on {input.device}, as the input"
+            check.fail(RuntimeError, op, name, f"{t.dtype} on {t.device}", wanted)
+    if weight.dim() != 2 or input.dim() == 0 or weight.shape[1] != input.shape[-1]:
+        wanted = f"[O, I] for an input [*, I], whose shape is {list(input.shape)}"
+        check.fail(RuntimeError, op, "weight", f"shape {list(weight.shape)}", wanted)
+    if bias is not None and bias.dim() and bias.shape[-1] not in (1, weight.shape[0]):
+        check.fail(RuntimeError, op, "bias", f"shape {list(bias.shape)}", f"[{weight.shape[0]}]")
+
+
 def dropconnect_linear(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -160,11 +175,13 @@ def dropconnect_linear(
 
     Raises:
         ValueError: p outside [0, 1].
-        RuntimeError: shapes that do not fit.
+        RuntimeError: shapes, dtypes or devices that do not fit together.
+        NotImplementedError: a dtype that is not floating.
 
     The mask is drawn as in ``dropout`` and not stored; the product is torch's. Source: Wan et al. 2013, who also draw a
     mask for each example.
     """
+    _check_linear("dropconnect_linear", input, weight, bias)
     return product.linear(input, _drop("dropconnect_linear", weight, p, training, False), bias)
 
 

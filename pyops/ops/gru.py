@@ -315,6 +315,7 @@ class GRU(Regularized, torch.nn.GRU):
         detach_every: steps after which gradients stop: truncated backpropagation through time; None: none do.
 
     All others are those of torch.nn.GRU. Masks are drawn by counter (pyops.core.random), also between layers.
+    torch.compile with ``fullgraph=True`` needs ``torch._dynamo.config.allow_rnn = True``, as for torch's module.
 
     Raises:
         ValueError: a dropout that is no probability, ``detach_every`` below 1 or with ``bidirectional``.

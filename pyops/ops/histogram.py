@@ -106,7 +106,7 @@ def color_histogram(
 
     Raises:
         ValueError: fewer than two dimensions, bins < 1, a range that does not rise or is not finite.
-        TypeError: bins that are no int.
+        TypeError: bins that are no int, a range of what is no number.
         IndexError: ``channel_axis`` is no dimension of the input.
         NotImplementedError: a dtype without kernels.
 
@@ -124,9 +124,11 @@ def color_histogram(
         check.fail(TypeError, op, "bins", repr(bins), "an int")
     if bins < 1:
         check.fail(ValueError, op, "bins", bins, "an int >= 1")
-    low, high = (float(v) for v in range)
-    if not (low < high and math.isfinite(high - low)):
+    if not isinstance(range, (tuple, list)) or not all(isinstance(v, (int, float)) for v in range):
+        check.fail(TypeError, op, "range", repr(range), "two numbers")
+    if len(range) != 2 or not (range[0] < range[1] and math.isfinite(range[1] - range[0])):
         check.fail(ValueError, op, "range", tuple(range), "two finite numbers that rise")
+    low, high = float(range[0]), float(range[1])
     lead, channels, pixels = x.shape[:-3], x.shape[-3], math.prod(x.shape[-2:])
     channels_last = not x.is_contiguous() and x.movedim(-3, -1).is_contiguous()
     x = x.movedim(-3, -1) if channels_last else x.contiguous()

@@ -341,6 +341,7 @@ class LayerNormLSTMCell(torch.nn.LSTMCell):
         *,
         eps: float = 1e-5,
     ) -> None:
+        check.non_negative("LayerNormLSTMCell", "eps", eps)
         super().__init__(input_size, hidden_size, bias, device, dtype)
         self.eps = eps
         for name, value in _new_parameters(self.weight_hh, bias):
@@ -371,13 +372,15 @@ class LayerNormLSTM(Regularized, torch.nn.LSTM):
         detach_every: steps after which gradients stop; see pyops.nn.LSTM.
 
     Raises:
-        ValueError: a ``proj_size``: the states of Ba et al. are not projected.
+        ValueError: a negative eps; a ``proj_size``: the states of Ba et al. are not projected.
 
     Beside torch's parameters, for each layer and direction: gain_ih_l0, gain_hh_l0 [4 H] and gain_c_l0 [H], at first 1,
-    and, with bias, bias_c_l0 [H], at first 0.
+    and, with bias, bias_c_l0 [H], at first 0. torch.compile with ``fullgraph=True`` needs
+    ``torch._dynamo.config.allow_rnn = True``, as for torch.nn.LSTM.
     """
 
     def __init__(self, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
+        check.non_negative("LayerNormLSTM", "eps", eps)
         super().__init__(*args, **kwargs)
         if self.proj_size:
             check.fail(ValueError, "LayerNormLSTM", "proj_size", self.proj_size, "0")

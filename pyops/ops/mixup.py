@@ -30,6 +30,8 @@ def _share(op: str, input: torch.Tensor, alpha: float, generator: torch.Generato
 
 def _labels(op: str, input: torch.Tensor, target: torch.Tensor, num_classes: int | None) -> torch.Tensor:
     """Probabilities [N, K]."""
+    if input.dim() == 0:
+        check.fail(ValueError, op, "input", "0 dimensions", "[N, *]")
     if not isinstance(target, torch.Tensor):
         check.fail(TypeError, op, "target", type(target).__name__, "a tensor")
     if target.dim() not in (1, 2) or target.shape[0] != input.shape[0]:
@@ -42,7 +44,16 @@ def _labels(op: str, input: torch.Tensor, target: torch.Tensor, num_classes: int
         check.fail(ValueError, op, "target", target.dtype, "an integer dtype for class indices")
     if num_classes is None:
         check.fail(ValueError, op, "num_classes", None, "a number: class indices do not tell it")
-    return torch.nn.functional.one_hot(target.long(), num_classes).to(input.dtype)
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+        check.fail(TypeError, op, "num_classes", repr(num_classes), "an int")
+    if num_classes < 1:
+        check.fail(ValueError, op, "num_classes", num_classes, "an int >= 1")
+    try:
+        return torch.nn.functional.one_hot(target.long(), num_classes).to(input.dtype)
+    except RuntimeError as error:
+        if "Class values" not in str(error):
+            raise
+        check.outside(RuntimeError, op, "target", target, num_classes)
 
 
 def _mixed(t: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
@@ -69,7 +80,8 @@ def mixup(
         (inputs, Tensor[N, *]; targets, Tensor[N, K]), for a cross-entropy with probabilities.
 
     Raises:
-        ValueError: alpha <= 0, targets of another shape, class indices without ``num_classes``.
+        ValueError: alpha <= 0, targets of another shape, class indices without ``num_classes``, ``num_classes`` < 1.
+        RuntimeError: a class index outside [0, K), on the CPU.
     """
     check.floating("mixup", "input", input)
     labels = _labels("mixup", input, target, num_classes)

@@ -36,14 +36,15 @@ def pca(input: torch.Tensor, components: int | None = None) -> PCA:
     """Principal components of the rows of ``input``.
 
     Args:
-        input: Tensor[*, N, D] in float32 or float64, N >= 2.
+        input: Tensor[*, N, D] in float32, float64, bfloat16 or float16, N >= 2.
         components: how many to keep, 1 to min(N, D); all if None.
 
     Returns:
-        ``PCA(mean, components, variances)``.
+        ``PCA(mean, components, variances)`` in the input's dtype; those of half precision are computed in float32.
 
     Raises:
         RuntimeError: an input of fewer than two dimensions or rows.
+        torch.linalg.LinAlgError: NaN or infinity in the input, on the CPU.
         ValueError: ``components`` out of range.
 
     Differentiable where the singular values differ, as torch.linalg.svd is. Runs on torch's own ops on every device.
@@ -56,12 +57,19 @@ def pca(input: torch.Tensor, components: int | None = None) -> PCA:
     count = most if components is None else components
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
         check.fail(ValueError, "pca", "components", components, f"an int in [1, {most}] or None")
-    mean = input.mean(-2)
-    _, values, vectors = torch.linalg.svd(input - mean.unsqueeze(-2), full_matrices=False)
+    wide = input.to(check.accumulate_dtype(input.dtype))
+    mean = wide.mean(-2)
+    try:
+        _, values, vectors = torch.linalg.svd(wide - mean.unsqueeze(-2), full_matrices=False)
+    except torch.linalg.LinAlgError:
+        if input.isfinite().all():
+            raise
+        check.fail(torch.linalg.LinAlgError, "pca", "input", "numbers that are not finite", "finite ones")
     vectors = vectors[..., :count, :]
     largest = vectors.detach().abs().argmax(-1, keepdim=True)
     sign = torch.where(vectors.detach().gather(-1, largest) < 0, -1.0, 1.0).to(vectors.dtype)
-    return PCA(mean, vectors * sign, values[..., :count].square() / (rows - 1))
+    found = mean, vectors * sign, values[..., :count].square() / (rows - 1)
+    return PCA(*(t.to(input.dtype) for t in found))
 
 
 def pca_transform(input: torch.Tensor, model: PCA, whiten: bool = False) -> torch.Tensor:
@@ -76,9 +84,9 @@ def pca_transform(input: torch.Tensor, model: PCA, whiten: bool = False) -> torc
         Tensor[*, N, K]. A component without variance is not divided.
 
     Raises:
-        RuntimeError: rows of another length than the components.
+        RuntimeError: rows of another length than the components, or of another dtype.
     """
-    check.floating("pca_transform", "input", input)
+    _checked("pca_transform", "input", input, model)
     if input.dim() < 2 or input.shape[-1] != model.mean.shape[-1]:
         wanted = f"[*, N, {model.mean.shape[-1]}]"
         check.fail(RuntimeError, "pca_transform", "input", f"shape {list(input.shape)}", wanted)
@@ -98,14 +106,22 @@ def pca_inverse(scores: torch.Tensor, model: PCA, whiten: bool = False) -> torch
         Tensor[*, N, D].
 
     Raises:
-        RuntimeError: another number of scores than of components.
+        RuntimeError: another number of scores than of components, or another dtype.
     """
-    check.floating("pca_inverse", "scores", scores)
+    _checked("pca_inverse", "scores", scores, model)
     if scores.dim() < 2 or scores.shape[-1] != model.components.shape[-2]:
         wanted = f"[*, N, {model.components.shape[-2]}]"
         check.fail(RuntimeError, "pca_inverse", "scores", f"shape {list(scores.shape)}", wanted)
     plain = scores * _deviations(model) if whiten else scores
     return plain @ model.components + model.mean.unsqueeze(-2)
+
+
+def _checked(op: str, name: str, x: torch.Tensor, model: PCA) -> None:
+    check.floating(op, name, x)
+    if not isinstance(model, PCA):
+        check.fail(TypeError, op, "model", type(model).__name__, "what pca returned")
+    if x.dtype != model.mean.dtype:
+        check.fail(RuntimeError, op, name, x.dtype, f"{model.mean.dtype}, as the model")
 
 
 def _deviations(model: PCA) -> torch.Tensor:

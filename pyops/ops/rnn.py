@@ -11,12 +11,12 @@ docs/math/recurrent.md.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..core import backend, library, recurrent, recurrent_notes, recurrent_samples
+from ..core import backend, check, library, recurrent, recurrent_notes, recurrent_samples
 from ..core.autograd import Formula, differentiable
 from ..core.explain import explains
 from ..core.intercept import route
@@ -282,10 +282,11 @@ class RNNCell(torch.nn.RNNCell):
     """torch.nn.RNNCell whose forward is pyops.functional.rnn_tanh_cell or rnn_relu_cell."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise RuntimeError(f"RNNCell: got nonlinearity {self.nonlinearity!r}, expected 'tanh' or 'relu'")
-        cell = rnn_tanh_cell if self.nonlinearity == "tanh" else rnn_relu_cell
+        cell = {"tanh": rnn_tanh_cell, "relu": rnn_relu_cell}.get(self.nonlinearity, self._unknown)
         return recurrent.run_cell("RNNCell", self, cell, input, hx, 1)
+
+    def _unknown(self, *_: Any) -> NoReturn:
+        check.fail(RuntimeError, "RNNCell", "nonlinearity", repr(self.nonlinearity), "'tanh' or 'relu'")
 
 
 class RNN(Regularized, torch.nn.RNN):
@@ -299,6 +300,7 @@ class RNN(Regularized, torch.nn.RNN):
         detach_every: steps after which gradients stop: truncated backpropagation through time; None: none do.
 
     All others are those of torch.nn.RNN. Masks are drawn by counter (pyops.core.random), also between layers.
+    torch.compile with ``fullgraph=True`` needs ``torch._dynamo.config.allow_rnn = True``, as for torch's module.
 
     Raises:
         ValueError: a dropout that is no probability, ``detach_every`` below 1 or with ``bidirectional``.

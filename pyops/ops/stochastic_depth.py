@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..core import check
+from ..core.masking import check_probability
 
 
 def stochastic_depth(input: torch.Tensor, p: float, mode: str, training: bool = True) -> torch.Tensor:
@@ -26,13 +27,17 @@ def stochastic_depth(input: torch.Tensor, p: float, mode: str, training: bool = 
 
     Raises:
         ValueError: p outside [0, 1], an unknown mode.
+        IndexError: a scalar input, which has no examples, with ``"row"``.
     """
-    if not 0.0 <= p <= 1.0:
-        check.fail(ValueError, "stochastic_depth", "p", p, "a probability in [0, 1]")
+    if not isinstance(input, torch.Tensor):
+        check.fail(TypeError, "stochastic_depth", "input", type(input).__name__, "a tensor")
+    check_probability("stochastic_depth", "p", p)
     if mode not in ("batch", "row"):
         check.fail(ValueError, "stochastic_depth", "mode", repr(mode), "'batch' or 'row'")
     if not training or p == 0.0:
         return input
+    if mode == "row" and input.dim() == 0:
+        check.fail(IndexError, "stochastic_depth", "input", "0 dimensions", "[N, *]")
     size = [input.shape[0] if mode == "row" else 1] + [1] * (input.dim() - 1)
     keep = torch.empty(size, dtype=input.dtype, device=input.device).bernoulli_(1 - p)
     return input * (keep / (1 - p) if p < 1 else keep)
