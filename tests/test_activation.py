@@ -269,6 +269,29 @@ def test_an_unmodified_model_is_routed():
     assert all(report.entries[op].backends for op in ("relu", "gelu", "prelu", "silu", "sigmoid", "tanh"))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("name", ["tanh", "sigmoid", "relu", "relu6", "hardtanh", "softsign", "elu", "gelu"])
+def test_other_types_are_left_to_torch(name, dtype):
+    """Under ``use`` integers give what they give without it, be it an error."""
+    function = getattr(torch if name in ("tanh", "sigmoid") else torch_F, name)
+    x = torch.tensor([0, 1, 5]).to(dtype)
+
+    def answer():
+        try:
+            return function(x)
+        except (RuntimeError, NotImplementedError) as error:
+            return type(error), str(error)
+
+    expected = answer()
+    with use() as report:
+        found = answer()
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+        assert sum(report.entries[name].kept.values()) == 1 and not report.entries[name].backends
+    else:
+        assert found == expected
+
+
 def test_bad_input():
     refuses(NotImplementedError, ("relu", "'input'", "int64"), F.relu, X.long())
     refuses(TypeError, ("relu", "'input'", "list"), F.relu, [1.0])

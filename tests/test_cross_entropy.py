@@ -66,6 +66,42 @@ def test_images(backend, channels_last):
     assert torch.autograd.grad(F.cross_entropy(v, t), v)[0].stride() == x.stride()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_probabilities_of_no_classes(reduction):
+    for shape in ((7, 0), (0, 7), (2, 0, 3)):
+        x = torch.zeros(shape)
+        torch.testing.assert_close(
+            F.cross_entropy(x, x, reduction=reduction),
+            torch_F.cross_entropy(x, x, reduction=reduction),
+            equal_nan=True,
+        )
+
+
+TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("other", TYPES)
+def test_types_of_input_weight_and_target_meet_as_in_torch(dtype, other):
+    for target, weight in ((Q.to(other), None), (Q.to(dtype), W.to(other))):
+        x = X.to(dtype).requires_grad_()
+        y, expected = (f(x, target, weight) for f in (F.cross_entropy, torch_F.cross_entropy))
+        assert y.dtype == expected.dtype
+        torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+        assert torch.autograd.grad(y, x)[0].dtype == dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for name in ("cross_entropy", "nll_loss"):
+        if other in (dtype, wide):
+            assert getattr(F, name)(X.to(dtype), T, W.to(other)).dtype == dtype
+        else:
+            same_refusal(getattr(F, name), getattr(torch_F, name), X.to(dtype), T, W.to(other))
+            refuses(RuntimeError, (f"{name}: ", "'weight'", str(other)), getattr(F, name), X.to(dtype), T, W.to(other))
+    with torch.autocast("cpu", torch.bfloat16):
+        for f in (F.cross_entropy, torch_F.cross_entropy, F.nll_loss, torch_F.nll_loss):
+            if torch.float64 not in (dtype, other):
+                assert f(X.to(dtype), T, W.to(other)).dtype == torch.float32
+
+
 def test_one_example_without_a_batch(backend):
     same(F.cross_entropy, torch_F.cross_entropy, X[0], T[0], backend=backend)
     same(F.cross_entropy, torch_F.cross_entropy, X[0], Q[0], backend=backend, reduction="none")

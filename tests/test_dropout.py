@@ -220,10 +220,21 @@ def test_every_spelling_is_routed():
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_refuses_as_torch(name):
     x = torch.ones(2, 3, 4)
-    for p in (-0.1, 1.5, "a"):
+    for p in (-0.1, 1.5, "a", float("nan")):
         same_refusal(getattr(F, name), getattr(torch_F, name), x, p, True)
     if name in ("dropout1d", "feature_alpha_dropout"):
         same_refusal(getattr(F, name), getattr(torch_F, name), x[0, 0], 0.5, True)
+
+
+@pytest.mark.filterwarnings("ignore:dropout")
+@pytest.mark.parametrize("name", ["dropout2d", "dropout3d", "feature_alpha_dropout"])
+@pytest.mark.parametrize("shape", [(), (3,), (0,)])
+def test_nothing_to_draw_needs_no_channels(name, shape):
+    ours, theirs = getattr(F, name), getattr(torch_F, name)
+    for p in (0.0, 1.0):
+        torch.testing.assert_close(ours(torch.ones(shape), p, True), theirs(torch.ones(shape), p, True))
+    if 0 not in shape and name != "dropout3d":
+        same_refusal(ours, theirs, torch.ones(shape), 0.5, True)
 
 
 def test_messages():

@@ -111,6 +111,16 @@ def test_refuses_as_torch(args, how):
     same_refusal(F.fractional_max_pool2d, torch_F.fractional_max_pool2d, *args, **how)
 
 
+def test_no_channels_as_torch():
+    for rank, op in ((2, "fractional_max_pool2d"), (3, "fractional_max_pool3d")):
+        ours, theirs = getattr(F, op), getattr(torch_F, op)
+        for lead in ((0,), (0, 2)):
+            x = torch.ones(*lead, *(6,) * rank)
+            y, index = ours(x, 2, 3, return_indices=True)
+            assert y.shape == index.shape == theirs(x, 2, 3).shape and index.dtype == torch.int64
+        same_refusal(ours, theirs, torch.ones(2, 0, *(6,) * rank), 2, 3)
+
+
 def test_messages():
     refuses(ValueError, ("fractional_max_pool2d", "'output_size'", "None"), F.fractional_max_pool2d, X, 3)
     refuses(RuntimeError, ("fractional_max_pool2d", "'kernel_size'"), F.fractional_max_pool2d, X, 3, 8)

@@ -64,6 +64,8 @@ def test_second_gradient_without_channels():
 def test_bad_input():
     refuses(ValueError, (OP, "'input'", "[3, 4]"), F.local_response_norm, X[0, 0], 3)
     refuses(RuntimeError, (OP, "'size'", "0"), F.local_response_norm, X, 0)
+    for shape in ((0, 3, 4), (2, 0, 4)):  # as torch
+        assert F.local_response_norm(torch.ones(shape), 0).shape == shape
     refuses(TypeError, (OP, "'size'", "2.5"), F.local_response_norm, X, 2.5)
     refuses(NotImplementedError, (OP, "'input'", "int64"), F.local_response_norm, X.long(), 3)
 

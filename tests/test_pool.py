@@ -190,6 +190,17 @@ X = torch.ones(1, 2, 5, 5)
         ("adaptive_avg_pool2d", (X, -1), {}),
         ("adaptive_avg_pool2d", (X, (1, 2, 3)), {}),
         ("adaptive_max_pool2d", (torch.ones(5, 5), 2), {}),
+        ("adaptive_max_pool2d", (torch.ones(5, 5), (2, 2)), {}),
+        ("adaptive_avg_pool2d", (torch.ones(5, 5), (None, 2)), {}),
+        ("adaptive_avg_pool2d", (torch.ones(1, 1, 2, 5, 5), (2, 2)), {}),
+        ("adaptive_avg_pool3d", (torch.ones(1, 5, 5), (2, 2, 2)), {}),
+        ("adaptive_avg_pool1d", (torch.ones(5), 2), {}),
+        ("avg_pool2d", (torch.ones(5, 5), 2), {}),
+        ("avg_pool2d", (torch.ones(()), 2), {}),
+        ("avg_pool2d", (torch.ones(1, 1, 2, 5, 5), 2), {}),
+        ("avg_pool1d", (torch.ones(5), 2), {}),
+        ("avg_pool3d", (torch.ones(5, 5), 2), {}),
+        ("lp_pool2d", (torch.ones(5, 5), 2.0, 2), {}),
         ("lp_pool1d", (X[0], 0, 2), {}),
         ("lp_pool2d", (X, 0.0, 2), {}),
         ("lp_pool2d", (X, None, 2), {}),
@@ -198,6 +209,22 @@ X = torch.ones(1, 2, 5, 5)
 )
 def test_refuses_as_torch(op, args, kwargs):
     same_refusal(getattr(F, op), getattr(torch_F, op), *args, **kwargs)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["avg", "max"])
+def test_adaptive_pools_without_channels(rank, kind):
+    """What torch takes, it takes, and refuses the rest."""
+    op = f"adaptive_{kind}_pool{rank}d"
+    ours, theirs = getattr(F, op), getattr(torch_F, op)
+    spatial = (4,) * rank
+    assert ours(torch.ones(0, *spatial), 2).shape == theirs(torch.ones(0, *spatial), 2).shape
+    assert ours(torch.ones(0, 2, *spatial), 2).shape == theirs(torch.ones(0, 2, *spatial), 2).shape
+    none = torch.ones(2, 0, *spatial)
+    if kind == "avg" and rank < 3:
+        assert ours(none, 2).shape == theirs(none, 2).shape
+    else:
+        same_refusal(ours, theirs, none, 2)
 
 
 def test_messages():

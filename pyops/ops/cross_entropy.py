@@ -176,6 +176,9 @@ def _labelled(
     batch = x.dim() > 1
     classes = x.shape[1 if batch else 0]
     labels = _checked_labels(op, x, target, batch)
+    if isinstance(weight, torch.Tensor) and weight.dtype not in (x.dtype, check.accumulate_dtype(x.dtype)):
+        wide = check.accumulate_dtype(x.dtype)
+        check.fail(RuntimeError, op, "weight", weight.dtype, f"{x.dtype} or {wide} for an input of {x.dtype}")
     w = _checked_weight(op, x, weight, classes)
     rows, last = _as_rows(x, 1 if batch else 0)
     shape, labels = labels.shape, labels.contiguous().reshape(rows.shape[0], rows.shape[2])
@@ -221,7 +224,8 @@ def cross_entropy(
     Args:
         input: Tensor[C], [N, C] or [N, C, *], logits in float32, float64, bfloat16 or float16.
         target: labels in [0, C), int64 or uint8, Tensor[] or [1], [N] or [N, *]; or probabilities of the input's shape.
-        weight: Tensor[C], how much a class counts; None: 1 each.
+        weight: Tensor[C], how much a class counts; None: 1 each. For labels of the input's dtype, or float32 for half
+            precision.
         size_average, reduce: torch's legacy spelling of ``reduction``.
         ignore_index: the label that counts nothing.
         reduction: ``"none"``, ``"mean"`` (over the weights of the labels that count) or ``"sum"``.
@@ -248,7 +252,8 @@ def cross_entropy(
     smoothing, z = _number(op, "label_smoothing", label_smoothing, 1.0), _number(op, "z_loss", z_loss, math.inf)
     if input.dim() < 1:
         check.fail(RuntimeError, op, "input", "0 dimensions", "[C], [N, C] or [N, C, *]")
-    x: Any = autocast.cast(op, input)[0]
+    x: Any
+    x, weight = autocast.cast(op, input, weight)
     if target.shape != input.shape:
         return _labelled(op, x, target, weight, ignore_index, reduction, smoothing, z, True)
     if not target.is_floating_point():
@@ -257,7 +262,11 @@ def cross_entropy(
         check.fail(RuntimeError, op, "ignore_index", ignore_index, "none with probabilities")
     if z:
         check.fail(RuntimeError, op, "z_loss", z_loss, "0 with probabilities")
-    w = _checked_weight(op, x, weight, x.shape[1 if x.dim() > 1 else 0])
+    classes = x.shape[1 if x.dim() > 1 else 0]
+    if isinstance(weight, torch.Tensor):  # the types of all three meet in the result, as in torch
+        x = x.to(torch.promote_types(x.dtype, weight.dtype))
+    x = x.to(torch.promote_types(x.dtype, target.dtype))
+    w = _checked_weight(op, x, weight, classes)
     rows, last = _as_rows(x, 1 if x.dim() > 1 else 0)
     q = target.to(x.dtype)
     q = q.movedim(1, -1).contiguous().reshape(rows.shape) if last else q.contiguous().reshape(rows.shape)
@@ -266,8 +275,8 @@ def cross_entropy(
         shape = (x.shape[0], *x.shape[2:]) if x.dim() > 1 else ()
         return loss.to(x.dtype).reshape(shape)
     total = loss.sum()
-    # torch's mean of no elements is NaN
-    return (total if reduction == "sum" else total / (loss.numel() or math.nan)).to(x.dtype)
+    # torch's mean of no elements, or no classes, is NaN
+    return (total if reduction == "sum" else total / (loss.numel() * min(classes, 1) or math.nan)).to(x.dtype)
 
 
 def nll_loss(
@@ -297,7 +306,8 @@ def nll_loss(
         check.fail(TypeError, op, "target", type(target).__name__, "a tensor")
     if input.dim() < 1:
         check.fail(ValueError, op, "input", "0 dimensions", "[C], [N, C] or [N, C, *]")
-    x: Any = autocast.cast(op, input)[0]
+    x: Any
+    x, weight = autocast.cast(op, input, weight)
     reduction = _reduction(op, reduction, size_average, reduce)
     return _labelled(op, x, target, weight, ignore_index, reduction, 0.0, 0.0, False)
 
@@ -346,6 +356,7 @@ def linear_cross_entropy(
     smoothing, z = _number(op, "label_smoothing", label_smoothing, 1.0), _number(op, "z_loss", z_loss, math.inf)
     if chunk is not None and chunk < 1:
         check.fail(ValueError, op, "chunk", chunk, "at least 1 row")
+    (class_weight,) = autocast.cast(op, input, class_weight)[1:]
     rows, labels = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     step = chunk or CHUNK_BYTES // max(weight.shape[0] * weight.element_size(), 1) + 1
 

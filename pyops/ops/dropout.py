@@ -20,6 +20,7 @@ https://arxiv.org/abs/1411.4280; Klambauer et al. 2017 (alpha), https://arxiv.or
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -38,10 +39,13 @@ _torch = torch.nn.functional
 def _drop(
     op: str, input: torch.Tensor, p: float, training: bool, inplace: bool, alpha: bool = False, features: bool = False
 ) -> torch.Tensor:
+    if isinstance(p, float) and math.isnan(p):
+        check.fail(RuntimeError, op, "p", p, "a probability in [0, 1]")  # torch's type for NaN
     check_probability(op, "p", p)
     if not isinstance(input, torch.Tensor):
         check.fail(TypeError, op, "input", type(input).__name__, "a tensor")
-    if features and training and input.dim() < 2:
+    features = features and 0 < p < 1  # else all elements are treated alike
+    if features and training and input.numel() and input.dim() < 2:
         check.fail(RuntimeError, op, "input", f"{input.dim()} dimensions", "at least two, [N, C, *]")
     if not training or p == 0 or input.numel() == 0:
         return input

@@ -84,7 +84,8 @@ def _pool(
     x: Any = autocast.cast(op, input)[0]
     if output_size is None and output_ratio is None:
         check.fail(ValueError, op, "output_size", None, "it or output_ratio")
-    if x.dim() not in (rank + 1, rank + 2) or 0 in x.shape[x.dim() - rank - 1 :]:
+    # one example may lack channels, as in torch
+    if x.dim() not in (rank + 1, rank + 2) or 0 in x.shape[1:]:
         want = f"[N, C, *] or [C, *] with {rank} sizes > 0 in *"
         check.fail(RuntimeError, op, "input", f"shape {list(x.shape)}", want)
     spatial, kernel = list(x.shape[x.dim() - rank :]), check.ints(op, "kernel_size", kernel_size, rank)
@@ -109,7 +110,7 @@ def _pool(
         want = f"shape {[batch, channels, rank]}, {x.dtype} on {x.device}"
         check.fail(RuntimeError, op, "_random_samples", got, want)
     lead = x.shape[: x.dim() - rank]
-    if 0 in out:
+    if 0 in out or 0 in lead:
         y = x.flatten()[:0].reshape(*lead, *out)
         return (y, torch.empty_like(y, dtype=torch.int64)) if return_indices else y
     u = samples.reshape(batch * channels, rank)

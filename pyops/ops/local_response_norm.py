@@ -86,7 +86,9 @@ def local_response_norm(
     if isinstance(size, bool) or not isinstance(size, int):
         check.fail(TypeError, op, "size", repr(size), "an int")
     if size < 1:
-        check.fail(RuntimeError, op, "size", size, "an int >= 1")
+        if input.numel():
+            check.fail(RuntimeError, op, "size", size, "an int >= 1")
+        size = 1  # of nothing torch takes any size
     # as torch, which averages images with avg_pool3d and sequences with avg_pool2d
     cast: Any = autocast.cast("avg_pool3d", input)[0] if input.dim() > 3 else input
     x, channels_last = layout.channels(cast)

@@ -122,15 +122,28 @@ _apply_avg = differentiable(Formula(_avg_fwd, _avg_bwd, 1, 1, _avg_arguments, _a
 # Arguments
 
 
-def _check_input(op: str, x: torch.Tensor, rank: int, channels: bool = True) -> torch.Tensor:
-    """The input after autocast; an adaptive pooling may lack ``channels``."""
+def _check_input(op: str, x: torch.Tensor, rank: int) -> torch.Tensor:
+    """The input after autocast; see ``_may_lack_channels``."""
     check.floating(op, "input", x)
     (x,) = autocast.cast(op, x)
-    if x.dim() not in (rank + 1, rank + 2) or 0 in x.shape[x.dim() - rank - channels :]:
-        check.fail(
-            RuntimeError, op, "input", f"shape {list(x.shape)}", f"[N, C, *] or [C, *] with {rank} sizes > 0 in *"
-        )
+    if x.dim() not in (rank + 1, rank + 2) or 0 in x.shape[x.dim() - rank - (not _may_lack_channels(op, x, rank)) :]:
+        averages = rank == 2 and x.dim() < 3 and op in ("avg_pool2d", "lp_pool2d")
+        kind = IndexError if averages else RuntimeError  # as torch
+        check.fail(kind, op, "input", f"shape {list(x.shape)}", f"[N, C, *] or [C, *] with {rank} sizes > 0 in *")
     return x
+
+
+def _may_lack_channels(op: str, x: torch.Tensor, rank: int) -> bool:
+    """What torch takes: an adaptive pooling of one example, or an average over one or two dimensions."""
+    return op.startswith("adaptive") and (x.dim() == rank + 1 or op in ("adaptive_avg_pool1d", "adaptive_avg_pool2d"))
+
+
+def _check_adaptive(op: str, x: torch.Tensor, rank: int, output_size: Any) -> torch.Tensor:
+    told = len(output_size) if rank > 1 and isinstance(output_size, (list, tuple)) else 0
+    # where sizes are told one by one torch looks for their defaults first
+    if told and isinstance(x, torch.Tensor) and x.dim() <= told:
+        check.fail(ValueError, op, "input", f"shape {list(x.shape)}", f"more than {told} dimensions")
+    return _check_input(op, x, rank)
 
 
 def _window(
@@ -311,7 +324,7 @@ def _adaptive_max_pool(rank: int) -> Any:
     op = f"adaptive_max_pool{rank}d"
 
     def adaptive_max_pool(input: torch.Tensor, output_size: Any, return_indices: bool = False) -> Any:
-        x = _check_input(op, input, rank, channels=False)
+        x = _check_adaptive(op, input, rank, output_size)
         window, outs = _adaptive_window(op, x, rank, output_size)
         if 0 in outs or 0 in x.shape:
             y = _nothing(x, rank, outs)
@@ -338,7 +351,7 @@ def _adaptive_avg_pool(rank: int) -> Any:
     op = f"adaptive_avg_pool{rank}d"
 
     def adaptive_avg_pool(input: torch.Tensor, output_size: Any) -> torch.Tensor:
-        x = _check_input(op, input, rank, channels=False)
+        x = _check_adaptive(op, input, rank, output_size)
         window, outs = _adaptive_window(op, x, rank, output_size)
         if 0 in outs or 0 in x.shape:
             return _nothing(x, rank, outs)
