@@ -7,13 +7,16 @@
 On a machine where torchvision's own library does not load (a CPU-only torch with the package index's wheel), importing
 torchvision fails, or its ops are missing. ``install`` declares the ops in torch's registry under the names torchvision
 uses and implements ``nms``, ``roi_align``, ``roi_pool``, ``ps_roi_align``, ``ps_roi_pool`` and ``deform_conv2d`` on
-pyops: differentiable to every order, on every device pyops serves.
+pyops: differentiable to every order, on every device pyops serves. ``torchvision.ops.batched_nms`` groups boxes by
+class with pyops instead of moving the classes apart, which rounds large coordinates.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,6 +75,20 @@ def _deform_conv2d(input, weight, offset, mask, bias, sh, sw, ph, pw, dh, dw, gr
     )  # fmt: skip
 
 
+def _grouped(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A way of torchvision to suppress within classes, by pyops; what is traced or scripted stays torchvision's."""
+
+    @functools.wraps(theirs)  # which keeps the marks by which torch.jit.script finds the original
+    def batched_nms(
+        boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float
+    ) -> torch.Tensor:
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return theirs(boxes, scores, idxs, iou_threshold)
+        return vision.batched_nms(boxes, scores, idxs, iou_threshold)
+
+    return batched_nms
+
+
 def _quantised(*args: Any) -> Any:
     raise NotImplementedError("torchvision::qnms: pyops has no quantised ops")
 
@@ -121,6 +138,9 @@ def install() -> bool:
     _library = library
     torchvision = importlib.import_module("torchvision")
     torchvision.extension._has_ops = _yes
+    boxes = torchvision.ops.boxes
+    for way in ("_batched_nms_coordinate_trick", "_batched_nms_vanilla"):
+        setattr(boxes, way, _grouped(getattr(boxes, way)))
     for name, module in list(sys.modules.items()):
         if name.startswith("torchvision.") and hasattr(module, "_has_ops"):
             module._has_ops = _yes  # type: ignore[attr-defined]

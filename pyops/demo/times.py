@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.intercept import Entry, Report, counts, milliseconds, table, use
 
-KINDS = ("views", "elementwise", "matrix products", "copies, picks, joins", "others")
+KINDS = ("views", "elementwise", "matrix products", "copies, picks, sorts, joins", "others")
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
 _MOVES = {
     *("clone", "copy_", "_to_copy", "lift_fresh", "index", "index_select", "nonzero", "cat", "stack", "flip", "repeat"),
-    *("empty", "zeros", "_local_scalar_dense"),
+    *("empty", "empty_like", "zeros", "_local_scalar_dense", "sort", "argsort", "scatter_"),
 }
 
 
@@ -35,10 +35,12 @@ class Kernels(TorchDispatchMode):
             name = op.overloadpacket.__name__
             if op.is_view or name == "detach":
                 kind = "views"
+            elif name in _MOVES:  # before the tag: torch calls clone pointwise
+                kind = KINDS[3]
             elif torch.Tag.pointwise in op.tags:
                 kind = "elementwise"
             else:
-                kind = "matrix products" if name in _PRODUCTS else KINDS[3] if name in _MOVES else "others"
+                kind = "matrix products" if name in _PRODUCTS else "others"
             self.calls[kind][name] += 1
         return op(*args, **(kwargs or {}))
 
