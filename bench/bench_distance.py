@@ -36,6 +36,7 @@ def cases(device: str) -> list[Case]:
             case_of("cdist", 4096, 4096, 64, quick=True),
             case_of("cdist", 1024, 1024, 64, 1.0),
             case_of("cdist", 512, 512, 256, float("inf")),
+            case_of("cdist", 512, 512, 64, 3.0),
             by_row("pairwise_distance", 65536, 128),
             by_row("cosine_similarity", 65536, 128),
             gram(1, 64, 224 * 224),
@@ -43,6 +44,7 @@ def cases(device: str) -> list[Case]:
         ]
         return [
             *with_both_directions(pairs),
+            case_of("cdist", 512, 512, 256, 0.0),  # its gradient is 0
             case_of("knn", 1024, 20000, 64, quick=True),
             case_of("knn", 1, 100000, 64),
             case_of("knn", 256, 20000, 16, 1.0),

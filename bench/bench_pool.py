@@ -11,7 +11,7 @@ from .peers import standard_providers
 
 STEM = "pool"
 OPS = (
-    "max_pool2d", "avg_pool2d", "adaptive_max_pool2d", "adaptive_avg_pool2d", "lp_pool2d", "avg_pool1d", "max_pool3d",
+    *(f"{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg", "lp") for n in (1, 2, 3)),
 )  # fmt: skip
 
 
@@ -41,6 +41,14 @@ def cases(device: str) -> list[Case]:
             pool("lp_pool2d", (8, 64, 112, 112), (56, 56), device, norm_type=2.0, kernel_size=2),
             pool("avg_pool1d", (8, 512, 1024), (512,), device, kernel_size=2),
             pool("max_pool3d", (1, 64, 16, 56, 56), (8, 28, 28), device, kernel_size=2),
+            pool("max_pool1d", (8, 512, 1024), (512,), device, kernel_size=2),
+            pool("avg_pool3d", (1, 64, 16, 56, 56), (8, 28, 28), device, kernel_size=2),
+            pool("lp_pool1d", (8, 512, 1024), (512,), device, norm_type=2.0, kernel_size=2),
+            pool("lp_pool3d", (1, 64, 16, 56, 56), (8, 28, 28), device, norm_type=2.0, kernel_size=2),
+            pool("adaptive_max_pool1d", (8, 512, 1000), (7,), device, output_size=7),
+            pool("adaptive_avg_pool1d", (8, 512, 1000), (7,), device, output_size=7),
+            pool("adaptive_max_pool3d", (1, 64, 16, 50, 50), (7, 7, 7), device, output_size=7),
+            pool("adaptive_avg_pool3d", (1, 64, 16, 50, 50), (7, 7, 7), device, output_size=7),
         ]
     quick = [dataclasses.replace(case, quick=i in (0, 2)) for i, case in enumerate(found)]
     last = dataclasses.replace(found[0], channels_last=True)
@@ -48,7 +56,7 @@ def cases(device: str) -> list[Case]:
 
 
 def tiny(device: str) -> list[Case]:
-    return [
+    images = [
         dataclasses.replace(case, backward=True, channels_last=last)
         for last in (False, True)
         for case in (
@@ -59,6 +67,21 @@ def tiny(device: str) -> list[Case]:
             pool("lp_pool2d", (1, 3, 9, 8), (4, 4), device, norm_type=2.0, kernel_size=2),
         )
     ]
+    window: dict[str, Any] = {"kernel_size": 2}
+    bins: dict[str, Any] = {"output_size": 3}
+    kinds = {
+        "max": window,
+        "avg": window,
+        "lp": {"norm_type": 2.0, **window},
+        "adaptive_max": bins,
+        "adaptive_avg": bins,
+    }
+    others = [
+        pool(f"{kind}_pool{n}d", (1, 2, *(7,) * n), (3,) * n, device, **how)
+        for n in (1, 3)
+        for kind, how in kinds.items()
+    ]
+    return [*images, *(dataclasses.replace(case, backward=True) for case in others)]
 
 
 def shapes(case: Case) -> dict[str, tuple[int, ...]]:
@@ -72,7 +95,7 @@ def outputs(case: Case) -> int:
 def bytes(case: Case) -> int:
     """Forward x → y, and a byte for each maximum where a gradient follows; backward dy and the bytes → dx; with powers
     x and y as well."""
-    if case.op == "lp_pool2d":
+    if case.op.startswith("lp"):
         return (case.numel + outputs(case)) * case.dtype.itemsize * (1 + 2 * case.backward)
     place = 1 if "max" in case.op and case.backward else 0
     y = outputs(case) * (case.dtype.itemsize + place)
@@ -82,7 +105,7 @@ def bytes(case: Case) -> int:
 def flops(case: Case) -> int:
     """A comparison or an addition for each element of each window, and its square."""
     kernel = case.args.get("kernel_size")
-    taps = kernel ** (len(case.shape) - 2) * (1 + (case.op == "lp_pool2d")) if kernel else case.numel // outputs(case)
+    taps = kernel ** (len(case.shape) - 2) * (1 + case.op.startswith("lp")) if kernel else case.numel // outputs(case)
     return outputs(case) * taps * (1 + case.backward)
 
 
