@@ -203,6 +203,7 @@ X = torch.ones(1, 2, 5, 5)
         ("lp_pool2d", (torch.ones(5, 5), 2.0, 2), {}),
         ("lp_pool1d", (X[0], 0, 2), {}),
         ("lp_pool2d", (X, 0.0, 2), {}),
+        ("lp_pool2d", (X, 0.0, 6), {}),
         ("lp_pool2d", (X, None, 2), {}),
         ("lp_pool2d", (X, 2.0, 6), {}),
     ],

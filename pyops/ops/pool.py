@@ -384,10 +384,10 @@ def _lp_pool(rank: int) -> Any:
     ) -> torch.Tensor:
         if not isinstance(norm_type, (int, float)):
             check.fail(TypeError, op, "norm_type", type(norm_type).__name__, "a number")
-        if norm_type == 0:
-            check.fail(ZeroDivisionError, op, "norm_type", norm_type, "a number that is not 0")
         x = _check_input(op, input, rank)
         window = _window(op, x, rank, kernel_size, stride, 0, 1, ceil_mode)
+        if norm_type == 0:
+            check.fail(ZeroDivisionError, op, "norm_type", norm_type, "a number that is not 0")
         if math.isinf(norm_type):
             sign = math.copysign(1.0, norm_type)
             return _pool_max(op, x.abs() * sign, rank, window, False) * sign
