@@ -233,7 +233,8 @@ def cross_entropy(
         z_loss: factor of ``lse²``, which holds logits near 0; for labels only. Not in torch.
 
     Returns:
-        A scalar, or with ``"none"`` a Tensor of the labels' shape, in the dtype of the input.
+        A scalar, or with ``"none"`` a Tensor of the labels' shape, in the dtype of the input; of probabilities in that
+        to which input, target and weight promote.
 
     Raises:
         IndexError: a label outside [0, C), on the CPU; on a GPU its loss is NaN, and nothing is read.
