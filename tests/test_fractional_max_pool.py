@@ -80,6 +80,24 @@ def test_nan_wins(backend):
         torch.testing.assert_close(a, b, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("width", "out"), [(45, 31), (45, 3), (600, 5)], ids=["many windows", "few", "far apart"])
+def test_rows_of_many_vectors(backend, width, out, dtype):
+    """Ties, NaN and windows of -inf in rows of several vectors and a rest."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randint(-2, 3, (1, 3, 7, width), generator=g).to(dtype)
+    x[0, 0, 2, ::7] = float("nan")
+    x[0, 1] = -torch.inf
+    u = torch.rand(1, 3, 2, generator=g).to(dtype)
+    with forced(backend):
+        y, index = F.fractional_max_pool2d(x, (2, 3), (4, out), None, True, u)
+    # torch places the windows of half types in their own arithmetic
+    wide = torch.promote_types(dtype, torch.float32)
+    want, places = torch_F.fractional_max_pool2d(x.to(wide), (2, 3), (4, out), None, True, u.to(wide))
+    torch.testing.assert_close(y, want.to(dtype), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(index, places)
+
+
 @pytest.mark.parametrize(("name", "x"), [("FractionalMaxPool2d", X), ("FractionalMaxPool3d", VOLUME)])
 def test_module_and_route(name, x):
     ours, theirs = getattr(nn, name)(2, output_size=3), getattr(torch.nn, name)(2, output_size=3)

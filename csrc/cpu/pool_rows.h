@@ -6,28 +6,13 @@
 #include <vector>
 
 #include "common/pool.h"
-#include "cpu/math.h"
+#include "cpu/maxima.h"
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
 
 using pool::Keep;
 using pool::Range;
 using pool::Shape;
-
-// The integer that stands in one lane beside an acc_t.
-template <class acc_t>
-using LaneOf = std::conditional_t<sizeof(acc_t) == 4, int32_t, int64_t>;
-
-template <class acc_t>
-struct Best {
-  Vec<acc_t> value;
-  Mask<acc_t> tap;
-  PYOPS_INLINE void meet(const Vec<acc_t>& v, int64_t number) {
-    const Mask<acc_t> wins = (v.v > value.v) | (v.v != v.v);
-    value.v = wins ? v.v : value.v;
-    tap = wins ? Mask<acc_t>{} + LaneOf<acc_t>(number) : tap;
-  }
-};
 
 // The windows of every output, the outputs of every input, and what averages divide by, counted once a call.
 template <class acc_t>
