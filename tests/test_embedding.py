@@ -181,6 +181,38 @@ def test_a_raw_op_reads_nothing_outside_the_table(backend):
         assert torch.equal(dx[0], torch.zeros(4)) and dx[1].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 31, 487])
+def test_columns_of_every_strip(backend, width, dtype):
+    """Empty, short and long bags, with weights and without, where the columns are no whole number of vectors."""
+    g = torch.Generator().manual_seed(width)
+    weight, index = torch.randn(9, width, generator=g).to(dtype), torch.randint(9, (203,), generator=g)
+    offsets, scales = torch.tensor([0, 3, 3, 67, 132]), torch.randn(203, generator=g).to(dtype)
+    bag = torch.searchsorted(offsets, torch.arange(203), right=True) - 1
+    for scale in (None, scales):
+        with backends.backend(backend):
+            y = F.embedding_bag(index, weight, offsets, mode="sum", per_sample_weights=scale)
+            rows = F.embedding(index, weight)
+        assert torch.equal(rows, weight[index])
+        terms = weight.double()[index] * (1 if scale is None else scale.double()[:, None])
+        exact, magnitude = (torch.zeros(5, width).double().index_add(0, bag, t) for t in (terms, terms.abs()))
+        # one rounding of the result, and those of 64 additions
+        wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        assert ((y.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 64 * wide * magnitude).all()
+
+
+@pytest.mark.parametrize("wrong", [-1, 9])
+@pytest.mark.parametrize("at", [0, 150, 202])
+def test_an_index_outside_is_found_while_rows_are_read(at, wrong):
+    weight, index, offsets = torch.randn(9, 300), torch.arange(203) % 9, torch.tensor([0, 3, 3, 67, 132])
+    index[at] = wrong
+    refuses(IndexError, ("embedding", "'input'", str(wrong), "[0, 9)"), F.embedding, index, weight)
+    for how in ({"mode": "sum"}, {"mode": "mean"}, {"mode": "max"}, {"mode": "sum", "padding_idx": 2}):
+        words = ("embedding_bag", "'input'", str(wrong), "[0, 9)")
+        refuses(RuntimeError, words, F.embedding_bag, index, weight, offsets, **how)
+        refuses(RuntimeError, words, F.embedding_bag, index, weight.clone().requires_grad_(), offsets, **how)
+
+
 X, W = torch.tensor([0, 2]), torch.randn(3, 4)
 
 
@@ -197,8 +229,9 @@ def test_bad_input():
     refuses(ValueError, ("embedding_bag", "'mode'", "'prod'"), bag, X[None], W, mode="prod")
     refuses(ValueError, ("embedding_bag", "'offsets'", "None"), bag, X, W)
     refuses(ValueError, ("embedding_bag", "'offsets'"), bag, X[None], W, torch.tensor([0]))
-    refuses(RuntimeError, ("embedding_bag", "'offsets'", "[1]"), bag, X, W, torch.tensor([1]))
-    refuses(RuntimeError, ("embedding_bag", "'offsets'", "[0, 3]"), bag, X, W, torch.tensor([0, 3]))
+    for mode in ("sum", "mean", "max"):
+        for wrong in ([1], [0, 3], [0, 2, 1]):
+            refuses(RuntimeError, (bag.__name__, "'offsets'", str(wrong)), bag, X, W, torch.tensor(wrong), mode=mode)
     refuses(RuntimeError, ("embedding_bag", "'input'", "3"), bag, X[None] + 1, W)
     weights = torch.ones(1, 2)
     refuses(NotImplementedError, ("embedding_bag", "'per_sample_weights'"), bag, X[None], W, per_sample_weights=weights)

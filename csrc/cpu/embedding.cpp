@@ -7,8 +7,10 @@
 // layout   x [R, D], gather_rows: y [K, D] · gather_sum: index, scale [K], offsets [V + 1], y [V, D]
 // mapping  a thread takes rows of y, lanes over D
 // memory   the rows that are named are read once each time they are named, y is written once
-// numerics sums of 64 terms in acc_t, of these in double, in the order of k; an index outside [0, R) is refused before
-// anything is read
+// numerics sums of 64 terms in acc_t, of these in double, in the order of k; an index outside [0, R) is refused,
+// and nothing is read there
+#include <atomic>
+
 #include "common/embedding_binding.h"
 #include "common/registry.h"
 #include "cpu/elementwise.h"
@@ -17,71 +19,124 @@ namespace pyops::PYOPS_CPU_CAPABILITY {
 
 // ---- kernels
 
+PYOPS_INLINE bool is_row(int64_t index, int64_t R) { return uint64_t(index) < uint64_t(R); }
+
+// Rows are named at random, where no hardware prefetcher follows: those named next are on their way while one is read.
+inline constexpr int64_t rows_ahead = 16, prefetched_bytes = 8192;
+
 template <class scalar_t>
-void gather(const scalar_t* x, const int64_t* index, scalar_t* y, int64_t K, int64_t D) {
+PYOPS_INLINE void prefetch_row(const scalar_t* row, int64_t D) {
+  constexpr int64_t line = 64 / int64_t(sizeof(scalar_t));
+  for (int64_t i = 0; i < D; i += line) __builtin_prefetch(row + i);
+}
+
+// False where an index is outside [0, R): nothing is read there, and y is not to be used.
+template <class scalar_t>
+bool gather(const scalar_t* x, const int64_t* index, scalar_t* y, int64_t K, int64_t D, int64_t R) {
+  const int64_t row_bytes = D * int64_t(sizeof(scalar_t));
+  const int64_t ahead = std::clamp<int64_t>(prefetched_bytes / row_bytes, 1, rows_ahead);
+  const int64_t prefetched = std::min(D, prefetched_bytes / int64_t(sizeof(scalar_t)));
+  std::atomic<bool> known = true;
   parallel_for(K, ceil_div(elementwise_grain, D), [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) std::copy_n(x + index[k] * D, D, y + k * D);
-  });
-}
-
-inline constexpr int strip_vectors = 8;
-
-// sums[i] = terms [first, last) of columns [column, column + n), n up to a strip; a whole strip is summed in registers,
-// while the rows named next, before `end`, are on their way.
-template <class scalar_t, class acc_t>
-void sum_terms(const scalar_t* x, const int64_t* index, const scalar_t* scale, int64_t first, int64_t last, int64_t end,
-               int64_t D, int64_t column, int64_t n, acc_t* sums) {
-  using V = Vec<acc_t>;
-  constexpr int64_t W = V::width, ahead = 4, line = 64 / int64_t(sizeof(scalar_t));
-  const auto factor = [&](int64_t k) { return V(scale != nullptr ? acc_t(scale[k]) : acc_t(1)); };
-  if (n == strip_vectors * W) {
-    V total[strip_vectors];
-    for (int64_t k = first; k < last; ++k) {
-      if (k + ahead < end)
-        for (int64_t i = 0; i < n; i += line) __builtin_prefetch(x + index[k + ahead] * D + column + i);
-      const scalar_t* from = x + index[k] * D + column;
-      const V by = factor(k);
-#pragma GCC unroll 8
-      for (int j = 0; j < strip_vectors; ++j) total[j] = fma(V::load(from + j * W), by, total[j]);
+    for (int64_t k = begin; k < end; ++k) {
+      if (k + ahead < end && is_row(index[k + ahead], R)) prefetch_row(x + index[k + ahead] * D, prefetched);
+      if (!is_row(index[k], R)) return known.store(false, std::memory_order_relaxed);
+      std::copy_n(x + index[k] * D, D, y + k * D);
     }
-#pragma GCC unroll 8
-    for (int j = 0; j < strip_vectors; ++j) total[j].store(sums + j * W);
-    return;
-  }
-  std::fill(sums, sums + n, acc_t(0));
-  for (int64_t k = first; k < last; ++k) {
-    const scalar_t* from = x + index[k] * D + column;
-    const V by = factor(k);
-    each_vector<acc_t>(n, [&](int64_t i, auto lanes) {
-      fma(V::load(from + i, lanes), by, V::load(sums + i, lanes)).store(sums + i, lanes);
-    });
-  }
+  });
+  return known;
 }
 
-// Sums of 64 terms are added, not terms, or a row named a million times would lose its last digits.
-template <class scalar_t, class acc_t>
-void gather_sums(const scalar_t* x, const int64_t* index, const int64_t* offsets, const scalar_t* scale, scalar_t* y,
-                 int64_t V, int64_t K, int64_t D) {
-  constexpr int64_t together = 64, strip = strip_vectors * Vec<acc_t>::width;
+// The widest strip of columns whose sums stay in registers.
+#if defined(__AVX512F__)
+inline constexpr int strip_vectors = 16;
+#else
+inline constexpr int strip_vectors = 8;
+#endif
+
+// The entries of all bags, and the columns of their rows that are summed now.
+template <class scalar_t>
+struct Strip {
+  const scalar_t* x;
+  const int64_t* index;
+  const scalar_t* scale;
+  int64_t D, R, entries, column;
+};
+
+// to = sum of the entries [first, last) over a strip, while the rows named next are on their way. False as above.
+template <int vectors, bool scaled, class T, class scalar_t, class Lanes>
+PYOPS_INLINE bool sum_entries(Strip<scalar_t> s, int64_t first, int64_t last, Lanes lanes, T* to) {
+  using V = Vec<accumulate_t<scalar_t>>;
+  constexpr int64_t W = V::width, line = 64 / int64_t(sizeof(scalar_t));
+  bool known = true;
+  V total[vectors];
+  for (int64_t k = first; k < last; ++k) {
+    const int64_t row = s.index[k], later = s.index[std::min(k + rows_ahead, s.entries - 1)];
+    // to return from here would keep the totals in memory
+    if (!is_row(row, s.R)) {
+      known = false;
+      break;
+    }
+    const scalar_t* from = s.x + row * s.D + s.column;
+    const scalar_t* next = s.x + (is_row(later, s.R) ? later : row) * s.D + s.column;
+    V by(1);
+    if constexpr (scaled) by = V(accumulate_t<scalar_t>(s.scale[k]));
+#pragma GCC unroll 16
+    for (int j = 0; j < vectors; ++j) {
+      total[j] = fma(V::load(from + j * W, lanes), by, total[j]);
+      if (j * W % line == 0) __builtin_prefetch(next + j * W);
+    }
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < vectors; ++j) total[j].store(to + j * W, lanes);
+  return known;
+}
+
+// One bag. Sums of 64 terms are added, not terms, or a row named a million times would lose its last digits.
+template <int vectors, bool scaled, class scalar_t, class Lanes>
+bool sum_bag(Strip<scalar_t> s, int64_t first, int64_t last, Lanes lanes, scalar_t* y) {
+  using acc_t = accumulate_t<scalar_t>;
+  constexpr int64_t together = 64, n = vectors * Vec<acc_t>::width;
+  if (last - first <= together) return sum_entries<vectors, scaled>(s, first, last, lanes, y);
+  acc_t sums[n] = {};
+  double totals[n] = {};
+  for (int64_t k = first; k < last; k += together) {
+    if (!sum_entries<vectors, scaled>(s, k, std::min(k + together, last), lanes, sums)) return false;
+    for (int64_t i = 0; i < n; ++i) totals[i] += double(sums[i]);
+  }
+  for (int64_t i = 0; i < n; ++i) sums[i] = acc_t(totals[i]);
+  for (int j = 0; j < vectors; ++j) {
+    constexpr int64_t W = Vec<acc_t>::width;
+    Vec<acc_t>::load(sums + j * W).store(y + j * W, lanes);
+  }
+  return true;
+}
+
+// The columns from `column` on, in strips that halve.
+template <int vectors, bool scaled, class scalar_t>
+bool sum_strips(Strip<scalar_t> s, int64_t first, int64_t last, scalar_t* y) {
+  constexpr int64_t n = vectors * Vec<accumulate_t<scalar_t>>::width;
+  for (; s.column + n <= s.D; s.column += n)
+    if (!sum_bag<vectors, scaled>(s, first, last, AllLanes{}, y + s.column)) return false;
+  if (s.column == s.D) return true;
+  if constexpr (vectors > 1)
+    return sum_strips<vectors / 2, scaled>(s, first, last, y);
+  else
+    return sum_bag<1, scaled>(s, first, last, FirstLanes{s.D - s.column}, y + s.column);
+}
+
+template <bool scaled, class scalar_t>
+bool gather_sums(const scalar_t* x, const int64_t* index, const int64_t* offsets, const scalar_t* scale, scalar_t* y,
+                 int64_t V, int64_t K, int64_t D, int64_t R) {
   const int64_t rows = std::max<int64_t>(1, elementwise_grain / (D * (1 + K / std::max<int64_t>(V, 1))));
+  std::atomic<bool> known = true;
   parallel_for(V, rows, [&](int64_t begin, int64_t end) {
-    alignas(64) acc_t sums[strip];
-    double totals[strip];
+    const Strip<scalar_t> all{x, index, scale, D, R, offsets[V], 0};
     for (int64_t v = begin; v < end; ++v)
-      for (int64_t column = 0; column < D; column += strip) {
-        const int64_t n = std::min(strip, D - column), first = offsets[v], last = offsets[v + 1];
-        sum_terms(x, index, scale, first, std::min(first + together, last), offsets[V], D, column, n, sums);
-        if (last - first > together) {
-          for (int64_t i = 0; i < n; ++i) totals[i] = double(sums[i]);
-          for (int64_t k = first + together; k < last; k += together) {
-            sum_terms(x, index, scale, k, std::min(k + together, last), offsets[V], D, column, n, sums);
-            for (int64_t i = 0; i < n; ++i) totals[i] += double(sums[i]);
-          }
-          for (int64_t i = 0; i < n; ++i) sums[i] = acc_t(totals[i]);
-        }
-        narrow(y + v * D + column, sums, n);
-      }
+      if (!sum_strips<strip_vectors, scaled>(all, offsets[v], offsets[v + 1], y + v * D))
+        return known.store(false, std::memory_order_relaxed);
   });
+  return known;
 }
 
 template <class scalar_t>
@@ -132,7 +187,7 @@ void gather_maxima_bwd(const scalar_t* dy, const int64_t* entry, const int64_t* 
 
 static void check_rows(const OpScope& op, const int64_t* index, int64_t begin, int64_t end, int64_t R) {
   for (int64_t k = begin; k < end; ++k)
-    if (index[k] < 0 || index[k] >= R) op.check(false, "index must lie in [0, ", R, "), got ", index[k]);
+    if (!is_row(index[k], R)) op.check(false, "index must lie in [0, ", R, "), got ", index[k]);
 }
 
 // The last two arguments are for the gradient, which the room forms from gather_sum.
@@ -141,33 +196,41 @@ Tensor gather_rows(const Tensor& x, const Tensor& index, int64_t, bool) {
   op.check(x.dim() == 2, "x must be [R, D]");
   const int64_t R = x.size(0), D = x.size(1), K = index.numel();
   const int64_t* at = op.in<int64_t>(index, "index", {K});
-  check_rows(op, at, 0, K, R);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     Tensor y = op.empty<scalar_t>({K, D});
     const scalar_t* from = op.in<scalar_t>(x, "x", {R, D});
     scalar_t* to = op.out<scalar_t>(y, "y", {K, D});
-    if (D > 0) gather(from, at, to, K, D);
+    if (D == 0 || !gather(from, at, to, K, D, R)) check_rows(op, at, 0, K, R);
     return y;
   });
 }
 
-// offsets rise within [0, K], and every index that a bag names is a row.
+// offsets rise from 0 to at most K.
+static void check_offsets(const OpScope& op, const int64_t* ends, int64_t V, int64_t K) {
+  op.check(ends[0] == 0 && ends[V] <= K, "offsets must begin at 0 and lie in [0, ", K, "]");
+  bool rising = true;
+  for (int64_t v = 0; v < V; ++v) rising &= ends[v] <= ends[v + 1];
+  op.check(rising, "offsets must not decrease");
+}
+
+// The same, and every index that a bag names is a row.
 static void check_bags(const OpScope& op, const int64_t* index, const int64_t* ends, int64_t V, int64_t K, int64_t R) {
-  op.check(ends[0] >= 0 && ends[V] <= K, "offsets must lie in [0, ", K, "]");
-  for (int64_t v = 0; v < V; ++v) op.check(ends[v] <= ends[v + 1], "offsets must not decrease");
+  check_offsets(op, ends, V, K);
   check_rows(op, index, ends[0], ends[V], R);
 }
 
 Tensor gather_sum(const Tensor& x, const Tensor& index, const Tensor& offsets, const OptionalTensor& scale) {
   OpScope op("gather_sum", x);
   const auto [R, D, K, V, at, ends] = embedding::bags_of(op, x, index, offsets);
-  check_bags(op, at, ends, V, K, R);
+  check_offsets(op, ends, V, K);
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     Tensor y = op.empty<scalar_t>({V, D});
     const scalar_t* from = op.in<scalar_t>(x, "x", {R, D});
     const scalar_t* by = op.in_optional<scalar_t>(scale, "scale", {K});
     scalar_t* to = op.out<scalar_t>(y, "y", {V, D});
-    if (D > 0) gather_sums<scalar_t, accumulate_t<scalar_t>>(from, at, ends, by, to, V, K, D);
+    const bool known = D > 0 && (by != nullptr ? gather_sums<true>(from, at, ends, by, to, V, K, D, R)
+                                               : gather_sums<false>(from, at, ends, by, to, V, K, D, R));
+    if (!known) check_rows(op, at, ends[0], ends[V], R);
     return y;
   });
 }

@@ -175,22 +175,41 @@ def _table(op: str, weight: torch.Tensor) -> None:
 
 
 def _indices(op: str, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The indices as int64 [K], each in [0, V)."""
+    """The indices as int64 [K]."""
     if not isinstance(input, torch.Tensor):
         check.fail(TypeError, op, "input", type(input).__name__, "a tensor")
     if input.dtype not in (torch.int64, torch.int32):
         check.fail(RuntimeError, op, "input", input.dtype, "int64 or int32")
     if input.device != weight.device:
         check.fail(RuntimeError, op, "input", f"a tensor on {input.device}", f"one on {weight.device}, as the weight")
-    index = input.reshape(-1).long().contiguous()
-    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if index.device.type == "cpu" and index.numel() and not hidden:
-        low, high = (int(v) for v in index.aminmax())
-        if low < 0 or high >= weight.shape[0]:
-            wanted = f"indices in [0, {weight.shape[0]}), the rows of the weight"
-            kind = RuntimeError if op == "embedding_bag" else IndexError  # as torch
-            check.fail(kind, op, "input", low if low < 0 else high, wanted)
-    return index
+    return input.reshape(-1).long().contiguous()
+
+
+def _check_rows(op: str, index: torch.Tensor, weight: torch.Tensor) -> None:
+    """Each index in [0, V)."""
+    low, high = (int(v) for v in index.aminmax()) if index.numel() else (0, -1)
+    if low < 0 or high >= weight.shape[0]:
+        wanted = f"indices in [0, {weight.shape[0]}), the rows of the weight"
+        kind = RuntimeError if op == "embedding_bag" else IndexError  # as torch
+        check.fail(kind, op, "input", low if low < 0 else high, wanted)
+
+
+def _readable(t: torch.Tensor) -> bool:
+    """Whether its numbers can be looked at without waiting for a GPU or breaking a graph."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _explained(checks: Any, readable: bool, apply: Any, *args: Any) -> Any:
+    """``apply(*args)``. The CPU kernels refuse what ``checks`` refuses, while they read; ``checks`` says it in the
+    words of the function."""
+    if not readable:
+        return apply(*args)
+    try:
+        return apply(*args)
+    except RuntimeError as error:
+        refused = error
+    checks()
+    raise refused
 
 
 def _padding(op: str, padding_idx: int | None, rows: int) -> int:
@@ -253,10 +272,14 @@ def embedding(
     padding = _padding("embedding", padding_idx, weight.shape[0])
     if sparse and weight.requires_grad and torch.is_grad_enabled():
         raise Unsupported("embedding: argument 'sparse': got True, expected False: gradients are dense")
+    namespace = backend.namespace_for("embedding", weight)
+    readable = _readable(index) and not torch._C._are_functorch_transforms_active()
+    if readable and (namespace != "pyops" or max_norm is not None):
+        _check_rows("embedding", index, weight)
     if max_norm is not None:
         _renormalise(weight, index, float(max_norm), float(norm_type))
-    namespace = backend.namespace_for("embedding", weight)
-    y = _gather_rows(namespace, weight.contiguous(), index, padding, bool(scale_grad_by_freq))
+    args = namespace, weight.contiguous(), index, padding, bool(scale_grad_by_freq)
+    y = _explained(lambda: _check_rows("embedding", index, weight), readable, _gather_rows, *args)
     return y.view(*input.shape, weight.shape[1])
 
 
@@ -317,12 +340,26 @@ def embedding_bag(
             check.fail(RuntimeError, op, "per_sample_weights", per_sample_weights.dtype, f"{weight.dtype}")
     index = _indices(op, input, weight)
     padding = _padding(op, padding_idx, weight.shape[0])
+    ends = _offsets(input, offsets, include_last_offset, index.shape[0])
+    namespace, readable = backend.namespace_for(op, weight), _readable(index)
+    transformed = torch._C._are_functorch_transforms_active()
+
+    def checks() -> None:
+        if not transformed:
+            _check_rows(op, index, weight)
+        _check_offsets(op, offsets, ends, index.shape[0])
+
+    # The CPU kernels check the offsets, and the entries of the bags as they read them.
+    looks = (
+        namespace == "pyops" and mode != "mean" and max_norm is None and not (scale_grad_by_freq or include_last_offset)
+    )
+    if readable and (transformed or not looks):
+        checks()
     if max_norm is not None:
         _renormalise(weight, index, float(max_norm), float(norm_type))
-    ends = _offsets(input, offsets, include_last_offset, index.shape[0])
-    namespace, table = backend.namespace_for(op, weight), weight.contiguous()
+    table = weight.contiguous()
     if mode == "max":
-        return _gather_max(namespace, table, index, ends, padding)[0]
+        return _explained(checks, readable, _gather_max, namespace, table, index, ends, padding)[0]
     scale = None if per_sample_weights is None else per_sample_weights.reshape(-1).contiguous()
     counted = None if padding < 0 else (index != padding).to(weight.dtype)
     if mode == "mean":
@@ -337,7 +374,7 @@ def embedding_bag(
     if scale_grad_by_freq:
         table = _gather_rows(namespace, table, index, padding, True)
         index = torch.arange(index.shape[0], device=index.device)
-    return _gather_sum(namespace, table, index, ends, scale)
+    return _explained(checks, readable, _gather_sum, namespace, table, index, ends, scale)
 
 
 def _offsets(input: torch.Tensor, offsets: torch.Tensor | None, include_last: bool, entries: int) -> torch.Tensor:
@@ -352,11 +389,14 @@ def _offsets(input: torch.Tensor, offsets: torch.Tensor | None, include_last: bo
         check.fail(ValueError, op, "offsets", offsets if offsets is None else list(offsets.shape), "[bags], input [K]")
     starts = offsets.long()
     if not include_last:
-        starts = torch.cat([starts, starts.new_full((1,), entries)])
-    readable = starts.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and (starts[0] != 0 or (starts.diff() < 0).any() or starts[-1] > entries):
-        check.fail(RuntimeError, op, "offsets", offsets.tolist(), f"numbers that rise from 0 to at most {entries}")
+        starts = torch.constant_pad_nd(starts, (0, 1), entries)
     return starts
+
+
+def _check_offsets(op: str, offsets: torch.Tensor | None, starts: torch.Tensor, entries: int) -> None:
+    """Those that were given rise from 0, and end within the entries."""
+    if offsets is not None and (starts[0] != 0 or (starts.diff() < 0).any() or starts[-1] > entries):
+        check.fail(RuntimeError, op, "offsets", offsets.tolist(), f"numbers that rise from 0 to at most {entries}")
 
 
 # The modules
