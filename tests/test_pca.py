@@ -96,3 +96,17 @@ def test_bad_input():
     for bad in (math.nan, math.inf):
         x[1, 2] = bad
         refuses(torch.linalg.LinAlgError, ("pca", "'input'", "not finite"), F.pca, x)
+
+
+@pytest.mark.parametrize("shape", [(30, 6), (2, 6, 6), (5, 9)])
+@pytest.mark.parametrize("components", [None, 3])
+def test_the_same_with_gradients_and_compiled(shape, components):
+    """Tall data go through QR where no gradient is wanted."""
+    x = torch.randn(shape, dtype=torch.float64) + 2
+    want = F.pca(x.clone().requires_grad_(), components)
+    compiled = torch.compile(lambda t: F.pca(t, components), fullgraph=True, backend="aot_eager")
+    for got in (F.pca(x, components), compiled(x)):
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b.detach())
+    _, tangent = torch.func.jvp(lambda t: F.pca(t, components).variances, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, torch.zeros_like(tangent))  # a shift of all rows changes no variance

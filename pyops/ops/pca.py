@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ..core import check
+from ..core.autograd import derivative_levels_active
 
 
 class PCA(NamedTuple):
@@ -59,8 +60,12 @@ def pca(input: torch.Tensor, components: int | None = None) -> PCA:
         check.fail(ValueError, "pca", "components", components, f"an int in [1, {most}] or None")
     wide = input.to(check.accumulate_dtype(input.dtype))
     mean = wide.mean(-2)
+    centred = wide - mean.unsqueeze(-2)
+    if rows > columns and not (derivative_levels_active() or (torch.is_grad_enabled() and input.requires_grad)):
+        # u is nobody's: x = q r has the s and v of r. This form of QR has no gradient.
+        centred = torch.linalg.qr(centred, mode="r").R
     try:
-        _, values, vectors = torch.linalg.svd(wide - mean.unsqueeze(-2), full_matrices=False)
+        _, values, vectors = torch.linalg.svd(centred, full_matrices=False)
     except torch.linalg.LinAlgError:
         if input.isfinite().all():
             raise
