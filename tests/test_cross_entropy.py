@@ -113,6 +113,24 @@ def test_one_example_without_a_batch(backend):
         assert F.nll_loss(X[0], T[:1], reduction=reduction).shape == ()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 17, 63, 130, 1023, 1025, 2100])
+def test_the_largest_logit_anywhere_in_a_row(backend, width, dtype):
+    """Its place is in a vector, in the rest, in a later block; it may be a NaN, or stand behind a block of -inf."""
+    x = torch.full((6, width), -3.0, dtype=dtype)
+    x[1, -1], x[2, width // 2], x[3, 0], x[4, -1] = 60.0, 60.0, float("nan"), float("nan")
+    x[5, : width - 1] = -torch.inf
+    x.requires_grad_()
+    t = torch.tensor([0, 0, width // 2, 0, 0, width - 1])
+    truth = x.detach().double().requires_grad_()
+    with forced(backend):
+        loss = F.cross_entropy(x, t, reduction="none")
+        (dx,) = torch.autograd.grad(loss.sum(), x)
+    want = torch_F.cross_entropy(truth, t, reduction="none")
+    torch.testing.assert_close(loss, want.to(dtype), equal_nan=True)
+    torch.testing.assert_close(dx, torch.autograd.grad(want.sum(), truth)[0].to(dtype), equal_nan=True)
+
+
 def test_infinities_and_nan_as_torch(backend):
     inf, nan = float("inf"), float("nan")
     x = torch.tensor([[0.0, -inf, 1.0], [-inf, -inf, -inf], [inf, 0, 1], [nan, 0, 1], [1e30, -1e30, 1e30]])

@@ -41,28 +41,19 @@ struct CrossEntropy {
   // Largest logit of a row and Σ exp(x - max): one pass, whose sum is scaled anew where a larger logit comes.
   void row_statistics(const scalar_t* x, acc_t* top, acc_t* total) const {
     using V = Vec<acc_t>;
-    constexpr int64_t block = 256;
+    constexpr int64_t block = 1024;
     const acc_t lowest = -std::numeric_limits<acc_t>::infinity();
     acc_t most = lowest, sum_of_row = 0;
     for (int64_t b = 0; b < N; b += block) {
       const int64_t n = N - b < block ? N - b : block;
-      V a(lowest), c(lowest);
-      int64_t i = 0;
-      for (; i + 2 * V::width <= n; i += 2 * V::width) {
-        a = max(V::load(x + b + i), a);
-        c = max(V::load(x + b + i + V::width), c);
-      }
-      acc_t higher = max_of_lanes(max(a, c));
-      for (; i < n; ++i) {
-        const acc_t v = acc_t(x[b + i]);
-        higher = v > higher || v != v ? v : higher;
-      }
+      acc_t higher = max_of_run<acc_t>(x + b, n);
       higher = higher > most || higher != higher ? higher : most;
       if (higher == lowest) continue;
       const V shift(higher);
       Totals<acc_t, 1> sums;
-      accumulate(sums, n,
-                 [&](int64_t k, auto lanes, auto& t) { t[0] += keep(exp(V::load(x + b + k, lanes) - shift), lanes); });
+      accumulate(sums, n, [&](int64_t k, auto lanes, auto& t) {
+        t[0] += keep(exp_down(V::load(x + b + k, lanes) - shift), lanes);
+      });
       sum_of_row =
           (most == higher || most == lowest ? sum_of_row : sum_of_row * std::exp(most - higher)) + sum(sums[0]);
       most = higher;
@@ -85,7 +76,7 @@ struct CrossEntropy {
     using V = Vec<acc_t>;
     most = V(-std::numeric_limits<acc_t>::infinity()), total = V();
     for (int64_t n = 0; n < N; ++n) most = max(V::load(x + n * S, lanes), most);
-    for (int64_t n = 0; n < N; ++n) total += exp(V::load(x + n * S, lanes) - most);
+    for (int64_t n = 0; n < N; ++n) total += exp_down(V::load(x + n * S, lanes) - most);
   }
   template <class Lanes, class F>
   PYOPS_INLINE Vec<acc_t> column_sum(Lanes, F&& f) const {
@@ -241,11 +232,12 @@ void labels_backward(const CrossEntropy<scalar_t>& e, const acc_t* g, const scal
         const V shift(top[m]), scale(of_p), even(g[m] * spread);
         const scalar_t* row = x + m * N;
         if (spread == acc_t(0))
-          each_vector<acc_t>(
-              N, [&](int64_t n, auto lanes) { (exp(V::load(row + n, lanes) - shift) * scale).store(to + n, lanes); });
+          each_vector<acc_t>(N, [&](int64_t n, auto lanes) {
+            (exp_down(V::load(row + n, lanes) - shift) * scale).store(to + n, lanes);
+          });
         else
           each_vector<acc_t>(N, [&](int64_t n, auto lanes) {
-            (exp(V::load(row + n, lanes) - shift) * scale - even * e.weight(n, lanes)).store(to + n, lanes);
+            (exp_down(V::load(row + n, lanes) - shift) * scale - even * e.weight(n, lanes)).store(to + n, lanes);
           });
         const acc_t p = std::exp(acc_t(row[t]) - top[m]) * of_p;
         to[t] = scalar_t(p - g[m] * spread * e.weight(t) - of_label);
@@ -261,7 +253,7 @@ void labels_backward(const CrossEntropy<scalar_t>& e, const acc_t* g, const scal
         }
         const V shift = V::load(top + at, lanes), zero;
         for (int64_t n = 0; n < N; ++n) {
-          V v = e.logits ? exp(V::load(x + first + n * S, lanes) - shift) * scale : zero;
+          V v = e.logits ? exp_down(V::load(x + first + n * S, lanes) - shift) * scale : zero;
           // an ignored label gives 0, whatever its logits are
           v = select((scale > zero) | (scale < zero) | is_nan(scale), v, zero) - cotangent * V(e.weight(n));
           v.store(dx + first + n * S, lanes);
@@ -318,7 +310,7 @@ void probabilities_backward(const CrossEntropy<scalar_t>& e, const acc_t* g, con
                         const V& mass, auto lanes) {
     const V centred = V::load(x + at, lanes) - most;
     const V t = fma(V::load(q + at, lanes), keep_share, even) * w;
-    (cotangent * (exp(centred) / sums * mass - t)).store(dx + at, lanes);
+    (cotangent * (exp_down(centred) / sums * mass - t)).store(dx + at, lanes);
     if (dq != nullptr) (cotangent * keep_share * w * (log_sum - centred)).store(dq + at, lanes);
   };
   each_label<acc_t>(

@@ -121,9 +121,24 @@ PYOPS_INLINE Vec<acc_t> sqrt(const Vec<acc_t>& a) {
 
 template <class acc_t>
 PYOPS_INLINE acc_t max_of_lanes(const Vec<acc_t>& v) {
-  acc_t most = v.v[0];
-  for (int64_t i = 1; i < Vec<acc_t>::width; ++i) most = (v.v[i] > most || v.v[i] != v.v[i]) ? v.v[i] : most;
-  return most;
+  return simd::joined_lanes(
+      v, [](const auto& low, const auto& high) { return ((low > high) | (low != low)) ? low : high; });
+}
+
+// The largest of n numbers, -infinity where there are none; NaN stays. Four chains hide the latency of a comparison.
+template <class acc_t, class T>
+PYOPS_INLINE acc_t max_of_run(const T* x, int64_t n) {
+  using V = Vec<acc_t>;
+  constexpr int64_t W = V::width;
+  const V lowest(-std::numeric_limits<acc_t>::infinity());
+  V most[4] = {lowest, lowest, lowest, lowest};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) most[k] = max(V::load(x + i + k * W), most[k]);
+  each_vector<acc_t>(
+      n - i, [&](int64_t k, auto lanes) { most[0] = max(keep(V::load(x + i + k, lanes), lanes, lowest), most[0]); });
+  return max_of_lanes(max(max(most[0], most[1]), max(most[2], most[3])));
 }
 
 namespace simd {

@@ -271,29 +271,35 @@ PYOPS_INLINE Vec<acc_t> fma(const Vec<acc_t>& a, const Vec<acc_t>& b, const Vec<
 #endif
 }
 
-// v in the lanes that are in use, zero in the others: what a sum may add.
+// v in the lanes that are in use, `absent` in the others: by default zero, what a sum may add.
 template <class acc_t>
-PYOPS_INLINE Vec<acc_t> keep(const Vec<acc_t>& v, AllLanes) {
+PYOPS_INLINE Vec<acc_t> keep(const Vec<acc_t>& v, AllLanes, const Vec<acc_t>& = {}) {
   return v;
 }
 template <class acc_t>
-PYOPS_INLINE Vec<acc_t> keep(const Vec<acc_t>& v, FirstLanes lanes) {
+PYOPS_INLINE Vec<acc_t> keep(const Vec<acc_t>& v, FirstLanes lanes, const Vec<acc_t>& absent = {}) {
   using Index = std::conditional_t<sizeof(acc_t) == 4, int32_t, int64_t>;
   simd::Native<Index> lane;
   for (int64_t i = 0; i < Vec<acc_t>::width; ++i) lane[i] = Index(i);
-  return lane < Index(lanes.count) ? v.v : typename Vec<acc_t>::Native{};
+  return lane < Index(lanes.count) ? v.v : absent.v;
 }
 
 namespace simd {
 
-template <int lanes, class V, size_t... i>
-PYOPS_INLINE auto sum_of_lanes(const V& v, std::index_sequence<i...>) {
+// join(low, high) of the halves of a vector, of the halves of that, and so on to one lane.
+template <int lanes, class V, class F, size_t... i>
+PYOPS_INLINE auto joined_lanes(const V& v, const F& join, std::index_sequence<i...>) {
   if constexpr (lanes == 2) {
-    return v[0] + v[1];
+    return join(v[0], v[1]);
   } else {
-    auto halves = __builtin_shufflevector(v, v, int(i)...) + __builtin_shufflevector(v, v, int(i + lanes / 2)...);
-    return sum_of_lanes<lanes / 2>(halves, std::make_index_sequence<lanes / 4>());
+    const auto halves =
+        join(__builtin_shufflevector(v, v, int(i)...), __builtin_shufflevector(v, v, int(i + lanes / 2)...));
+    return joined_lanes<lanes / 2>(halves, join, std::make_index_sequence<lanes / 4>());
   }
+}
+template <class acc_t, class F>
+PYOPS_INLINE acc_t joined_lanes(const Vec<acc_t>& v, const F& join) {
+  return joined_lanes<Vec<acc_t>::width>(v.v, join, std::make_index_sequence<Vec<acc_t>::width / 2>());
 }
 
 }  // namespace simd
@@ -301,7 +307,7 @@ PYOPS_INLINE auto sum_of_lanes(const V& v, std::index_sequence<i...>) {
 // Sum of the lanes, halves added to halves.
 template <class acc_t>
 PYOPS_INLINE acc_t sum(const Vec<acc_t>& v) {
-  return simd::sum_of_lanes<Vec<acc_t>::width>(v.v, std::make_index_sequence<Vec<acc_t>::width / 2>());
+  return simd::joined_lanes(v, [](const auto& low, const auto& high) { return low + high; });
 }
 
 template <class acc_t, class F>

@@ -14,24 +14,6 @@ namespace pyops::PYOPS_CPU_CAPABILITY {
 
 // ---- kernels
 
-template <class acc_t, class scalar_t>
-acc_t row_max(const scalar_t* x, int64_t n) {
-  using V = Vec<acc_t>;
-  constexpr int64_t W = V::width;
-  V a(-std::numeric_limits<acc_t>::infinity()), b = a;
-  int64_t i = 0;
-  for (; i + 2 * W <= n; i += 2 * W) {
-    a = max(V::load(x + i), a);
-    b = max(V::load(x + i + W), b);
-  }
-  acc_t most = max_of_lanes(max(a, b));
-  for (; i < n; ++i) {
-    const acc_t v = acc_t(x[i]);
-    most = (v > most || v != v) ? v : most;
-  }
-  return most;
-}
-
 // exp(x - max) waits in y, and exp(x - max) / sum in dx, where they are wide enough to hold it: no exponential is taken
 // twice.
 template <class scalar_t, class acc_t>
@@ -40,11 +22,11 @@ inline constexpr bool holds_exponentials = std::is_same_v<scalar_t, acc_t>;
 template <class scalar_t, class acc_t>
 void softmax_row(bool log_of, const scalar_t* x, scalar_t* y, acc_t* top, acc_t* total, int64_t N) {
   using V = Vec<acc_t>;
-  const V most(*top = row_max<acc_t>(x, N));
+  const V most(*top = max_of_run<acc_t>(x, N));
   const bool kept = holds_exponentials<scalar_t, acc_t> && !log_of;
   Totals<acc_t, 1> sums;
   accumulate(sums, N, [&](int64_t i, auto lanes, auto& t) {
-    const V e = exp(V::load(x + i, lanes) - most);
+    const V e = exp_down(V::load(x + i, lanes) - most);
     if (kept) e.store(y + i, lanes);
     t[0] += keep(e, lanes);
   });
@@ -56,7 +38,7 @@ void softmax_row(bool log_of, const scalar_t* x, scalar_t* y, acc_t* top, acc_t*
   }
   const V scale(acc_t(1) / sum_of_row);
   each_vector<acc_t>(N, [&](int64_t i, auto lanes) {
-    const V e = kept ? V::load(y + i, lanes) : exp(V::load(x + i, lanes) - most);
+    const V e = kept ? V::load(y + i, lanes) : exp_down(V::load(x + i, lanes) - most);
     (e * scale).store(y + i, lanes);
   });
 }
@@ -67,7 +49,7 @@ void softmax_gradient_row(bool log_of, const scalar_t* dy, const scalar_t* x, ac
   using V = Vec<acc_t>;
   const V most(top), scale(acc_t(1) / total);
   const bool kept = holds_exponentials<scalar_t, acc_t> && !log_of;
-  const auto probability = [&](int64_t i, auto lanes) { return exp(V::load(x + i, lanes) - most) * scale; };
+  const auto probability = [&](int64_t i, auto lanes) { return exp_down(V::load(x + i, lanes) - most) * scale; };
   Totals<acc_t, 1> sums;
   accumulate(sums, N, [&](int64_t i, auto lanes, auto& t) {
     V g = V::load(dy + i, lanes);
@@ -94,14 +76,14 @@ PYOPS_INLINE void softmax_columns(bool log_of, const scalar_t* x, scalar_t* y, a
   for (int64_t n = 0; n < N; ++n) most = max(V::load(x + n * S, lanes), most);
   const bool kept = holds_exponentials<scalar_t, acc_t> && !log_of;
   for (int64_t n = 0; n < N; ++n) {
-    const V e = exp(V::load(x + n * S, lanes) - most);
+    const V e = exp_down(V::load(x + n * S, lanes) - most);
     if (kept) e.store(y + n * S, lanes);
     sums += e;
   }
   const V factor = log_of ? log(sums) : V(acc_t(1)) / sums;
   for (int64_t n = 0; n < N; ++n) {
     const auto centred = [&] { return V::load(x + n * S, lanes) - most; };
-    const V value = log_of ? centred() - factor : (kept ? V::load(y + n * S, lanes) : exp(centred())) * factor;
+    const V value = log_of ? centred() - factor : (kept ? V::load(y + n * S, lanes) : exp_down(centred())) * factor;
     value.store(y + n * S, lanes);
   }
   most.store(top, lanes);
@@ -114,7 +96,7 @@ PYOPS_INLINE void softmax_gradient_columns(bool log_of, const scalar_t* dy, cons
   using V = Vec<acc_t>;
   const V most = V::load(top, lanes), scale = V(acc_t(1)) / V::load(total, lanes);
   const bool kept = holds_exponentials<scalar_t, acc_t> && !log_of;
-  const auto probability = [&](int64_t n) { return exp(V::load(x + n * S, lanes) - most) * scale; };
+  const auto probability = [&](int64_t n) { return exp_down(V::load(x + n * S, lanes) - most) * scale; };
   V dot;
   for (int64_t n = 0; n < N; ++n) {
     V g = V::load(dy + n * S, lanes);
