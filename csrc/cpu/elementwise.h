@@ -45,6 +45,10 @@ void elementwise(int64_t N, T* y, Block&& block, const In*... in) {
     alignas(64) acc_t scratch[sizeof...(In) + 1][is_narrow ? elementwise_block : 1];
     for (int64_t b = begin; b < end; ++b) {
       const int64_t i = b * elementwise_block, n = N - i < elementwise_block ? N - i : elementwise_block;
+      // One stream is the hardware's to follow; of several, beside the output's, it follows them late.
+      if constexpr (sizeof...(In) > 1)
+        for (int64_t j = 0; j < n; j += 64 / int64_t(sizeof(T)))
+          (fetch_ahead(in + i + j, elementwise_block * int64_t(sizeof(T))), ...);
       [&]<size_t... k>(std::index_sequence<k...>) {
         if constexpr (is_narrow) {
           block(scratch[0], widened<acc_t>(in + i, n, scratch[k + 1])..., n, false);

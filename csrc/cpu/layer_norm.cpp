@@ -22,6 +22,7 @@ void layer_norm_run(const scalar_t* __restrict__ x, const acc_t* __restrict__ w,
   const SplitMean<acc_t> split(mean);
   const V high(split.high), scale{acc_t(rstd)}, shift{acc_t(-split.low * rstd)};
   write_run<acc_t>(y, n, streamed, [&](int64_t i, auto lanes) {
+    fetch_ahead(x + i);
     V xhat = fma(V::load(x + i, lanes) - high, scale, shift);
     if constexpr (affine) return fma(xhat, V::load(w + i, lanes), V::load(b + i, lanes));
     return xhat;
@@ -59,6 +60,7 @@ void layer_norm_fwd_group(const scalar_t* __restrict__ x, const acc_t* __restric
     V weight, bias;
     if constexpr (affine) weight = V::load(w + i, lanes), bias = V::load(b + i, lanes);
     for (int r = 0; r < R; ++r) {
+      fetch_ahead(x + r * N + i);
       v[r] = fma(V::load(x + r * N + i, lanes) - high[r], scale[r], shift[r]);
       if constexpr (affine) v[r] = fma(v[r], weight, bias);
     }
@@ -113,6 +115,7 @@ void layer_norm_bwd_run(const scalar_t* __restrict__ dy, const scalar_t* __restr
   const double r = rstd;
   const V along_g(rstd), along_x{acc_t(-r * r * r * sums.gx / double(N))}, shift{acc_t(-r * sums.g / double(N))};
   auto step = [&](int64_t i, auto lanes) {
+    fetch_ahead(dy + i), fetch_ahead(x + i);
     const V d = V::load(dy + i, lanes), centered = V::load(x + i, lanes) - V(mean), g = d * V::load(w + i, lanes);
     if constexpr (need_dw) {
       fma(d, centered * along_g, V::load(dw + i, lanes)).store(dw + i, lanes);
@@ -157,6 +160,7 @@ void layer_norm_bwd_group(const scalar_t* __restrict__ dy, const scalar_t* __res
     V to_dw, to_db;
     if constexpr (need_dw) to_dw = V::load(dw + i, lanes), to_db = V::load(db + i, lanes);
     for (int r = 0; r < R; ++r) {
+      fetch_ahead(dy + r * N + i), fetch_ahead(x + r * N + i);
       V g = V::load(dy + r * N + i, lanes), centered = V::load(x + r * N + i, lanes) - center[r];
       if constexpr (need_dw) to_dw = fma(g, centered * along_g[r], to_dw), to_db += g;
       g = g * weight;

@@ -31,6 +31,7 @@ void rms_norm_run(const scalar_t* __restrict__ x, const acc_t* __restrict__ w, a
                   int64_t n, bool streamed) {
   using V = Vec<acc_t>;
   write_run<acc_t>(y, n, streamed, [&](int64_t i, auto lanes) {
+    fetch_ahead(x + i);
     V xhat = V::load(x + i, lanes) * V(rstd);
     if constexpr (affine) return xhat * V::load(w + i, lanes);
     return xhat;
@@ -76,6 +77,7 @@ void rms_norm_bwd_run(const scalar_t* __restrict__ dy, const scalar_t* __restric
   const double r = rstd;
   const V along_g(rstd), along_x{acc_t(-r * r * r * sum_gx / double(N))};
   auto step = [&](int64_t i, auto lanes) {
+    fetch_ahead(dy + i), fetch_ahead(x + i);
     const V d = V::load(dy + i, lanes), v = V::load(x + i, lanes), g = d * V::load(w + i, lanes);
     if constexpr (need_dw) fma(d, v * along_g, V::load(dw + i, lanes)).store(dw + i, lanes);
     return fma(g, along_g, v * along_x);

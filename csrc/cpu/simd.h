@@ -431,6 +431,14 @@ PYOPS_INLINE void touch_ahead(const T* p, int64_t elements) {
     __builtin_prefetch(reinterpret_cast<const void*>(first + uintptr_t(i - page_bytes)));
 }
 
+// For the last pass over a row, which finds it in the cache: memory would have nothing to do meanwhile, so the rows
+// behind it come. To be called with every vector, as a core has few lines under way at a time.
+inline constexpr int64_t fetched_bytes = 8192;
+template <class T>
+PYOPS_INLINE void fetch_ahead(const T* p, int64_t bytes = fetched_bytes) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes)));
+}
+
 using blocking::is_streamed;
 
 // Streamed stores are weakly ordered; nobody may be told of them before this.
