@@ -1,3 +1,4 @@
+import importlib.util
 import re
 
 import pytest
@@ -115,3 +116,101 @@ def test_half_weights_fold_in_float32():
     assert weight.dtype == bias.dtype == torch.bfloat16
     exact = model[0].weight.double() / torch.sqrt(model[1].running_var.double() + 1e-5).view(-1, 1, 1, 1)
     torch.testing.assert_close(weight.double(), exact, rtol=2**-8, atol=0)
+
+
+class SamePadding(nn.Conv2d):
+    """As TensorFlow pads, and the networks that came from there."""
+
+    def forward(self, x):
+        x = nn.functional.pad(x, (0, 1, 0, 1))
+        return nn.functional.conv2d(x, self.weight, self.bias, self.stride)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class Scaled(Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return 3 * super()._conv_forward(input, weight, bias)
+
+
+class Rectified(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Named(nn.Conv2d):
+    """Computes what its base does."""
+
+
+def hooked(module: nn.Module, before: bool = False) -> nn.Module:
+    if before:
+        module.register_forward_pre_hook(lambda module, inputs: tuple(2 * t for t in inputs))
+    else:
+        module.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return module
+
+
+def patched(module: nn.Module) -> nn.Module:
+    forward = module.forward
+    module.forward = lambda x: forward(x).abs()
+    return module
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (SamePadding(4, 6, 2, stride=2), nn.BatchNorm2d(6)),
+        lambda: (Standardised(4, 6, 3), nn.BatchNorm2d(6)),
+        lambda: (Scaled(4, 6, 3), BatchNorm2d(6)),
+        lambda: (nn.Conv2d(4, 6, 3), Rectified(6)),
+        lambda: (hooked(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)),
+        lambda: (hooked(nn.Conv2d(4, 6, 3), before=True), nn.BatchNorm2d(6)),
+        lambda: (nn.Conv2d(4, 6, 3), hooked(nn.BatchNorm2d(6))),
+        lambda: (patched(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)),
+    ],
+)
+def test_what_computes_something_else_stays_as_it_is(make):
+    model = with_statistics(nn.Sequential(*make()))
+    fused = fuse_conv_bn(model)
+    assert [type(m) for m in fused] == [type(m) for m in model]
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_a_weight_that_a_hook_computes_stays_and_a_parametrised_one_folds():
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    for norm, pairs in ((nn.utils.weight_norm, 0), (nn.utils.parametrizations.weight_norm, 1)):
+        model = with_statistics(nn.Sequential(norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)))
+        with torch.no_grad():
+            model(x)  # nn.utils.weight_norm: its weight in float64
+        fused = fuse_conv_bn(model)
+        assert sum(isinstance(m, ConvBatchNorm) for m in fused.modules()) == pairs
+        for m in (model, fused):
+            for name, p in m.named_parameters():
+                if name.endswith(("weight_g", "original0")):
+                    p.data = p.data * 3
+        torch.testing.assert_close(fused(x), model(x))
+
+
+def test_a_subclass_that_changes_nothing_folds():
+    model = with_statistics(nn.Sequential(Named(4, 6, 3), nn.BatchNorm2d(6)))
+    fused = fuse_conv_bn(model)
+    assert isinstance(fused[0], ConvBatchNorm)
+    x = torch.randn(2, 4, 7, 6, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), model(x))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("efficientnet_lite_pytorch") is None, reason="needs the network")
+def test_efficientnet_pads_in_its_own_forward():
+    from efficientnet_lite_pytorch import EfficientNet
+
+    model = with_statistics(EfficientNet.from_name("efficientnet-lite0"))
+    fused = fuse_conv_bn(model)
+    x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x))

@@ -23,6 +23,9 @@ from ..core import check
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# What a call of a module runs, and who may have written it: of anyone else's nothing is known.
+_CALLED = ("__call__", "forward", "_conv_forward", "_function", "_output_padding")
+_AUTHORS = ("torch.nn.modules.", __name__.rpartition(".")[0] + ".")
 
 
 class ConvBatchNorm(nn.Module):
@@ -104,6 +107,20 @@ def _pairs(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield f"{prefix}{before.target}", f"{prefix}{node.target}"
 
 
+def _computes_as_declared(module: nn.Module) -> bool:
+    """Whether a call is the convolution or norm of torch or pyops and nothing besides.
+
+    A subclass with a forward of its own may pad, scale or standardise; a hook may do anything (weight_norm and
+    spectral_norm of torch.nn.utils compute the weight in one). Parametrisations are read with the weight.
+    """
+    for name in _CALLED:
+        owner = next((c for c in type(module).__mro__ if name in vars(c)), None)
+        if name in vars(module) or (owner is not None and not owner.__module__.startswith(_AUTHORS)):
+            return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not any(getattr(module, kind) for kind in hooks)
+
+
 def fuse_conv_bn(model: nn.Module) -> nn.Module:
     """A copy of the model in which each convolution that only a batch norm reads computes both at once in eval.
 
@@ -111,7 +128,8 @@ def fuse_conv_bn(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module. What torch.fx can trace is searched by its graph, the rest by its children and the order in
-            Sequential. Convolutions or norms that are shared, or whose output is read elsewhere, stay as they are.
+            Sequential. Convolutions or norms that are shared, whose output is read elsewhere, that have hooks, or whose
+            class has a ``forward`` that is neither torch's nor pyops' own, stay as they are.
 
     Returns:
         A copy; the convolution became a ``ConvBatchNorm`` that holds both modules, the norm an Identity. Parameters and
@@ -132,6 +150,8 @@ def fuse_conv_bn(model: nn.Module) -> nn.Module:
         if not isinstance(conv, (*_CONVOLUTIONS, *_TRANSPOSED)) or not isinstance(bn, _NORMS):
             continue
         if owners[id(conv)] > 1 or owners[id(bn)] > 1:
+            continue
+        if not (_computes_as_declared(conv) and _computes_as_declared(bn)):
             continue
         if conv.out_channels != bn.num_features:
             continue
