@@ -66,6 +66,20 @@ def test_transposed_convolution_is_depthwise_too(backend):
     torch.testing.assert_close(y, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_more_channels_than_an_axis_of_a_grid_counts():
+    """On CUDA axes 1 and 2 of a grid end at 65535."""
+    c = 65537
+    x, w = torch.randn(1, c, 3), torch.randn(c, 1, 2)
+    results = []
+    with backends.backend("emulator"):
+        for f in (F, torch.nn.functional):
+            inputs = [x.detach().requires_grad_(), w]
+            y = f.conv1d(*inputs, groups=c)
+            results.append((y, torch.autograd.grad(y, inputs[0], torch.ones_like(y))[0]))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_bad_input():
     refuses(RuntimeError, ("depthwise_conv", "'input'", "channels"), F.depthwise_conv, X, W.expand(8, 2, 3, 3))
     refuses(RuntimeError, ("depthwise_conv", "'groups'", "4"), F.depthwise_conv, X, torch.ones(6, 1, 3, 3))

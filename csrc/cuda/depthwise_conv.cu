@@ -31,6 +31,7 @@ struct Depthwise {
   Space space;
   int64_t N;
   int in_channels, out_channels, multiplier, all_taps, taps_h, taps_w;
+  unsigned blocks;  // of a plane; channels last, of an example
   bool transposed, channels_last;
 };
 
@@ -46,7 +47,8 @@ __global__ void __launch_bounds__(256, 2) depthwise_conv_kernel(Depthwise<T> p) 
   const unsigned groups = (s.w.count + outputs - 1) / outputs, rows = unsigned(s.d.count) * s.h.count;
   const unsigned per_plane = groups * rows;
   // one example and, channels first, one plane: 32 bits suffice
-  unsigned index = blockIdx.x * blockDim.x + threadIdx.x, k = blockIdx.y;
+  const unsigned plane = blockIdx.x / p.blocks;
+  unsigned index = (blockIdx.x - plane * p.blocks) * blockDim.x + threadIdx.x, k = plane;
   if (p.channels_last) k = index % p.out_channels, index /= p.out_channels;
   if (index >= per_plane) return;
   const unsigned row = index / groups;
@@ -174,7 +176,7 @@ using namespace conv;
 
 void check_depthwise(const OpScope& op, const Sizes& s) {
   op.check(s.G == s.C, "groups must be the number of input channels: got ", s.G, ", expected ", s.C);
-  op.check(s.K <= 65535, "more than 65535 channels");
+  op.check(s.K < (int64_t(1) << 31), "more than 2^31 - 1 channels");
 }
 
 template <class T>
@@ -184,6 +186,11 @@ void filter(const OpScope& op, const Sizes& s, const Space& space, bool transpos
   const int64_t items = ceil_div(space.w.count, outputs) * space.d.count * space.h.count * (last ? out : 1);
   op.check(items < (int64_t(1) << 31), "an image has too many positions");
   if (s.N * items == 0) return;
+  // small planes do not fill a block of 256
+  const unsigned block = items >= 256 ? 256 : static_cast<unsigned>(ceil_div(items, 32) * 32);
+  // planes beside their blocks on the one axis of a grid that counts beyond 65535
+  const int64_t blocks = ceil_div(items, block), planes = last ? 1 : out;
+  op.check(blocks * planes < (int64_t(1) << 31), "an example has too many positions");
   const Depthwise<T> p{x,
                        w,
                        end,
@@ -196,13 +203,11 @@ void filter(const OpScope& op, const Sizes& s, const Space& space, bool transpos
                        static_cast<int>(s.taps()),
                        static_cast<int>(s.r[1]),
                        static_cast<int>(s.r[2]),
+                       static_cast<unsigned>(blocks),
                        transposed,
                        last};
-  // small planes do not fill a block of 256
-  const unsigned block = items >= 256 ? 256 : static_cast<unsigned>(ceil_div(items, 32) * 32);
   launch(depthwise_conv_kernel<T>,
-         {.grid = dim3(static_cast<unsigned>(ceil_div(items, block)), last ? 1 : static_cast<unsigned>(out),
-                       static_cast<unsigned>(std::min<int64_t>(s.N, 65535))),
+         {.grid = dim3(static_cast<unsigned>(blocks * planes), 1, static_cast<unsigned>(std::min<int64_t>(s.N, 65535))),
           .block = dim3(block),
           .stream = static_cast<cudaStream_t>(op.stream())},
          p);
