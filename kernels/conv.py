@@ -24,7 +24,7 @@ from ._toolbox import Specimen, cdiv, multiprocessors
 
 @triton.jit
 def conv_kernel(
-    x, w, b, r, y, N, C, K, TAPS,
+    x, w, b, r, y, N, C, K, TAPS, BLOCKS,
     PIXELS, COUNT_H, COUNT_W, SIZE_D, SIZE_H, SIZE_W,
     BASE_D, BASE_H, BASE_W, STEP_D, STEP_H, STEP_W, TAP_D, TAP_H, TAP_W, TAPS_H, TAPS_W,
     W_BASE, W_STEP_D, W_STEP_H, W_STEP_W, ALL_TAPS,
@@ -34,8 +34,8 @@ def conv_kernel(
 ):  # fmt: skip
     """One tile of pixels by output channels of one group; COUNT_* and PIXELS count positions of this phase."""
     acc_t: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    g = tl.program_id(2).to(tl.int64)
-    pixel = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    g = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    pixel = (tl.program_id(0) % BLOCKS).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     n = pixel // PIXELS
     at = pixel % PIXELS
@@ -86,14 +86,14 @@ def conv_wgrad_kernel(
     dy, x, part, N, C, K, COLUMNS, TOTAL, RANGE,
     PIXELS, COUNT_H, COUNT_W, SIZE_D, SIZE_H, SIZE_W,
     BASE_D, BASE_H, BASE_W, STEP_D, STEP_H, STEP_W, TAP_D, TAP_H, TAP_W, TAPS_H, TAPS_W,
-    XN, XC, XD, XH, XW, YN, YC, YD, YH, YW, GROUPS,
+    XN, XC, XD, XH, XW, YN, YC, YD, YH, YW, GROUPS, BLOCKS,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of dw [K, (tap, c)] of one group over one range of pixels: part [splits, G, K, COLUMNS]."""
     acc_t: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    g = (tl.program_id(2) % GROUPS).to(tl.int64)
-    split = (tl.program_id(2) // GROUPS).to(tl.int64)
-    k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    g = (tl.program_id(0) // BLOCKS % GROUPS).to(tl.int64)
+    split = (tl.program_id(0) // BLOCKS // GROUPS).to(tl.int64)
+    k = tl.program_id(0) % BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = column % C
     j = column // C
@@ -151,9 +151,10 @@ def _product(
     sy = y.stride()
     base = sum(a.out_base * s for a, s in zip(axes, sy[2:]))
     step = (all_taps[1] * all_taps[2], all_taps[2], 1)
-    grid = (cdiv(n * pixels, tile["BLOCK_M"]), cdiv(k, tile["BLOCK_N"]), groups)
+    blocks = cdiv(n * pixels, tile["BLOCK_M"])  # groups beside them: axes 1 and 2 of a grid end at 65535
+    grid = (blocks * groups, cdiv(k, tile["BLOCK_N"]))
     conv_kernel[grid](
-        x, w, b, r, y, n, c, k, d.taps * h.taps * v.taps,
+        x, w, b, r, y, n, c, k, d.taps * h.taps * v.taps, blocks,
         pixels, h.count, v.count, d.size, h.size, v.size,
         d.in_base, h.in_base, v.in_base, d.in_step, h.in_step, v.in_step, d.tap_step, h.tap_step, v.tap_step,
         max(h.taps, 1), max(v.taps, 1),
@@ -210,12 +211,13 @@ def conv_wgrad(dy, x, taps, stride, padding, dilation, groups, channels_last, al
     span = cdiv(cdiv(n * pixels, splits), tile["BLOCK_K"]) * tile["BLOCK_K"]
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     part = torch.empty((splits, groups * k, columns), dtype=acc, device=x.device)
-    grid = (cdiv(k, tile["BLOCK_M"]), cdiv(columns, tile["BLOCK_N"]), groups * splits)
+    blocks = cdiv(k, tile["BLOCK_M"])
+    grid = (blocks * groups * splits, cdiv(columns, tile["BLOCK_N"]))
     conv_wgrad_kernel[grid](
         dyv, xv, part, n, c, k, columns, n * pixels, span,
         max(pixels, 1), h.count, v.count, d.size, h.size, v.size,
         d.in_base, h.in_base, v.in_base, d.in_step, h.in_step, v.in_step, d.tap_step, h.tap_step, v.tap_step,
-        h.taps, v.taps, *xv.stride(), *dyv.stride(), groups,
+        h.taps, v.taps, *xv.stride(), *dyv.stride(), groups, blocks,
         PRECISION=_precision(algorithm), **tile, num_warps=8,
     )  # fmt: skip
     dw = part[0] if splits == 1 else part.sum(0)

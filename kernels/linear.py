@@ -2,6 +2,7 @@
   bias_act     y = f(x + b),  dx = dy * f'(x + b),  db[c] = sum of dx over n, s;  f by number, as in csrc/common
   bias_rows    y[m,n] = b[n]
   column_sum   y[n] = sum over m of x[m,n]
+  channel_sum  y[c] = sum over n, s of x[n,c,s]
 layout   bias_act: x, y [N, C, S], b [C] · rows [M, N]
 mapping  forward: a program takes BLOCK elements; sums: BLOCK_R of the N * S elements of each of BLOCK_C channels
 memory   every input read once, every output written once; a program leaves one line of partial sums
@@ -39,8 +40,11 @@ def bias_act_sum_kernel(
 ):  # fmt: skip
     """dx and a line of partial sums of db; without dy, the partial sums of x. R = N * S."""
     acc_t: tl.constexpr = part.dtype.element_ty
-    r = tl.program_id(1).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # both on axis 0: the others end at 65535
+    blocks = (C + BLOCK_C - 1) // BLOCK_C
+    line = (tl.program_id(0) // blocks).to(tl.int64)
+    r = line * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = (r < R)[:, None] & (c < C)[None, :]
     at = ((r // S * C)[:, None] + c[None, :]) * S + (r % S)[:, None]
     d = tl.load(x + at, mask=valid, other=0.0).to(acc_t)
@@ -49,7 +53,7 @@ def bias_act_sum_kernel(
         g = tl.load(dy + at, mask=valid, other=0.0).to(acc_t)
         d = tl.where(valid, gradient(g, d + add[None, :], KIND, PA, PB, PC), 0.0)
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=valid)
-    tl.store(part + tl.program_id(1).to(tl.int64) * C + c, tl.sum(d, 0), mask=c < C)
+    tl.store(part + line * C + c, tl.sum(d, 0), mask=c < C)
 
 
 @triton.jit
@@ -81,7 +85,7 @@ def _sums(dy, x, bias, dx, total, kind, a, b, c):
     rows = cdiv(n * s, block_r)
     part = x.new_empty(1, rows, channels, dtype=accumulate_dtype(x.dtype))
     parameters = {"KIND": kind, "PA": a, "PB": b, "PC": c, "BLOCK_R": block_r, "BLOCK_C": block_c}
-    bias_act_sum_kernel[(cdiv(channels, block_c), rows)](dy, x, bias, dx, part, n * s, channels, s, **parameters)
+    bias_act_sum_kernel[(cdiv(channels, block_c) * rows,)](dy, x, bias, dx, part, n * s, channels, s, **parameters)
     sum_partials(part, total, None)
 
 
@@ -103,9 +107,13 @@ def bias_rows(bias: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def column_sum(x: torch.Tensor) -> torch.Tensor:
+    return channel_sum(x.unsqueeze(-1))
+
+
+def channel_sum(x: torch.Tensor) -> torch.Tensor:
     total = x.new_zeros(x.shape[1])
     if x.numel():
-        _sums(None, x.unsqueeze(-1), None, None, total, 0, 0.0, 0.0, 0.0)
+        _sums(None, x, None, None, total, 0, 0.0, 0.0, 0.0)
     return total
 
 
@@ -121,8 +129,8 @@ def specimens() -> list[Specimen]:
         for blocks in ({"BLOCK_R": 64, "BLOCK_C": 32}, {"BLOCK_R": BLOCK, "BLOCK_C": 1}):
             found.append(Specimen(bias_act_sum_kernel, types, parameters | blocks, 4, hot=t != "fp64"))
         nothing = {"dy": None, "bias": None, "dx": None}
-        blocks = {"BLOCK_R": 64, "BLOCK_C": 32}
-        found.append(Specimen(bias_act_sum_kernel, types, parameters | nothing | blocks, 4, hot=t != "fp64"))
+        for blocks in ({"BLOCK_R": 64, "BLOCK_C": 32}, {"BLOCK_R": BLOCK, "BLOCK_C": 1}):
+            found.append(Specimen(bias_act_sum_kernel, types, parameters | nothing | blocks, 4, hot=t != "fp64"))
         types = {"bias": f"*{t}", "y": f"*{t}", "total": "i32", "N": "i32"}
         found.append(Specimen(bias_rows_kernel, types, {"BLOCK": BLOCK}, 4))
     return found

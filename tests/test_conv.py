@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 from pyops import functional as F
 from pyops import nn, testing
 from pyops.core import backend as backends
-from pyops.core import explain
+from pyops.core import bias_act, explain
 
 from .harness import modules_agree, passes, refuses, same_refusal
 
@@ -88,6 +89,92 @@ def test_many_tiles_on_the_cpu(dtype, channels_last, stride):
     for a, b in zip(*results):
         tolerance = 3e-5 if dtype == torch.float32 else 1e-2
         assert (a.double() - b).abs().max() < tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("op", "weight", "groups"),
+    [("conv2d", (1, 2, 3, 3), 1), ("conv_transpose2d", (2, 1, 3, 3), 1), ("conv2d", (2, 1, 3, 3), 2)],
+)
+def test_the_gradient_of_the_bias_has_the_same_bits_on_any_number_of_threads(op, weight, groups, channels_last):
+    x, w = torch.randn(1, 2, 300, 300), torch.randn(weight)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    k = weight[0] if op == "conv2d" else 1
+    sums, threads = [], torch.get_num_threads()
+    dy = torch.randn(torch.nn.functional.__dict__[op](x, w, padding=1, groups=groups).shape)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            b = torch.zeros(k, requires_grad=True)
+            y = getattr(F, op)(x, w, b, padding=1, groups=groups)
+            sums.append(torch.autograd.grad(y, b, dy)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])
+    torch.testing.assert_close(sums[0].double(), dy.double().sum((0, 2, 3)), rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 5, 7), (2, 3, 1), (70, 130, 1), (2, 3, 1024), (1, 1, 5001), (9, 2, 2056), (0, 3, 4), (2, 3, 0), (2, 0, 3)],
+)
+def test_sums_over_positions(backend, shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    with backends.backend(backend):
+        ours = bias_act.channel_sum(backends.namespace_for("conv2d", x), x)
+    assert ours.dtype == dtype
+    exact = x.double().sum((0, 2))
+    rtol, atol = (1e-6, 1e-4) if dtype == torch.float32 else (2**-8, 1e-4)
+    torch.testing.assert_close(ours.double(), exact, rtol=rtol, atol=atol)
+
+
+@pytest.mark.race
+def test_race_of_sums(backend):
+    if backend == "emulator":
+        for shape in ((3, 5, 7), (2, 3, 1), (1, 1, 5001), (3, 2, 2056)):
+            x = torch.randn(shape)
+            ours = bias_act.channel_sum("pyops_emulator", x)
+            torch.testing.assert_close(ours, x.sum((0, 2)), rtol=1e-5, atol=1e-4)
+
+
+def test_derivatives_of_sums_over_positions():
+    x, function = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True), partial(bias_act.channel_sum, "pyops")
+    assert torch.autograd.gradcheck(function, x, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: function(x) ** 2, x)
+    batch = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.vmap(function, 2)(batch), batch.sum((0, 3)).t())
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x)[0], torch.ones_like(x))
+
+
+class Grids:
+    """In the place of a Triton kernel: notes the grids."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid):
+        self.seen.append(grid)
+        return lambda *_, **__: None
+
+
+def test_groups_and_rows_stand_on_the_one_axis_of_a_grid_that_counts_beyond_65535(monkeypatch):
+    kernels, sums = pytest.importorskip("pyops.kernels.conv"), pytest.importorskip("pyops.kernels.linear")
+    grids = Grids()
+    for module, name in ((kernels, "conv_kernel"), (kernels, "conv_wgrad_kernel"), (sums, "bias_act_sum_kernel")):
+        monkeypatch.setattr(module, name, grids)
+    monkeypatch.setattr(sums, "sum_partials", lambda *_: None)
+    groups, one = 70_000, [1, 1, 1]
+    x, w = torch.zeros(1, 2 * groups, 1, 1, 2), torch.zeros(2 * groups, 2, 1, 1, 1)
+    kernels.conv_fwd(x, w, None, one, [0, 0, 0], one, groups, False, "")
+    kernels.conv_dgrad(x, w, None, [1, 1, 2], one, [0, 0, 0], one, groups, False, "")
+    kernels.conv_wgrad(x, x, one, one, [0, 0, 0], one, groups, False, "")
+    sums.channel_sum(torch.zeros(1, 70_000, 2))
+    sums.channel_sum(torch.zeros(64 * 70_000, 1, 1))
+    assert len(grids.seen) == 5 and all(grid[0] >= groups for grid in grids.seen)
+    assert all(count <= 65535 for grid in grids.seen for count in grid[1:])
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])

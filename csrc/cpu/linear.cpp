@@ -2,6 +2,7 @@
 //   bias_act     y = f(x + b),  dx = dy * f'(x + b),  db[c] = sum of dx over n, s;  f by number, common/activation.h
 //   bias_rows    y[m,n] = b[n]
 //   column_sum   y[n] = sum over m of x[m,n]
+//   channel_sum  y[c] = sum over n, s of x[n,c,s]
 // layout   bias_act: x, y [N, C, S], b [C] · rows [M, N]
 // mapping  a line is a row of C where S = 1 and a plane of S otherwise; a thread takes blocks of whole lines, or pieces
 //          of long ones, of at most 1024 numbers, lanes over neighbouring elements
@@ -127,10 +128,11 @@ void sum_rows(const Lines& g, const Values& values, double* total) {
       for (int64_t row = chunk * rows; row < last; row += together) {
         const Block b{row, std::min(together, last - row), offset, w};
         const acc_t* v = values(b, scratch);
-        for (int64_t l = 0; l < b.lines; ++l)
-          each_vector<acc_t>(w, [&](int64_t i, auto lanes) {
-            (Vec<acc_t>::load(sums + i, lanes) + Vec<acc_t>::load(v + l * w + i, lanes)).store(sums + i, lanes);
-          });
+        each_vector<acc_t>(w, [&](int64_t i, auto lanes) {
+          Vec<acc_t> column = Vec<acc_t>::load(sums + i, lanes);
+          for (int64_t l = 0; l < b.lines; ++l) column += Vec<acc_t>::load(v + l * w + i, lanes);
+          column.store(sums + i, lanes);
+        });
       }
     }
   });
@@ -138,30 +140,33 @@ void sum_rows(const Lines& g, const Values& values, double* total) {
     for (int64_t c = 0; c < C; ++c) total[c] += double(part[chunk * C + c]);
 }
 
-// The same over planes, one sum for each.
+// The same over planes: one sum for each block, then the blocks and the planes in order.
 template <class acc_t, class Values>
 void sum_planes(const Lines& g, const Values& values, double* total) {
-  const int64_t together = g.together(), C = g.channels;
-  Buffer<double> part(g.count, 0.0);
-  parallel_for(ceil_div(g.count, together), ceil_div(elementwise_grain, together * g.length),
+  const int64_t together = g.together(), pieces = ceil_div(g.length, elementwise_block);
+  Buffer<double> part(g.count * pieces);
+  parallel_for(ceil_div(g.count, together) * pieces, ceil_div(elementwise_grain, together * g.width()),
                [&](int64_t begin, int64_t end) {
                  alignas(64) acc_t scratch[3][elementwise_block];
-                 for (int64_t k = begin; k < end; ++k)
-                   for (int64_t offset = 0; offset < g.length; offset += elementwise_block) {
-                     const int64_t line = k * together;
-                     const Block b{line, std::min(together, g.count - line), offset,
-                                   std::min(g.length - offset, elementwise_block)};
-                     const acc_t* v = values(b, scratch);
-                     for (int64_t l = 0; l < b.lines; ++l) {
-                       Totals<acc_t, 1> t;
-                       accumulate(t, b.width, [&](int64_t i, auto lanes, auto& total) {
-                         total[0] += Vec<acc_t>::load(v + l * b.width + i, lanes);
-                       });
-                       part[line + l] += double(sum(t[0]));
-                     }
+                 for (int64_t k = begin; k < end; ++k) {
+                   const int64_t line = k / pieces * together, piece = k % pieces, offset = piece * elementwise_block;
+                   const Block b{line, std::min(together, g.count - line), offset,
+                                 std::min(g.length - offset, elementwise_block)};
+                   const acc_t* v = values(b, scratch);
+                   for (int64_t l = 0; l < b.lines; ++l) {
+                     Totals<acc_t, 1> t;
+                     accumulate(t, b.width, [&](int64_t i, auto lanes, auto& total) {
+                       total[0] += Vec<acc_t>::load(v + l * b.width + i, lanes);
+                     });
+                     part[(line + l) * pieces + piece] = double(sum(t[0]));
                    }
+                 }
                });
-  for (int64_t line = 0; line < g.count; ++line) total[line % C] += part[line];
+  for (int64_t line = 0; line < g.count; ++line) {
+    double plane = 0;
+    for (int64_t piece = 0; piece < pieces; ++piece) plane += part[line * pieces + piece];
+    total[line % g.channels] += plane;
+  }
 }
 
 template <class scalar_t, class acc_t>
@@ -255,12 +260,30 @@ Tensor column_sum(const Tensor& x) {
   });
 }
 
+Tensor channel_sum(const Tensor& x) {
+  OpScope op("channel_sum", x);
+  op.check(x.dim() == 3, "x must be [N, C, S]");
+  const int64_t N = x.size(0), C = x.size(1), S = x.size(2);
+  return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
+    using acc_t = accumulate_t<scalar_t>;
+    Tensor y = op.empty<scalar_t>({C});
+    Buffer<double> sums(C, 0.0);
+    const Lines lines(N, C, S);
+    const Plain<scalar_t, acc_t> values{lines, op.in<scalar_t>(x, "x", {N, C, S})};
+    if (x.numel() > 0)
+      lines.along ? sum_rows<acc_t>(lines, values, sums.get()) : sum_planes<acc_t>(lines, values, sums.get());
+    write_sums<scalar_t, acc_t>(op.out<scalar_t>(y, "y", {C}), sums.get(), C);
+    return y;
+  });
+}
+
 PYOPS_LIBRARY(m) {
   PYOPS_IMPL(m, bias_act_fwd);
   PYOPS_IMPL(m, bias_act_inplace);
   PYOPS_IMPL(m, bias_act_bwd);
   PYOPS_IMPL(m, bias_rows);
   PYOPS_IMPL(m, column_sum);
+  PYOPS_IMPL(m, channel_sum);
 }
 
 }  // namespace pyops::PYOPS_CPU_CAPABILITY

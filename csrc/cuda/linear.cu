@@ -2,10 +2,12 @@
 //   bias_act     y = f(x + b),  dx = dy * f'(x + b),  db[c] = sum of dx over n, s;  f by number, common/activation.h
 //   bias_rows    y[m,n] = b[n]
 //   column_sum   y[n] = sum over m of x[m,n]
+//   channel_sum  y[c] = sum over n, s of x[n,c,s]
 // layout   bias_act: x, y [N, C, S], b [C] · rows [M, N]
 // mapping  forward: a thread takes a 16-byte vector of neighbours that share a bias or a row, else an element
 //          sums, S = 1: a block takes 32 columns and a chunk of rows, lane l a column, its 8 warps the rows in turn
-//          sums, S > 1: a block takes one channel and a chunk of its N * S elements
+//          sums, S > 1: a block takes one channel and a chunk of its N * S elements; without an activation its warps take
+//          pieces of planes in turn, in 16-byte vectors where planes allow
 // memory   every input read once, every output written once; a chunk leaves one line of partial sums
 // numerics in fp32 (fp64 for fp64); partial sums, then their sums, in an order fixed by the shape
 #include "cuda/grid_stride.cuh"
@@ -109,6 +111,30 @@ __global__ void __launch_bounds__(256)
   if (threadIdx.x == 0) part[static_cast<int64_t>(blockIdx.y) * C + channel] = sum;
 }
 
+inline constexpr int64_t piece_elements = 1024;  // of a plane, for a warp
+
+template <class T, int W>
+__global__ void __launch_bounds__(256)
+    channel_sum_kernel(const T* x, accumulate_t<T>* part, int64_t N, int64_t C, int64_t S, int64_t size) {
+  using A = accumulate_t<T>;
+  auto& scratch = shared_storage<BlockScratch<A>>();
+  const int64_t pieces = ceil_div(S, piece_elements), first = blockIdx.y * size;
+  const int64_t last = first + size < N * pieces ? first + size : N * pieces;
+  A sum = 0;
+  for (int64_t k = first + threadIdx.x / 32; k < last; k += 8) {
+    const int64_t n = k / pieces, offset = (k - n * pieces) * piece_elements;
+    const T* from = x + (n * C + blockIdx.x) * S + offset;
+    const int width = static_cast<int>(S - offset < piece_elements ? S - offset : piece_elements);
+    for (int i = threadIdx.x % 32 * W; i < width; i += 32 * W) {
+      const Vec<T, W> v = load_vec<W>(from + i);
+#pragma unroll
+      for (int j = 0; j < W; ++j) sum += to_acc(v[j]);
+    }
+  }
+  sum = block_sum(sum, scratch);
+  if (threadIdx.x == 0) part[static_cast<int64_t>(blockIdx.y) * C + blockIdx.x] = sum;
+}
+
 template <class T>
 __global__ void bias_rows_kernel(const T* bias, T* y, int64_t total, int64_t N) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
@@ -138,6 +164,7 @@ struct Chunks {
 };
 inline Chunks chunks_of_rows(int64_t M) { return {M, 64, 512}; }
 inline Chunks chunks_of_channel(int64_t elements) { return {elements, 4096, 512}; }
+inline Chunks chunks_of_pieces(int64_t pieces) { return {pieces, 16, 512}; }
 
 }  // namespace
 }  // namespace pyops
@@ -236,6 +263,34 @@ Tensor column_sum(const Tensor& x) {
   });
 }
 
+Tensor channel_sum(const Tensor& x) {
+  OpScope op("channel_sum", x);
+  op.check(x.dim() == 3, "x must be [N, C, S]");
+  const int64_t N = x.size(0), C = x.size(1), S = x.size(2);
+  const Chunks chunks = S == 1 ? chunks_of_rows(N) : chunks_of_pieces(N * ceil_div(S, piece_elements));
+  return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
+    using A = accumulate_t<T>;
+    Tensor y = op.empty<T>({C}), part = op.empty<A>({chunks.count, C});
+    const auto stream = static_cast<cudaStream_t>(op.stream());
+    const T* px = op.in<T>(x, "x", {N, C, S});
+    T* py = op.out<T>(y, "y", {C});
+    A* sums = op.out<A>(part, "part", {chunks.count, C});
+    constexpr int W = 16 / sizeof(T);
+    const LaunchConfig planes{.grid = dim3(static_cast<unsigned>(C), static_cast<unsigned>(chunks.count)),
+                              .block = dim3(256),
+                              .smem = sizeof(BlockScratch<A>),
+                              .stream = stream};
+    if (S == 1)
+      launch(column_sum_kernel<T>, column_grid<T>(C, chunks.count, stream), px, sums, N, C, chunks.size);
+    else if (is_aligned(px, px) && S % W == 0)
+      launch(channel_sum_kernel<T, W>, planes, px, sums, N, C, S, chunks.size);
+    else
+      launch(channel_sum_kernel<T, 1>, planes, px, sums, N, C, S, chunks.size);
+    norm::sum_columns(static_cast<const A*>(sums), py, chunks.count, C, stream);
+    return y;
+  });
+}
+
 }  // namespace
 }  // namespace pyops
 
@@ -246,4 +301,5 @@ PYOPS_LIBRARY(m) {
   PYOPS_IMPL(m, bias_act_bwd);
   PYOPS_IMPL(m, bias_rows);
   PYOPS_IMPL(m, column_sum);
+  PYOPS_IMPL(m, channel_sum);
 }

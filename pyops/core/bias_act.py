@@ -2,15 +2,19 @@
 
     y = f(x + b),  dx = dy f'(x + b),  db[c] = sum of dx over all but the channels        x: [N, C, S], b: [C]
 
-The kernels are those of the room linear.
+``channel_sum`` is that sum alone, the gradient of a bias that a product adds itself. The kernels are those of the room
+linear.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from . import activations, check, library
+from . import activations, check, library, multilinear
 from .autograd import Formula, differentiable
+from .multilinear import Multilinear
 
 _kernels = library.triton_kernels("linear")
 
@@ -40,6 +44,30 @@ apply = differentiable(
         _reference,
     )
 )  # fmt: skip
+
+_sum = library.declare("channel_sum(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape[1]), _kernels)
+
+
+def _sum_gradient(namespace, dy, inputs, constants, needs):
+    return (dy.view(1, -1, 1).expand(inputs[0].shape),)
+
+
+def _sum_fold(namespace, batch, dims, inputs, constants):
+    x = multilinear.first(batch, dims[0], inputs[0]).movedim(0, 1)
+    n, _, c, s = x.shape
+    return channel_sum(namespace, x.reshape(n, batch * c, s)).view(batch, c), 0
+
+
+# (namespace, x [N, C, S]) -> [C], in an order that the shape fixes
+channel_sum: Callable[..., torch.Tensor] = multilinear.differentiable(
+    Multilinear(
+        _sum,
+        1,
+        _sum_gradient,
+        lambda namespace, inputs, tangents, constants: channel_sum(namespace, tangents[0].contiguous()),
+        _sum_fold,
+    )
+)
 
 
 def recorded(*tensors: torch.Tensor | None) -> bool:

@@ -18,6 +18,7 @@ number of times.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from . import activations, backend, blocking, library, multilinear, tracing, tuning
+from . import activations, backend, bias_act, blocking, library, multilinear, tracing, tuning
 from .multilinear import Multilinear, Tensors
 
 # Order of the constants of an op: stride, padding, dilation, groups, channels_last, algorithm.
@@ -117,8 +118,9 @@ def _product_rule(function: Callable[..., torch.Tensor]) -> Callable[..., torch.
     return tangent
 
 
-def _sum_over_positions(dy: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    return dy.sum((0, 1, 2, 3) if channels_last else (0, 2, 3, 4))
+def _sum_over_positions(ns: str, dy: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    images = (math.prod(dy.shape[:4]), dy.shape[4], 1) if channels_last else (*dy.shape[:2], math.prod(dy.shape[2:]))
+    return bias_act.channel_sum(ns, dy.reshape(images))
 
 
 def _crop(y: torch.Tensor, like: torch.Tensor, channels_last: bool) -> torch.Tensor:
@@ -170,7 +172,7 @@ def family(stem: str, kernels: ModuleType | None, serves: Callable[[Any, Any, in
         return (
             dgrad(ns, dy, w, None, space(x, last), *constants) if needs[0] else None,
             wgrad(ns, dy, x, space(w, last), *constants) if needs[1] else None,
-            _sum_over_positions(dy, last) if needs[2] else None,
+            _sum_over_positions(ns, dy, last) if needs[2] else None,
         )
 
     def fwd_fold(ns, batch, dims, inputs, constants):
@@ -215,7 +217,7 @@ def family(stem: str, kernels: ModuleType | None, serves: Callable[[Any, Any, in
         return (
             _crop(fwd(ns, dx, w, None, *geometry), dy, last) if needs[0] else None,
             wgrad(ns, dy, dx, space(w, last), *geometry) if needs[1] else None,
-            _sum_over_positions(dx, last) if needs[2] else None,
+            _sum_over_positions(ns, dx, last) if needs[2] else None,
         )
 
     def dgrad_fold(ns, batch, dims, inputs, constants):
