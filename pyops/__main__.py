@@ -67,6 +67,19 @@ def shape(text: str) -> tuple[int, ...]:
     return tuple(int(size) for size in re.split("[x,]", text))
 
 
+EXTRA_PADDING = {"stride": "", "padding": ", same or valid", "dilation": ""}
+
+
+def sides(text: str) -> int | tuple[int, ...] | str:
+    """``2``, ``2x1``, or a word for padding, for argparse."""
+    if text in ("same", "valid"):
+        return text
+    if not re.fullmatch(r"\d+([x,]\d+)*", text):
+        raise argparse.ArgumentTypeError(f"cannot read {text!r}, expected integers such as 2 or 2x1")
+    values = tuple(int(value) for value in re.split("[x,]", text))
+    return values if len(values) > 1 else values[0]
+
+
 def dtype(text: str) -> torch.dtype:
     """A torch dtype by name, for argparse."""
     found = getattr(torch, text, None)
@@ -108,6 +121,10 @@ def parser() -> Parser:
     sub.add_argument("--dtype", type=dtype, default=torch.float32, help="such as bfloat16; default float32")
     sub.add_argument("--device", choices=("cpu", "cuda"), help="default: where the backend runs")
     sub.add_argument("--backend", choices=backend.NAMES, help="this backend in place of the one that would run")
+    for name in ("stride", "padding", "dilation"):
+        sub.add_argument(f"--{name}", type=sides, help=f"of a convolution: such as 2 or 2x1{EXTRA_PADDING[name]}")
+    sub.add_argument("--groups", type=int, help="of a convolution; default: what the shapes say")
+    sub.add_argument("--layout", choices=("planes", "channels_last"), help="of a convolution's tensors; default planes")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("demo", run_demo, "pretrained networks on real photos, with torch and with pyops")
@@ -125,7 +142,16 @@ def run_explain(options: argparse.Namespace) -> int:
     home = {"cuda": "cuda", "cpu": "cpu", "emulator": "cpu"}
     device = options.device or home.get(options.backend) or default_device()
     stem = public_ops()[options.op]
-    answer = explain(options.op, options.shape, options.dtype, device, wanted=options.backend, stem=stem)
+    names = ("stride", "padding", "dilation", "groups")
+    geometry = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.layout is not None:
+        geometry["channels_last"] = options.layout == "channels_last"
+    try:
+        answer = explain(
+            options.op, options.shape, options.dtype, device, wanted=options.backend, stem=stem, geometry=geometry
+        )
+    except ValueError as error:
+        raise Stop(Exit.USAGE, f"explain: {error}") from error
     print(json.dumps(dataclasses.asdict(answer), indent=2) if options.json else answer)
     return Exit.OK
 

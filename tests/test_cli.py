@@ -123,6 +123,16 @@ def test_explain_of_a_backend_that_cannot_run_says_why(capsys):
     assert "cpu does not run on cuda tensors" in capsys.readouterr().out
 
 
+def test_explain_takes_the_geometry_of_a_convolution(capsys):
+    conv = ["explain", "conv2d", "8x64x56x56", "64x64x3x3", "--backend", "cpu"]
+    assert main([*conv, "--padding", "same"]) == Exit.OK
+    assert "forward: algorithm winograd" in capsys.readouterr().out
+    assert (
+        main([*conv, "--stride", "2x1", "--padding", "1x1", "--dilation", "1", "--layout", "channels_last"]) == Exit.OK
+    )
+    assert "forward: algorithm gemm" in capsys.readouterr().out
+
+
 def test_a_room_explains_its_kernel(capsys, monkeypatch):
     from pyops.core import explain
 
@@ -141,11 +151,28 @@ def test_a_room_explains_its_kernel(capsys, monkeypatch):
         (["explain", "layer_norm"], "SHAPE"),
         (["explain", "layer_norm", "3xa"], "3xa"),
         (["explain", "layer_norm", "3", "--dtype", "float31"], "float31"),
+        (["explain", "layer_norm", "3x4", "--stride", "2"], "stride"),
+        (["explain", "conv2d", "1x8x9x9", "8x3x3x3"], "8 channels"),
+        (["explain", "conv2d", "1x8x9x9", "8x8x3x3", "--padding", "wide"], "wide"),
         (["check", "no_such_op"], "no_such_op"),
         (["check", "--backend", "tpu"], "tpu"),
         (["check", "--race", "--backend", "cpu"], "--race"),
     ],
-    ids=["nothing", "command", "option", "op", "no_shape", "shape", "dtype", "check_op", "backend", "race"],
+    ids=[
+        "nothing",
+        "command",
+        "option",
+        "op",
+        "no_shape",
+        "shape",
+        "dtype",
+        "no_stride",
+        "channels",
+        "padding",
+        "check_op",
+        "backend",
+        "race",
+    ],
 )
 def test_bad_arguments_give_one_line_and_exit_2(arguments, word, capsys):
     try:

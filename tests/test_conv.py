@@ -1,5 +1,6 @@
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -319,13 +320,84 @@ def test_explain_names_room_and_algorithm():
     assert "room conv " in text and "gemm" in text
 
 
+def explained(op, *shapes, **geometry):
+    dtype, wanted = geometry.pop("dtype", torch.float32), geometry.pop("backend", "cpu")
+    return str(explain.explain(op, shapes, dtype, wanted=wanted, geometry=geometry))
+
+
 def test_explain_names_the_choice_on_the_cpu():
     """Many large images pay for the transforms, few channels and small images do not."""
-    notes = lambda x, w: str(explain.explain("conv2d", [x, w]))
-    assert "algorithm winograd4" in notes((8, 64, 56, 56), (64, 64, 3, 3))
-    assert "algorithm gemm" in notes((1, 3, 56, 56), (64, 3, 3, 3))
-    assert "algorithm gemm" in notes((8, 64, 56, 56), (64, 64, 5, 5))
-    assert "workspace at most" in notes((8, 64, 56, 56), (64, 64, 3, 3))
+    notes = lambda x, w: explained("conv2d", x, w, padding=1)
+    assert "forward: algorithm winograd4 (model)" in notes((8, 64, 56, 56), (64, 64, 3, 3))
+    assert "cost beside gemm's 1: winograd2 0." in notes((8, 64, 56, 56), (64, 64, 3, 3))
+    few = notes((1, 3, 56, 56), (64, 3, 3, 3))
+    assert "algorithm gemm (model): fewer than 16 channels" in few and "gradient in the input: algorithm gemm" in few
+    assert "algorithm gemm (Winograd's serves 3x3" in notes((8, 64, 56, 56), (64, 64, 5, 5))
+    assert notes((8, 64, 56, 56), (64, 64, 3, 3)).count("workspace at most") == 3
+
+
+def test_explain_says_why_winograd_does_not_run():
+    dense, depthwise = ((1, 64, 56, 56), (64, 64, 3, 3)), ((1, 64, 56, 56), (64, 1, 3, 3))
+    assert "forward: algorithm gemm (Winograd's serves 3x3" in explained("conv2d", *dense, stride=2)
+    with F.conv_algorithm("winograd4"):
+        assert "algorithm winograd4 (asked for)" in explained("conv2d", *dense)
+        assert "direct" in explained("conv2d", *depthwise) and "winograd" not in explained("conv2d", *depthwise)
+        for dtype in (torch.bfloat16, torch.float64):
+            text = explained("conv2d", *dense, dtype=dtype)
+            assert (
+                "algorithm gemm (winograd4 was asked for, which serves no" in text and "algorithm winograd4" not in text
+            )
+        assert "winograd4 was asked for, which serves 3x3" in explained("conv2d", (1, 8, 9, 9), (8, 8, 5, 5))
+    with F.conv_algorithm("wgmma"):
+        assert "algorithm gemm (wgmma was asked for, which is a GPU's)" in explained("conv2d", *dense)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "algorithm gemm (torch.use_deterministic_algorithms" in explained("conv2d", *dense)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    before = torch.backends.mkldnn.conv.fp32_precision
+    torch.backends.mkldnn.conv.fp32_precision = "ieee"
+    try:
+        assert "algorithm gemm (torch.backends.mkldnn.conv.fp32_precision" in explained("conv2d", *dense)
+    finally:
+        torch.backends.mkldnn.conv.fp32_precision = before
+
+
+def test_explain_of_a_gpu():
+    dense = (8, 64, 56, 56), (64, 64, 3, 3)
+    half = {"dtype": torch.bfloat16, "backend": "emulator"}
+    assert "forward: algorithm wgmma" in explained("conv2d", *dense, **half, channels_last=True)
+    planes = explained("conv2d", *dense, **half)
+    assert "algorithm gemm (wgmma needs channels last" in planes and "pass through channels last" in planes
+    assert "algorithm grouped" in explained("conv2d", (8, 64, 9, 9), (64, 4, 3, 3), **half)
+    assert "forward: algorithm few channels" in explained("conv2d", (8, 3, 9, 9), (64, 3, 3, 3), **half)
+    assert "algorithm ieee (float32 in full" in explained("conv2d", *dense, backend="triton")
+    for backend in ("emulator", "cuda", "triton"):
+        assert explained("conv2d", *dense, backend=backend).count("workspace at most") == 3
+
+
+@pytest.mark.parametrize("op", [*OPS, "conv2d_act", "depthwise_conv", "unfold", "fold"])
+def test_explain_names_sources_that_exist(op):
+    dims = int(next(filter(str.isdigit, op), "2"))
+    image, filters = (2, 4, *[9] * dims), (4, 1 if op == "depthwise_conv" else 4, *[3] * dims)
+    shapes = {"unfold": [(2, 4, 9, 9)], "fold": [(2, 36, 49)]}.get(op, [image, filters])
+    for name in ("cpu", "emulator", "triton"):
+        found = explain.explain(op, shapes, wanted=name)
+        assert Path(__file__).parents[1].joinpath(found.source).is_file(), found.source
+        assert found.notes and "workspace" in str(found)
+    depthwise = explain.explain("conv2d", [(2, 4, 9, 9), (4, 1, 3, 3)], wanted="cpu")
+    assert depthwise.source == "csrc/cpu/depthwise_conv.cpp"
+
+
+def test_explain_refuses_what_the_call_refuses():
+    for shapes, how in (
+        (((1, 8, 9, 9), (8, 3, 3, 3)), {}), (((1, 8, 9, 9), (8, 8, 3, 3)), {"stride": 0}),
+        (((1, 8, 9, 9), (8, 8, 11, 3)), {}), (((1, 8, 9, 9), (8, 8, 3)), {}), (((8, 9), (8, 8, 3, 3)), {}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="conv2d: argument '"):
+            explained("conv2d", *shapes, **how)
+    with pytest.raises(ValueError, match="layer_norm: got stride"):
+        explained("layer_norm", (4, 8), stride=2)
 
 
 @pytest.mark.parametrize("algorithm", ["winograd2", "winograd4"])

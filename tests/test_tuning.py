@@ -168,12 +168,12 @@ def test_a_file_that_cannot_be_written_is_no_reason_to_fail(tmp_path):
 
 
 def test_explain_says_tuned_or_model(file):
-    note = lambda: str(explain.explain("conv2d", [tuple(X.shape), tuple(W.shape)]))
+    note = lambda: str(explain.explain("conv2d", [tuple(X.shape), tuple(W.shape)], geometry={"padding": 1}))
     assert "(model)" in note()
     F.conv2d(X, W, padding=1)
     (entry,) = entries(file).values()
     assert "(tuned)" in note()
-    assert f"algorithm {entry['choice']}" in note()
+    assert f"forward: algorithm {entry['choice']} (tuned)" in note()
     with pyops.tuning(False):
         assert "(model)" in note()
 

@@ -53,15 +53,21 @@ inline int winograd_tile(const conv::Space& s, int64_t N, int64_t C, int64_t M, 
   return large < 0.8 * small ? 4 : 2;
 }
 
-// Upper bound of the temporary memory of a float32 convolution in bytes.
-inline int64_t workspace(const conv::Space& s, int64_t N, int64_t C, int64_t M, int64_t G, int tile, int64_t threads) {
+// Upper bounds of the temporary memory in bytes, of sums in numbers of `size` bytes.
+inline int64_t workspace(const conv::Space& s, int64_t N, int64_t C, int64_t M, int64_t G, int tile, int64_t threads,
+                         int64_t size) {
   if (tile == 0) {
-    const int64_t weights = C * M * G * s.taps() * 4;
+    const int64_t weights = C * M * G * s.taps() * size;
     return threads * column_bytes + std::min(weights, weight_bytes);
   }
   const double points = (tile + 2) * (tile + 2) * 4.0;
   return int64_t(std::min(points * double(C) * double(M), double(winograd_weight_bytes)) +
                  std::min(points * double(C + M) * winograd_tiles(s, N, tile), double(winograd_block_bytes)));
+}
+
+// The gradient in the weight (conv_weight.h): copies, a block of sums and its operands for each thread; parts of dw.
+inline int64_t weight_gradient_workspace(int64_t threads, int64_t size) {
+  return threads * (column_bytes + size * (512 << 10)) + (8 << 20);
 }
 
 }  // namespace pyops::conv_choice

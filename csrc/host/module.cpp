@@ -67,17 +67,32 @@ py::dict plane_blocking(int64_t N, int64_t C, int64_t S, int64_t element_size) {
   return plan;
 }
 
-// What the CPU kernels will do with a convolution of float32, all sizes in canonical form (common/conv_binding.h).
-py::dict conv_plan(int64_t N, int64_t C, int64_t K, int64_t groups, const Ints& size, const Ints& taps,
-                   const Ints& stride, const Ints& padding, const Ints& dilation, const std::string& algorithm,
-                   int64_t threads) {
+// What the CPU kernels will do with a convolution or its gradient in the input (`transposed`), all sizes in canonical form
+// (common/conv_binding.h): `size` is that of x, `positions` that of y where it is not the most that fit.
+py::dict conv_plan(int64_t N, int64_t C, int64_t K, int64_t groups, const Ints& size, const Ints& positions,
+                   const Ints& taps, const Ints& stride, const Ints& padding, const Ints& dilation,
+                   const std::string& algorithm, int64_t threads, bool transposed, bool is_float,
+                   int64_t element_size) {
   namespace conv = pyops::conv;
-  const conv::Sizes s = conv::sizes_of(ValueErrors{}, N, C, K, groups, size, {}, taps, stride, padding, dilation);
-  const conv::Space space = conv::forward_space(s);
-  const int tile = pyops::conv_choice::winograd_tile(space, N, C / groups, K / groups, algorithm);
+  namespace choice = pyops::conv_choice;
+  const conv::Sizes s =
+      conv::sizes_of(ValueErrors{}, N, C, K, groups, size, positions, taps, stride, padding, dilation);
+  const int64_t in = (transposed ? K : C) / groups, out = (transposed ? C : K) / groups;
   py::dict plan;
+  int tile = 0;
+  int64_t workspace = 0;
+  const auto add = [&](const conv::Space& space) {
+    tile = is_float ? choice::winograd_tile(space, N, in, out, algorithm) : 0;
+    workspace = std::max(workspace, choice::workspace(space, N, in, out, groups, tile, threads, element_size));
+    if (!choice::is_winograd_shape(space)) return;
+    const double taps9 = 9.0 * double(in) * double(out) * double(N) * double(space.positions());
+    for (const int64_t m : {2, 4})
+      plan[m == 2 ? "winograd2" : "winograd4"] = choice::winograd_cost(space, N, in, out, m) / std::max(taps9, 1.0);
+  };
+  transposed ? conv::each_phase(s, add) : add(conv::forward_space(s));
   plan["algorithm"] = tile == 0 ? "gemm" : tile == 2 ? "winograd2" : "winograd4";
-  plan["workspace"] = pyops::conv_choice::workspace(space, N, C / groups, K / groups, groups, tile, threads);
+  plan["workspace"] = workspace;
+  plan["weight_workspace"] = choice::weight_gradient_workspace(threads, element_size);
   return plan;
 }
 
@@ -144,9 +159,11 @@ PYBIND11_MODULE(_host, module) {
              "How the CPU kernels cut rows [M, N]: block, shared, forward_group, backward_group, streamed.");
   module.def("plane_blocking", &plane_blocking, "N"_a, "C"_a, "S"_a, "element_size"_a,
              "How the CPU kernels cut planes [N, C, S]: block, streamed.");
-  module.def("conv_plan", &conv_plan, "N"_a, "C"_a, "K"_a, "groups"_a, "size"_a, "taps"_a, "stride"_a, "padding"_a,
-             "dilation"_a, "algorithm"_a, "threads"_a,
-             "Which algorithm the CPU takes for a float32 convolution, and an upper bound of its workspace in bytes.");
+  module.def(
+      "conv_plan", &conv_plan, "N"_a, "C"_a, "K"_a, "groups"_a, "size"_a, "positions"_a, "taps"_a, "stride"_a,
+      "padding"_a, "dilation"_a, "algorithm"_a, "threads"_a, "transposed"_a, "is_float"_a, "element_size"_a,
+      "Which algorithm the CPU takes for a convolution or its gradient in the input, what Winograd's cost beside "
+      "the sum over taps, and upper bounds of the workspace in bytes, of the gradient in the weight as well.");
   module.def(
       "philox4x32",
       [](uint64_t seed, uint64_t subsequence, uint64_t offset) {

@@ -67,12 +67,6 @@ def planes(shape: Sequence[int], dtype: torch.dtype, statistic: str) -> list[str
     return [*notes, _stores(plan["streamed"], "the output")]
 
 
-def convolution(
-    batch: int, channels: int, outputs: int, groups: int, size: list[int], taps: list[int], algorithm: str
-) -> tuple[str, int] | None:
-    """Algorithm of a float32 convolution of stride 1 that keeps the size, and an upper bound of its workspace."""
-    size, taps = ([1] * (3 - len(sides)) + list(sides) for sides in (size, taps))
-    padding, ones = [t // 2 for t in taps], [1, 1, 1]
-    threads = torch.get_num_threads()
-    plan = _plan("conv_plan", batch, channels, outputs, groups, size, taps, ones, padding, ones, algorithm, threads)
-    return None if plan is None else (plan["algorithm"], plan["workspace"])
+def convolution(*arguments: Any) -> dict[str, Any] | None:
+    """What csrc/host/module.cpp's conv_plan says of a convolution and its gradients; None where it was not built."""
+    return _plan("conv_plan", *arguments)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from . import activations, backend, bias_act, blocking, library, multilinear, tracing, tuning
+from . import activations, backend, bias_act, library, multilinear, tracing, tuning
 from .multilinear import Multilinear, Tensors
 
 # Order of the constants of an op: stride, padding, dilation, groups, channels_last, algorithm.
@@ -281,7 +281,7 @@ def family(stem: str, kernels: ModuleType | None, serves: Callable[[Any, Any, in
 # Tuning
 
 
-def _tuning_key(name: str, shape: Sequence[int], weight: Sequence[int], dtype: torch.dtype, geometry: Tensors) -> str:
+def tuning_key(name: str, shape: Sequence[int], weight: Sequence[int], dtype: torch.dtype, geometry: Tensors) -> str:
     """``shape`` is that of the first tensor; geometry leaves the algorithm out, and begins with dgrad's size."""
     *numbers, last = geometry
     sizes = " ".join(str(list(n) if isinstance(n, (list, tuple)) else n) for n in (shape, weight, *numbers))
@@ -325,7 +325,7 @@ def _tuned(op: library.Op, name: str, ns: str, a: torch.Tensor, w: torch.Tensor,
         return lambda: op.overloads[ns](a, w, None, *geometry, algorithm)
 
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
-        key = _tuning_key(name, a.shape, w.shape, a.dtype, tuple(geometry))
+        key = tuning_key(name, a.shape, w.shape, a.dtype, tuple(geometry))
         return (*geometry, _Chosen(tuning.best(key, {name: run(name) for name in names})))
 
 
@@ -431,34 +431,18 @@ def algorithm_for(dtype: torch.dtype, backend_name: str, on_gpu: bool) -> str:
     return "tf32" if on_gpu and _tf32_allowed() else "ieee"
 
 
+def algorithm_asked_for() -> str:
+    """What ``conv_algorithm`` or PYOPS_CONV_ALGORITHM names; ``""``: nothing."""
+    return _algorithm
+
+
+def why_exact() -> str | None:
+    """What asks for more than Winograd's algorithm gives, in words, if anything does."""
+    if torch.are_deterministic_algorithms_enabled():
+        return "torch.use_deterministic_algorithms leaves out Winograd's"
+    return "torch.backends.mkldnn.conv.fp32_precision = 'ieee' leaves out Winograd's" if _only_exact() else None
+
+
 def current_algorithm(x: torch.Tensor) -> str:
     """``algorithm_for`` the call that is being made on x."""
     return algorithm_for(x.dtype, backend.name_for(x.device), x.device.type == "cuda")
-
-
-def explanation(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, name: str) -> tuple[str, ...]:
-    """What ``pyops explain`` says about a convolution: the room, the algorithm and its workspace."""
-    if len(shapes) < 2:
-        return ("give the shapes of input and weight to see the choice",)
-    x, w = shapes[0], shapes[1]
-    groups = max(x[1] // w[1], 1)
-    stem = family_for(x[1], w, groups).stem
-    algorithm, notes = algorithm_for(dtype, name, name in ("cuda",)), ""
-    if name == "cpu" and stem == "conv":
-        sides = len(w) - 2
-        size, taps = [*[1] * (3 - sides), *x[2:]], [*[1] * (3 - sides), *w[2:]]
-        geometry = ([1] * 3, [t // 2 for t in taps], [1] * 3, groups, False)
-        choice = None
-        if algorithm == "":
-            key = _tuning_key("fwd", (*x[:2], *size), (*w[:2], *taps), dtype, geometry)
-            choice = tuning.known(key)
-            notes = " (tuned)" if choice is not None else " (model)"
-        algorithm = algorithm if choice is None else choice
-        plan = blocking.convolution(x[0], x[1], w[0], groups, size, taps, algorithm) if dtype == torch.float32 else None
-        if plan is not None:
-            algorithm = plan[0]
-            notes += f"; workspace at most {plan[1]} bytes (for stride 1, contiguous)"
-    if algorithm == "wgmma" and (stem != "conv" or groups > 1 or x[1] % 8 or w[0] % 8):
-        algorithm = "gemm"
-    algorithm = algorithm or "gemm"
-    return (f"room {stem} ({groups} groups)", f"algorithm {algorithm}: {ALGORITHMS[algorithm]}{notes}")

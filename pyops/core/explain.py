@@ -6,16 +6,20 @@ The choice of backend is known here. The choice of kernel is known to the room a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from . import backend, library
 
 Shapes = Sequence[tuple[int, ...]]
-# (shapes, dtype, backend name) -> one sentence per choice
-Explainer = Callable[[Shapes, torch.dtype, str], Sequence[str]]
+# (shapes, dtype, backend name, and geometry by name where the room takes it) -> one sentence per choice
+Explainer = Callable[..., Sequence[str]]
+# (op, shapes) -> the stem whose kernels run
+Stems = Callable[[str, Shapes], str]
 
 _SOURCE = {
     "cpu": "csrc/cpu/{}.cpp",
@@ -25,6 +29,7 @@ _SOURCE = {
 }
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cpu", "cuda"), "emulator": ("cpu",)}
 _explainers: dict[str, Explainer] = {}
+_stems: dict[str, Stems] = {}
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,14 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explains(op: str, function: Explainer) -> None:
-    """A room says how it chooses among its kernels: ``function(shapes, dtype, backend) -> sentences``."""
+def explains(op: str, function: Explainer, stem: Stems | None = None) -> None:
+    """A room says how it chooses among its kernels: ``function(shapes, dtype, backend, **geometry) -> sentences``.
+
+    ``stem`` says whose kernels run, where that depends on the call or is not the room that holds the op.
+    """
     _explainers[op] = function
+    if stem is not None:
+        _stems[op] = stem
 
 
 def explain(
@@ -86,6 +96,7 @@ def explain(
     *,
     wanted: str | None = None,
     stem: str | None = None,
+    geometry: Mapping[str, Any] | None = None,
 ) -> Explanation:
     """Says what a call of ``op`` would run; runs nothing.
 
@@ -96,6 +107,10 @@ def explain(
         device: ``"cpu"`` or ``"cuda"``.
         wanted: a backend to explain in place of the one that would run.
         stem: the room that holds the op, where it is not named after it.
+        geometry: stride, padding and the like, for rooms whose choice depends on them.
+
+    Raises:
+        ValueError: shapes or geometry that no call of the op takes.
     """
     forced = backend.forced()
     if wanted is not None:
@@ -106,6 +121,15 @@ def explain(
         name, reason = backend.default_for(device), f"default for {device}"
     why_not = library.why_not(name) if device in _DEVICES[name] else f"{name} does not run on {device} tensors"
     explainer = _explainers.get(op)
+    if op in _stems:
+        stem = _stems[op](op, shapes)
+    takes = inspect.signature(explainer).parameters.values() if explainer is not None else ()
+    if geometry and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in takes):
+        raise ValueError(f"{op}: got {', '.join(geometry)}, on which what would run does not depend")
+    try:
+        notes = tuple(explainer(shapes, dtype, name, **(geometry or {}))) if explainer is not None else ()
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise ValueError(str(error)) from error
     return Explanation(
         op=op,
         shapes=tuple(tuple(shape) for shape in shapes),
@@ -117,5 +141,5 @@ def explain(
         namespace=library.NAMESPACE_OF[name],
         source=_SOURCE[name].format(stem or op),
         cpu_capability=(library.cpu_capability() or None) if name == "cpu" else None,
-        notes=tuple(explainer(shapes, dtype, name)) if explainer is not None else (),
+        notes=notes,
     )

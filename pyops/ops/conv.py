@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..core import convolution, library
+from ..core import convolution, convolution_notes, library
 from ..core.convolve import Sizes, convolve, convolve_transposed
 from ..core.explain import explains
 from ..core.intercept import route
@@ -228,10 +228,7 @@ class ConvTranspose3d(_TransposedForward, torch.nn.ConvTranspose3d):
 for _function in (conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d):
     _theirs = getattr(torch.nn.functional, _function.__name__)
     route((_theirs,), _function.__name__, _function)
-
-
-for _name in ("conv1d", "conv2d", "conv3d"):
-    explains(_name, convolution.explanation)
+    explains(_function.__name__, convolution_notes.explainer(_function.__name__), convolution_notes.room)
 
 
 # Samples

@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from ..core import activations
-from ..core.convolution import explanation
+from ..core import activations, convolution_notes
 from ..core.convolve import Sizes, convolve_act
 from ..core.explain import explains
 from ..core.samples import Maker, Sample, checked
@@ -68,12 +67,15 @@ def conv2d_act(
     )
 
 
-def _explain(shapes, dtype, name):
+_convolution = convolution_notes.explainer("conv2d_act")
+
+
+def _explain(shapes, dtype, name, **geometry):
     end = "bias, residual and activation on the sums before they are stored; a second pass where a derivative is wanted"
-    return (*explanation(shapes, dtype, name), end)
+    return (*_convolution(shapes, dtype, name, **geometry), end)
 
 
-explains("conv2d_act", _explain)
+explains("conv2d_act", _explain, convolution_notes.room)
 
 
 def _reference(input, weight, bias=None, residual=None, activation="relu", padding_mode="zeros", **geometry: Any):

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from ..core import check, convolution, library
+from ..core import check, convolution, convolution_notes, library
 from ..core.convolve import convolve
+from ..core.explain import explains
 from ..core.samples import Maker, Sample, checked
 
 _kernels = library.triton_kernels("depthwise_conv")
@@ -66,6 +67,9 @@ def depthwise_conv(
         check.fail(RuntimeError, "depthwise_conv", "input", f"{input.dim()} dimensions", f"{dims + 1} or {dims + 2}")
     channels = input.shape[-dims - 1]
     return convolve("depthwise_conv", dims, input, weight, bias, stride, padding, dilation, channels)
+
+
+explains("depthwise_conv", convolution_notes.explainer("depthwise_conv"), convolution_notes.room)
 
 
 def _reference(input, weight, bias=None, stride=1, padding=0, dilation=1):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..core import backend, check, library
+from ..core.explain import explains
 from ..core.intercept import route
 from ..core.multilinear import Multilinear, differentiable
 from ..core.samples import Maker, Sample, checked
@@ -204,6 +205,23 @@ class Fold(torch.nn.Fold):
 
 route((torch.nn.functional.unfold,), "unfold", unfold)
 route((torch.nn.functional.fold,), "fold", fold)
+
+
+def _explain_unfold(shapes, dtype, name):
+    return ("one algorithm: rows of the image are copied to where they belong; workspace 0 bytes besides the columns",)
+
+
+def _explain_fold(shapes, dtype, name):
+    rows = f"a row of {_wide(dtype)} sums for each thread" if name == "cpu" else "0 bytes besides the image"
+    return (f"one algorithm: each position adds the columns that meet in it, in their order; workspace {rows}",)
+
+
+def _wide(dtype):
+    return str(check.accumulate_dtype(dtype)).removeprefix("torch.")
+
+
+explains("unfold", _explain_unfold, lambda op, shapes: "im2col")
+explains("fold", _explain_fold, lambda op, shapes: "im2col")
 
 
 def _sample(shape, *args: Any, **kwargs: Any):
