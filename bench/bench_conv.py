@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .case import Case, Function, Provider, with_both_directions
-from .peers import standard_providers
+from .peers import convolution_algorithms, standard_providers
 
 STEM = "conv"
 OPS = ("conv2d", "conv2d_act")
@@ -110,6 +110,10 @@ def bind(functional: Any, case: Case) -> Function:
         )  # fmt: skip
     function = getattr(functional, name)
     return lambda t: function(functional.conv2d(t["x"], t["weight"], t["bias"], stride, taps // 2) + t["residual"])
+
+
+def algorithm(case: Case, provider: str) -> str:
+    return convolution_algorithms(case, provider, shapes(case)["weight"], layer(case)[2], 1)
 
 
 def providers(case: Case) -> dict[str, Provider]:

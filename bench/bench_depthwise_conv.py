@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .case import Case, Function, Provider, with_both_directions
-from .peers import standard_providers
+from .peers import convolution_algorithms, standard_providers
 
 STEM = "depthwise_conv"
 OPS = ("conv2d",)
@@ -67,6 +67,10 @@ def flops(case: Case) -> int:
 def bind(functional: Any, case: Case) -> Function:
     taps, stride = LAYERS[case.shape[1:]]
     return lambda t: functional.conv2d(t["x"], t["weight"], None, stride, taps // 2, 1, case.shape[1])
+
+
+def algorithm(case: Case, provider: str) -> str:
+    return convolution_algorithms(case, provider, shapes(case)["weight"], LAYERS[case.shape[1:]][1], case.shape[1])
 
 
 def providers(case: Case) -> dict[str, Provider]:

@@ -59,6 +59,7 @@ class Row:
     ours: bool
     status: str
     note: str = ""
+    algorithm: str = ""
     error: float | None = None
     error_limit: float | None = None
     min_s: float | None = None
@@ -255,6 +256,8 @@ def empty_row(room: Room, case: Case, threads: int, name: str, provider: Provide
         flops=room.flops(case),
         date=time.strftime("%Y-%m-%d"),
     )
+    if provider.ours and (algorithm := getattr(room, "algorithm", None)):
+        row.algorithm = algorithm(case, name)
     if case.device == "cuda":
         limits = gpu_limits(device_name("cuda") if torch.cuda.is_available() else "")
         row.limits_of = limits.name

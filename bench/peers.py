@@ -11,6 +11,7 @@ import torch
 
 import pyops
 from pyops import functional as F
+from pyops.core import convolution_notes
 
 from .case import Case, Function, Provider, Unavailable
 
@@ -33,6 +34,16 @@ def pyops_providers(bind: Bind, case: Case) -> dict[str, Provider]:
     names = {"pyops": "cpu"} if case.device == "cpu" else {"pyops cuda": "cuda", "pyops triton": "triton"}
     function = lambda: bind(F, case)
     return {name: Provider(function, functools.partial(forced, which), ours=True) for name, which in names.items()}
+
+
+def convolution_algorithms(case: Case, provider: str, weight: tuple[int, ...], stride: int, groups: int) -> str:
+    """Those of the forward pass and, where the case has one, of the backward pass: in the input, in the weight."""
+    backend = {"pyops": "cpu"}.get(provider, provider.removeprefix("pyops "))
+    _, passes, _ = convolution_notes.passes(
+        case.op, [case.shape, weight], case.dtype, backend, stride=stride, padding=weight[-1] // 2, groups=groups,
+        channels_last=case.channels_last,
+    )  # fmt: skip
+    return ", ".join(p.algorithm for p in passes[: 3 if case.backward else 1])
 
 
 def forced(backend: str) -> AbstractContextManager[Any]:

@@ -116,7 +116,8 @@ def seconds(value: float | None) -> str:
 def cells(row: dict[str, Any]) -> list[str]:
     """One row of the table as text, in the order of `COLUMNS`."""
     limits = f"{seconds(row['floor_s'])}, {seconds(row['predicted_s'])}" if row.get("floor_s") else ""
-    start = [row["case"], str(row["threads"] or ""), limits, row["provider"]]
+    provider = f"{row['provider']} ({row['algorithm']})" if row.get("algorithm") else row["provider"]
+    start = [row["case"], str(row["threads"] or ""), limits, provider]
     if row["status"] != OK:
         return [*start, row["status"], "", row["note"], "", "", ""]
     rate = f"{row['gb_per_s']:.1f} GB/s" if row["bound"] == "memory" else f"{row['gflop_per_s']:.1f} GFLOP/s"

@@ -17,6 +17,8 @@ from pyops.bench import gpu, machine
 from pyops.bench.case import Case, Provider, Unavailable
 from pyops.bench.machine import Ceilings, ceilings_of, slug
 
+from pyops import functional as F
+
 FAST = harness.Effort(turns=2, seconds=0.0, calls=1)
 CEILINGS = {1: Ceilings(2e10, 1e11, 1, "test")}
 
@@ -243,6 +245,24 @@ def test_json_round_trips(document: report.Document, tmp_path: Path) -> None:
     path.write_text(json.dumps(document | {"schema": -1}))
     with pytest.raises(ValueError, match="schema"):
         report.read_json(path)
+
+
+def test_rows_of_convolutions_say_which_algorithm_ran() -> None:
+    room = runner.rooms()["conv"]
+    winograd = next(c for c in room.cases("cpu") if c.shape == (1, 64, 56, 56) and c.op == "conv2d" and c.backward)
+    with F.conv_algorithm("winograd4"):
+        row = harness.empty_row(room, winograd, 1, "pyops", room.providers(winograd)["pyops"])
+    assert row.algorithm == "winograd4, winograd4, gemm"
+    assert report.cells(dataclasses.asdict(row) | {"status": "SKIPPED"})[3] == "pyops (winograd4, winograd4, gemm)"
+    assert harness.empty_row(room, winograd, 1, "torch", room.providers(winograd)["torch"]).algorithm == ""
+    depthwise = runner.rooms()["depthwise_conv"]
+    for name in ("conv", "depthwise_conv"):
+        room = runner.rooms()[name]
+        for case in (*room.cases("cpu"), *room.cases("cuda"), *room.tiny("cpu")):
+            for provider, what in room.providers(case).items():
+                assert bool(what.ours) == bool(harness.empty_row(room, case, 1, provider, what).algorithm)
+    case = depthwise.cases("cpu")[0]
+    assert depthwise.algorithm(case, "pyops") == "direct"
 
 
 def test_results_directory_keeps_what_was_not_measured(document: report.Document, tmp_path: Path) -> None:
