@@ -2,6 +2,7 @@ import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -253,6 +254,37 @@ def test_bad_input():
 )  # fmt: skip
 def test_refuses_as_torch(kwargs):
     same_refusal(F.conv2d, torch.nn.functional.conv2d, X, W, **kwargs)
+
+
+@pytest.mark.parametrize("value", [None, "1", 1.5, True, (1, 1.5), (1, None), [1, "1"], torch.ones(1)])
+@pytest.mark.parametrize("argument", ["stride", "padding", "dilation", "groups", "bias", "weight"])
+def test_arguments_of_the_wrong_kind(argument, value):
+    valid = {"weight": torch.ones(3, 4, 3, 3), "bias": None} | {argument: value}
+    if (argument == "bias" and (value is None or isinstance(value, torch.Tensor))) or (argument, value) == (
+        "padding",
+        "1",
+    ):
+        return
+    weight = argument == "weight" and isinstance(value, torch.Tensor)
+    refuses(RuntimeError if weight else TypeError, ("conv2d", f"'{argument}'"), F.conv2d, X, **valid)
+    same_refusal(F.conv2d, torch.nn.functional.conv2d, X, **valid)
+    if argument not in ("weight", "bias"):
+        how = {"weight": torch.ones(4, 3, 3, 3), argument: value}
+        same_refusal(F.conv_transpose2d, torch.nn.functional.conv_transpose2d, X, **how)
+
+
+def test_integers_of_other_libraries_are_integers():
+    for value in (np.int64(1), (np.int64(1), 1), torch.tensor(1), torch.Size([1, 1])):
+        assert F.conv2d(X, W, stride=value, groups=2).shape == (2, 6, 3, 4)
+    assert F.conv2d(X, W, groups=np.int64(2)).shape == (2, 6, 3, 4)
+
+
+@pytest.mark.parametrize("taps", [(0, 3), (3, 0), (0, 0)])
+def test_no_example_and_no_taps(taps):
+    for n in (0, 2):
+        x, w = torch.ones(n, 2, 5, 5), torch.ones(3, 2, *taps)
+        same_refusal(F.conv2d, torch.nn.functional.conv2d, x, w)
+        same_refusal(F.conv_transpose2d, torch.nn.functional.conv_transpose2d, x, w.transpose(0, 1))
 
 
 def test_more_than_2_31_elements_have_the_right_shape():

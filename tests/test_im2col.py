@@ -69,3 +69,15 @@ def test_unfold_refuses_as_torch(args):
 def test_more_than_2_31_elements_have_the_right_shape():
     x = torch.empty(2, 64, 8192, 4096, device="meta")
     assert F.unfold(x, 3, padding=1).shape == (2, 576, 8192 * 4096)
+
+
+@pytest.mark.parametrize("value", [None, "2", 1.5, True, (2, 2.5), (2, None)])
+@pytest.mark.parametrize("argument", ["kernel_size", "stride", "padding", "dilation"])
+def test_arguments_of_the_wrong_kind(argument, value):
+    refuses(
+        TypeError, ("unfold", f"'{argument}'"), F.unfold, torch.ones(1, 2, 5, 5), **{"kernel_size": 2, argument: value}
+    )
+    how = {"output_size": 5, "kernel_size": 2, argument: value}
+    refuses(TypeError, ("fold", f"'{argument}'"), F.fold, torch.ones(1, 8, 16), **how)
+    with pytest.raises(TypeError):
+        torch.nn.functional.fold(torch.ones(1, 8, 16), **how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NoReturn
 
 import torch
@@ -81,6 +82,34 @@ def broadcast(op: str, name: str, x: torch.Tensor, other: str, shape: torch.Size
         fail(
             RuntimeError, op, name, f"shape {list(x.shape)}", f"one that broadcasts with {list(shape)}, that of {other}"
         )
+
+
+def sides(op: str, argument: str, value: Any, count: int, low: int) -> list[int]:
+    """One integer >= low for every dimension, from one or a sequence of one or ``count``, as torch reads them."""
+    if is_integer(value):
+        values = [value] * count
+    elif isinstance(value, (list, tuple)) and all(is_integer(v) or isinstance(v, bool) for v in value):
+        values = list(value)
+    else:
+        fail(TypeError, op, argument, repr(value), f"an integer or {count}")
+    values = [v if isinstance(v, (int, torch.SymInt)) else operator.index(v) for v in values]
+    if len(values) == 1:
+        values *= count
+    if len(values) != count:
+        fail(RuntimeError, op, argument, value, f"an integer or {count}")
+    for v in values:
+        if v < low:
+            fail(RuntimeError, op, argument, value, f"integers >= {low}")
+    return values
+
+
+def is_integer(value: Any) -> bool:
+    """Whether torch takes a value as one integer: no bool, but NumPy's integers and a tensor of one integer."""
+    if isinstance(value, (int, torch.SymInt)):
+        return not isinstance(value, bool)
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_floating_point() and value.dtype != torch.bool
+    return hasattr(value, "__index__")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

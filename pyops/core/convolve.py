@@ -15,27 +15,21 @@ from . import activations, autocast, backend, bias_act, check, convolution, layo
 Sizes = int | Sequence[int]
 
 
-def _sizes(op: str, argument: str, value: Any, dims: int, low: int) -> list[int]:
-    if isinstance(value, (bool, str, float)):
-        check.fail(TypeError, op, argument, type(value).__name__, "integers")
-    values = [value] * dims if isinstance(value, (int, torch.SymInt)) else list(value)
-    if len(values) == 1:
-        values *= dims
-    if len(values) != dims:
-        check.fail(RuntimeError, op, argument, value, f"an integer or {dims}")
-    for v in values:
-        if v < low:
-            check.fail(RuntimeError, op, argument, value, f"integers >= {low}")
-    return values
+def _check_weight(op: str, weight: Any) -> None:
+    if not isinstance(weight, torch.Tensor):
+        check.fail(TypeError, op, "weight", type(weight).__name__, "a tensor")
 
 
 def _check_tensors(
     op: str, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dims: int, groups: int, out: int
 ) -> None:
-    """Ranks, dtypes, devices; ``out`` is the number of output channels."""
+    """Kinds, ranks, dtypes, devices; ``out`` is the number of output channels."""
     check.floating(op, "input", input)
-    if not isinstance(weight, torch.Tensor):
-        check.fail(TypeError, op, "weight", type(weight).__name__, "a tensor")
+    _check_weight(op, weight)
+    if bias is not None and not isinstance(bias, torch.Tensor):
+        check.fail(TypeError, op, "bias", type(bias).__name__, "a tensor or None")
+    if not check.is_integer(groups):
+        check.fail(TypeError, op, "groups", repr(groups), "an integer")
     if weight.dim() != dims + 2:
         check.fail(RuntimeError, op, "weight", f"{weight.dim()} dimensions", f"{dims + 2}")
     if input.dim() not in (dims + 1, dims + 2):
@@ -50,9 +44,13 @@ def _check_tensors(
             check.fail(RuntimeError, op, name, t.dtype, f"{input.dtype}, as the input")
         if t.device != input.device:
             check.fail(RuntimeError, op, name, f"a tensor on {t.device}", f"one on {input.device}, as the input")
-    for size in weight.shape:
-        if size == 0:
-            check.fail(RuntimeError, op, "weight", f"shape {list(weight.shape)}", "at least one element")
+    if 0 in weight.shape:
+        # torch looks at an example for its taps
+        no_example = (
+            input.dim() == dims + 2 and input.shape[0] == 0 and 0 in weight.shape[2:] and 0 not in weight.shape[:2]
+        )
+        kind = IndexError if no_example else RuntimeError
+        check.fail(kind, op, "weight", f"shape {list(weight.shape)}", "at least one element")
     if bias is not None and tuple(bias.shape) != (out,):
         check.fail(RuntimeError, op, "bias", f"shape {list(bias.shape)}", f"shape [{out}], one for each output channel")
 
@@ -155,9 +153,11 @@ def prepared(
 ) -> Call:
     """The arguments checked; ``op`` is the name in messages and in the autocast table."""
     input, weight, bias = autocast.cast(op, input, weight, bias)
-    _check_tensors(op, input, weight, bias, dims, groups, weight.shape[0])
-    stride = _sizes(op, "stride", stride, dims, 1)
-    dilation = _sizes(op, "dilation", dilation, dims, 1)
+    out = weight.shape[0] if isinstance(weight, torch.Tensor) and weight.dim() > 0 else 0
+    _check_tensors(op, input, weight, bias, dims, groups, out)
+    groups = int(groups)
+    stride = check.sides(op, "stride", stride, dims, 1)
+    dilation = check.sides(op, "dilation", dilation, dims, 1)
     taps = list(weight.shape[2:])
     x = input if input.dim() == dims + 2 else input.unsqueeze(0)
     if x.shape[1] != weight.shape[1] * groups:
@@ -171,7 +171,7 @@ def prepared(
         padding = [0] * dims
     elif isinstance(padding, str):
         check.fail(RuntimeError, op, "padding", repr(padding), "integers, 'same' or 'valid'")
-    padding = _sizes(op, "padding", padding, dims, 0)
+    padding = check.sides(op, "padding", padding, dims, 0)
     for size, k, p, d in zip(x.shape[2:], taps, padding, dilation):
         if d * (k - 1) + 1 > size + 2 * p:
             check.fail(
@@ -195,10 +195,10 @@ def _padded(
         expected = "'zeros', 'reflect', 'replicate' or 'circular'"
         check.fail(ValueError, op, "padding_mode", repr(mode), expected)
     if padding == "same":
-        totals = [d * (k - 1) for k, d in zip(taps, _sizes(op, "dilation", dilation, dims, 1))]
+        totals = [d * (k - 1) for k, d in zip(taps, check.sides(op, "dilation", dilation, dims, 1))]
         borders = [(t // 2, t - t // 2) for t in totals]
     else:
-        borders = [(p, p) for p in _sizes(op, "padding", 0 if padding == "valid" else padding, dims, 0)]
+        borders = [(p, p) for p in check.sides(op, "padding", 0 if padding == "valid" else padding, dims, 0)]
     return torch.nn.functional.pad(input, [p for border in reversed(borders) for p in border], mode=mode)
 
 
@@ -241,6 +241,7 @@ def convolve_act(
 ) -> torch.Tensor:
     """``f(convolution + bias + residual)``: one pass over y, or two where the sum has to be kept for a derivative."""
     function = activations.fused(op, activation)
+    _check_weight(op, weight)
     if padding_mode != "zeros":
         input, padding = _padded(op, dims, input, weight.shape[2:], padding, dilation, padding_mode), 0
     call = prepared(op, dims, input, weight, bias, stride, padding, dilation, groups)
@@ -274,10 +275,11 @@ def prepared_transposed(
     input, weight, bias = autocast.cast(op, input, weight, bias)
     out = weight.shape[1] * groups if isinstance(weight, torch.Tensor) and weight.dim() > 1 else 0
     _check_tensors(op, input, weight, bias, dims, groups, out)
-    stride = _sizes(op, "stride", stride, dims, 1)
-    padding = _sizes(op, "padding", padding, dims, 0)
-    dilation = _sizes(op, "dilation", dilation, dims, 1)
-    extra = _sizes(op, "output_padding", output_padding, dims, 0)
+    groups = int(groups)
+    stride = check.sides(op, "stride", stride, dims, 1)
+    padding = check.sides(op, "padding", padding, dims, 0)
+    dilation = check.sides(op, "dilation", dilation, dims, 1)
+    extra = check.sides(op, "output_padding", output_padding, dims, 0)
     x = input if input.dim() == dims + 2 else input.unsqueeze(0)
     if x.shape[1] != weight.shape[0]:
         check.fail(RuntimeError, op, "input", f"{x.shape[1]} channels", f"{weight.shape[0]}, from the weight")

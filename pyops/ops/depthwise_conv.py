@@ -60,6 +60,9 @@ def depthwise_conv(
     Sums are taken in float32 (float64 for float64), in a fixed order: bitwise deterministic. Gradients of every order
     (convolutions themselves), forward mode, vmap and torch.compile are supported.
     """
+    check.floating("depthwise_conv", "input", input)
+    if not isinstance(weight, torch.Tensor):
+        check.fail(TypeError, "depthwise_conv", "weight", type(weight).__name__, "a tensor")
     dims = weight.dim() - 2
     if dims not in (1, 2, 3):
         check.fail(RuntimeError, "depthwise_conv", "weight", f"{weight.dim()} dimensions", "3, 4 or 5")

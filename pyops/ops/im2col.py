@@ -85,24 +85,13 @@ _fold: Callable[..., Any] = differentiable(
 )
 
 
-def _pair(op: str, argument: str, value: Pair, low: int) -> list[int]:
-    values = [value] * 2 if isinstance(value, int) else list(value)
-    if len(values) == 1:
-        values *= 2
-    if len(values) != 2:
-        check.fail(RuntimeError, op, argument, value, "an integer or two")
-    if min(values) < low:
-        check.fail(RuntimeError, op, argument, value, f"integers >= {low}")
-    return values
-
-
 def _geometry(op: str, kernel_size: Pair, dilation: Pair, padding: Pair, stride: Pair) -> tuple[list[int], ...]:
     """(kernel, stride, padding, dilation), each [2]."""
     return (
-        _pair(op, "kernel_size", kernel_size, 1),
-        _pair(op, "stride", stride, 1),
-        _pair(op, "padding", padding, 0),
-        _pair(op, "dilation", dilation, 1),
+        check.sides(op, "kernel_size", kernel_size, 2, 1),
+        check.sides(op, "stride", stride, 2, 1),
+        check.sides(op, "padding", padding, 2, 0),
+        check.sides(op, "dilation", dilation, 2, 1),
     )
 
 
@@ -173,7 +162,7 @@ def fold(
     """
     op = "fold"
     check.floating(op, "input", input)
-    size = _pair(op, "output_size", output_size, 1)
+    size = check.sides(op, "output_size", output_size, 2, 1)
     kernel, stride, padding, dilation = _geometry(op, kernel_size, dilation, padding, stride)
     if input.dim() not in (2, 3) or 0 in input.shape[input.dim() - 2 :]:
         check.fail(RuntimeError, op, "input", f"shape {list(input.shape)}", "[N, C*R*S, L] or [C*R*S, L], not empty")
