@@ -185,3 +185,46 @@ def test_ceilings_are_positive_and_sane():
 def test_ceilings_of_two_threads():
     measured = host.ceilings(threads=2, seconds=0.05)
     assert measured["copy_bandwidth"] > 0 and measured["fma_rate"] > 0
+
+
+def offset(n: int, channel: int, count: int, at, sides, last: bool) -> int:
+    """Of an element of [N, C, D, H, W] or [N, D, H, W, C] in Python's integers, which have no end."""
+    flat = (at[0] * sides[1] + at[1]) * sides[2] + at[2]
+    plane = math.prod(sides)
+    return (n * plane + flat) * count + channel if last else (n * count + channel) * plane + flat
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_offsets_of_a_convolution_beyond_2_31(last, depthwise):
+    """Large planes, many channels, many examples."""
+    sides, taps, stride, padding, dilation = (2, 40_000, 70_000), (1, 3, 5), (1, 1, 2), (0, 1, 2), (1, 2, 1)
+    geometry = sides, taps, stride, padding, dilation
+    positions = [(s + 2 * p - d * (t - 1) - 1) // st + 1 for s, t, st, p, d in zip(*geometry)]
+    counts, most = (96, 192 if depthwise else 128), 0
+    for n, c, k in ((0, 0, 0), (1, 95, 127), (300, 17, 90)):
+        for at in ((0, 0, 0), (1, 20_000, 30_001), tuple(p - 1 for p in positions)):
+            for tap in ((0, 0, 0), (0, 1, 2), (0, 2, 4)):
+                found = host.conv_offsets(*geometry, (n, *at), tap, (c, k), counts, last)
+                x = [o * st - p + t * d for o, st, p, t, d in zip(at, stride, padding, tap, dilation)]
+                inside = all(0 <= v < s for v, s in zip(x, sides))
+                wanted = offset(n, c, counts[0], x, sides, last) if inside else -1
+                assert found == (wanted, offset(n, k, counts[1], at, positions, last))
+                most = max(most, *found)
+    assert most > 2**40
+
+
+def test_offsets_of_im2col_beyond_2_31():
+    h, w, kernel, stride, padding, dilation = 60_000, 80_000, (3, 2), (2, 1), (1, 0), (1, 3)
+    counts = [
+        (s + 2 * a - d * (k - 1) - 1) // st + 1 for s, k, st, a, d in zip((h, w), kernel, stride, padding, dilation)
+    ]
+    for plane in (0, 5, 1_000):
+        for p, q in ((0, 0), (17, 70_000), (counts[0] - 1, counts[1] - 1)):
+            for r, s in ((0, 0), (2, 1)):
+                found = host.im2col_offsets(h, w, kernel, stride, padding, dilation, plane, p, q, r, s)
+                row, column = p * 2 - 1 + r, q + 3 * s
+                image = (plane * h + row) * w + column if 0 <= row < h and 0 <= column < w else -1
+                columns = (((plane * 3 + r) * 2 + s) * counts[0] + p) * counts[1] + q
+                assert found == (image, columns)
+    assert columns > 2**40 and image > 2**40

@@ -65,6 +65,11 @@ PYOPS_HOST_DEVICE Tap tap_of(const Space& s, int32_t j) {
   return {row / s.h.taps, row % s.h.taps, j - row * s.w.taps};
 }
 
+// Offset of a channel's first element, and the distance of its positions.
+PYOPS_HOST_DEVICE int64_t plane_of(int64_t n, int64_t c, int64_t channels, int64_t positions, bool channels_last) {
+  return channels_last ? n * positions * channels + c : (n * channels + c) * positions;
+}
+
 // The arguments of an op, checked against each other.
 struct Sizes {
   int64_t N, C, K, G;        // C and K of all groups

@@ -4,9 +4,10 @@
 //   h = p * stride - padding + r * dilation
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
-#include "common/host_device.h"
+#include "common/qualifiers.h"
 
 namespace pyops::unfolding {
 
@@ -28,6 +29,14 @@ struct Axis {
     return p < count ? p : -1;
   }
 };
+
+// Offsets beyond 2^31 elements: of a row of a plane of the image, and of the outputs of a plane under tap (r, s).
+PYOPS_HOST_DEVICE int64_t row_offset(const Axis& h, const Axis& w, int64_t plane, int64_t row) {
+  return (plane * h.size + row) * w.size;
+}
+PYOPS_HOST_DEVICE int64_t column_offset(const Axis& h, const Axis& w, int64_t plane, int64_t r, int64_t s) {
+  return ((plane * h.kernel + r) * w.kernel + s) * (int64_t(h.count) * w.count);
+}
 
 // First output q >= 0 with q * stride + offset >= low; offset is the input coordinate of q = 0.
 PYOPS_HOST_DEVICE int64_t first_at_least(int64_t low, int64_t offset, int64_t stride) {

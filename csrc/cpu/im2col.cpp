@@ -59,13 +59,13 @@ void im2col_planes(const T* x, T* col, int64_t planes, const Axis& h, const Axis
     for (int64_t plane = begin; plane < end; ++plane)
       for (int64_t r = 0; r < h.kernel; ++r)
         for (int64_t s = 0; s < w.kernel; ++s) {
-          T* y = col + ((plane * h.kernel + r) * w.kernel + s) * L;
+          T* y = col + unfolding::column_offset(h, w, plane, r, s);
           for (int64_t p = 0; p < h.count; ++p, y += w.count) {
             const int64_t row = h.input(p, r);
             if (row < 0 || row >= h.size)
               std::memset(static_cast<void*>(y), 0, size_t(w.count) * sizeof(T));
             else
-              clipped_row(y, x + (plane * h.size + row) * w.size, w, s);
+              clipped_row(y, x + unfolding::row_offset(h, w, plane, row), w, s);
           }
         }
   });
@@ -84,7 +84,7 @@ void col2im_planes(const scalar_t* col, scalar_t* dx, int64_t planes, const Axis
           const int64_t p = h.output(row, r);
           if (p < 0) continue;
           for (int64_t s = 0; s < w.kernel; ++s) {
-            const scalar_t* y = col + ((plane * h.kernel + r) * w.kernel + s) * L + p * w.count;
+            const scalar_t* y = col + unfolding::column_offset(h, w, plane, r, s) + p * w.count;
             const int64_t offset = w.input(0, s);
             const int64_t low = std::min<int64_t>(unfolding::first_at_least(0, offset, w.stride), w.count);
             const int64_t high = std::min<int64_t>(unfolding::first_at_least(w.size, offset, w.stride), w.count);

@@ -35,11 +35,6 @@ struct Depthwise {
   bool transposed, channels_last;
 };
 
-// Offset of a channel's first element, and the distance of its positions.
-PYOPS_DEVICE int64_t plane_of(int64_t n, int64_t c, int64_t channels, int64_t positions, bool channels_last) {
-  return channels_last ? n * positions * channels + c : (n * channels + c) * positions;
-}
-
 template <class T>
 __global__ void __launch_bounds__(256, 2) depthwise_conv_kernel(Depthwise<T> p) {
   using A = accumulate_t<T>;

@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(256)
   if (at >= L) return;
   const int64_t plane = first + offset;
   const int p = at / w.count, q = at - p * w.count;
-  const T* from = x + plane * h.size * w.size;
-  T* to = col + plane * h.kernel * w.kernel * L + at;
+  const T* from = x + row_offset(h, w, plane, 0);
+  T* to = col + column_offset(h, w, plane, 0, 0) + at;
   for (int r = 0; r < h.kernel; ++r) {
     const int row = h.input(p, r);
     const bool inside = row >= 0 && row < h.size;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(256)
   if (at >= positions) return;
   const int64_t plane = first + offset, L = int64_t(h.count) * w.count;
   const int row = at / w.size, column = at - row * w.size;
-  const T* from = col + plane * h.kernel * w.kernel * L;
+  const T* from = col + column_offset(h, w, plane, 0, 0);
   A sum = 0;
   for (int r = 0; r < h.kernel; ++r) {
     const int p = h.output(row, r);

@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include "common/im2col.h"
 #include "common/philox.h"
 #include "cpu/blocking.h"
 #include "cpu/conv_choice.h"
@@ -96,6 +97,39 @@ py::dict conv_plan(int64_t N, int64_t C, int64_t K, int64_t groups, const Ints& 
   return plan;
 }
 
+// Offsets of the elements that meet in one product, by the functions that kernels index with: of x (-1: padding) and of y.
+// `at` is an example and a position, {n, d, h, w}; channels are {channel of x, of y}, counts {channels of x, of y}.
+std::pair<int64_t, int64_t> conv_offsets(const Ints& size, const Ints& taps, const Ints& stride, const Ints& padding,
+                                         const Ints& dilation, const Ints& at, const Ints& tap, const Ints& channels,
+                                         const Ints& counts, bool channels_last) {
+  namespace conv = pyops::conv;
+  const conv::Sizes sizes =
+      conv::sizes_of(ValueErrors{}, 1, counts[0], counts[1], 1, size, {}, taps, stride, padding, dilation);
+  const conv::Space s = conv::forward_space(sizes);
+  const auto narrow = [](int64_t v) { return static_cast<int32_t>(v); };
+  const int64_t x = s.input(s.d.input(narrow(at[1]), narrow(tap[0])), s.h.input(narrow(at[2]), narrow(tap[1])),
+                            s.w.input(narrow(at[3]), narrow(tap[2])));
+  const int64_t y = s.output({static_cast<uint32_t>(at[0]), narrow(at[1]), narrow(at[2]), narrow(at[3])});
+  const auto offset = [&](int which, int64_t positions, int64_t position) {
+    return conv::plane_of(at[0], channels[which], counts[which], positions, channels_last) +
+           position * (channels_last ? counts[which] : 1);
+  };
+  return {x < 0 ? -1 : offset(0, s.in_plane(), x), offset(1, s.out_plane(), y)};
+}
+
+// The same for im2col: offsets in the image (-1: padding) and in the columns.
+std::pair<int64_t, int64_t> im2col_offsets(int64_t H, int64_t W, const Ints& kernel, const Ints& stride,
+                                           const Ints& padding, const Ints& dilation, int64_t plane, int64_t p,
+                                           int64_t q, int64_t r, int64_t s) {
+  namespace unfolding = pyops::unfolding;
+  const auto [h, w] = unfolding::axes_of(ValueErrors{}, H, W, kernel, stride, padding, dilation);
+  const int32_t row = h.input(static_cast<int32_t>(p), static_cast<int32_t>(r));
+  const int32_t column = w.input(static_cast<int32_t>(q), static_cast<int32_t>(s));
+  const bool inside = row >= 0 && row < h.size && column >= 0 && column < w.size;
+  return {inside ? unfolding::row_offset(h, w, plane, row) + column : -1,
+          unfolding::column_offset(h, w, plane, r, s) + p * w.count + q};
+}
+
 py::dict cpu_features() {
   const pyops::host::CpuFeatures features = pyops::host::cpu_features();
   py::dict result;
@@ -164,6 +198,10 @@ PYBIND11_MODULE(_host, module) {
       "padding"_a, "dilation"_a, "algorithm"_a, "threads"_a, "transposed"_a, "is_float"_a, "element_size"_a,
       "Which algorithm the CPU takes for a convolution or its gradient in the input, what Winograd's cost beside "
       "the sum over taps, and upper bounds of the workspace in bytes, of the gradient in the weight as well.");
+  module.def("conv_offsets", &conv_offsets, "size"_a, "taps"_a, "stride"_a, "padding"_a, "dilation"_a, "at"_a, "tap"_a,
+             "channels"_a, "counts"_a, "channels_last"_a, "Offsets in x and y of what meets in a convolution.");
+  module.def("im2col_offsets", &im2col_offsets, "H"_a, "W"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a,
+             "plane"_a, "p"_a, "q"_a, "r"_a, "s"_a, "Offsets in image and columns of what im2col copies.");
   module.def(
       "philox4x32",
       [](uint64_t seed, uint64_t subsequence, uint64_t offset) {
