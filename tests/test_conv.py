@@ -485,6 +485,20 @@ def test_winograd_is_the_default_unless_something_stricter_is_asked_for():
         torch.backends.mkldnn.conv.fp32_precision = before
 
 
+def test_a_gradient_is_as_strict_as_is_asked_when_it_runs():
+    x, w = torch.randn(2, 32, 40, 40, requires_grad=True), torch.randn(32, 32, 3, 3)
+    dy = torch.randn(2, 32, 40, 40)
+    with F.conv_algorithm("gemm"):
+        plain = torch.autograd.grad(F.conv2d(x, w, padding=1), x, dy)[0]
+    y = F.conv2d(x, w, padding=1)
+    assert not torch.equal(torch.autograd.grad(y, x, dy, retain_graph=True)[0], plain)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(torch.autograd.grad(y, x, dy)[0], plain)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_winograd_gives_the_same_bits_on_any_number_of_threads(channels_last):
     x, w = torch.randn(3, 40, 30, 31), torch.randn(50, 40, 3, 3)

@@ -253,7 +253,12 @@ def family(stem: str, kernels: ModuleType | None, serves: Callable[[Any, Any, in
     apply = {name: multilinear.differentiable(formula) for name, formula in linear.items()}
 
     def tuned(name, ns, x, w, constants):
-        return _tuned(ops[name], name, ns, x, w, constants) if stem == "conv" else constants
+        if stem != "conv":
+            return constants
+        if (constants[-1] == "" or isinstance(constants[-1], _Chosen)) and _only_exact():
+            # a gradient: what was asked for since the graph was recorded
+            return (*constants[:-1], "gemm")
+        return _tuned(ops[name], name, ns, x, w, constants)
 
     def fwd(ns, x, w, b, *constants):
         return apply["fwd"](ns, x, w, b, *tuned("fwd", ns, x, w, constants))
@@ -378,7 +383,8 @@ class conv_algorithm:
         name: ``"gemm"``, ``"columns"``, ``"winograd2"``, ``"winograd4"``, ``"ieee"``, ``"tf32"``, ``"3xtf32"``,
             ``"wgmma"``, or ``""`` for the default table. An algorithm that does not apply to a call leaves it to
             ``"gemm"``; ``pyops explain conv2d`` says which one runs. With ``torch.use_deterministic_algorithms`` or
-            ``torch.backends.mkldnn.conv.fp32_precision = "ieee"`` the table leaves out Winograd's.
+            ``torch.backends.mkldnn.conv.fp32_precision = "ieee"`` the table leaves out Winograd's, in gradients of
+            earlier calls too; what torch.compile has compiled keeps the precision that it was compiled with.
             The environment variable PYOPS_CONV_ALGORITHM does the same from the start; where it names no algorithm,
             every convolution raises and says so.
 
