@@ -84,7 +84,7 @@ def train(model, x, y, steps, rate, planned=150, batch=64):
 @pytest.mark.parametrize(
     ("dtype", "rate", "tolerance"),
     # where rounding decides on which side of a relu a number falls, the losses part by as much as a step is long
-    [(torch.float64, 0.05, 1e-9), pytest.param(torch.float32, 0.002, 1e-4, marks=pytest.mark.thorough)],
+    [(torch.float64, 0.05, 1e-9), (torch.float32, 0.002, 1e-4)],
 )
 @pytest.mark.parametrize("block", [Residual, Inverted])
 @pytest.mark.parametrize("channels_last", [False, True])
