@@ -138,14 +138,15 @@ def kept(state, threshold, b, h, i, j, H, L, S, acc_t: tl.constexpr, KEEP_SCALE:
 
 @triton.jit
 def attention_fwd_kernel(
-    q, k, v, o, lse, mask, lengths, cu_q, cu_k, slopes, state,
+    q, k, v, o, lse, total_of_part, mask, lengths, cu_q, cu_k, slopes, state,
     H, G, L, S, rows_q, rows_k, D, E, blocks, parts, mask_b, mask_h, mask_l, mask_s, slopes_b, threshold,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     KEEP_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, DECODE: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries through all the keys it sees: online softmax. DECODE: one part of the keys, its results to
-    o [parts, B, H, L, E] and lse [parts, B, H, L]."""
+    """One block of queries through all the keys it sees: online softmax. DECODE: one part of the keys; its sum over
+    values to o [parts, B, H, L, E], the largest score to lse [parts, B, H, L], sums of exp(score - largest) to
+    total_of_part. Not a log-sum-exp: beside a mask of 1e38 the logarithm would be lost, and so the size of the part."""
     acc_t: tl.constexpr = lse.dtype.element_ty
     PACKED: tl.constexpr = cu_q is not None
     pid = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
@@ -187,33 +188,40 @@ def attention_fwd_kernel(
         s, _ = score_of(
             s, i, j, seen, b, heads, shift, mask, slopes, mask_b, mask_h, mask_l, mask_s, slopes_b, SCALE, SOFTCAP
         )
-        s *= LOG2_E
+        if mask is None:
+            s *= LOG2_E
         now = tl.maximum(top, tl.max(s, 1))
         base = tl.where(now == MINUS_INFINITY, 0.0, now)
-        factor = tl.exp2(top - base)
-        p = tl.exp2(s - base[:, None])
+        fall, rise = top - base, s - base[:, None]
+        if mask is not None:  # a mask of 3e38 has no multiple
+            fall, rise = fall * LOG2_E, rise * LOG2_E
+        factor, p = tl.exp2(fall), tl.exp2(rise)
         total = total * factor + tl.sum(p, 1)
         top = now
         if state is not None:
             p *= kept(state, threshold, b, heads, i, j, H, L, S, acc_t, KEEP_SCALE)
         values = load_rows(v, b, kh, k0, H // G, rows_k, E, column, keys, BLOCK_E, PACKED)
         out = out * factor[:, None] + dot(p.to(values.dtype), values)
-    none = total == 0.0  # a score that is no number leaves no total either, but not 0
-    safe = tl.where(none, 1.0, total)
-    out = tl.where(none[:, None], 0.0, out / safe[:, None])
-    result = tl.where(none, MINUS_INFINITY, (top + tl.log2(safe)) * LN_2)
+    if mask is None:
+        top *= LN_2
     if DECODE:
         batch = tl.num_programs(0) // (blocks * parts) // (H // G)
         store_rows(o, out, part * batch + b, h, 0, H, L, E, row, rows, BLOCK_E, False)
-        tl.store(lse + statistic(part * batch + b, h, 0, H, L, row, False), result, mask=row < rows)
+        at = statistic(part * batch + b, h, 0, H, L, row, False)
+        tl.store(lse + at, top, mask=row < rows)
+        tl.store(total_of_part + at, total, mask=row < rows)
     else:
+        none = total == 0.0  # a score that is no number leaves no total either, but not 0
+        safe = tl.where(none, 1.0, total)
+        out = tl.where(none[:, None], 0.0, out / safe[:, None])
+        result = tl.where(none, MINUS_INFINITY, top + tl.log2(safe) * LN_2)
         store_rows(o, out, b, h, q0, H, rows_q, E, row, rows, BLOCK_E, PACKED)
         tl.store(lse + statistic(b, h, q0, H, rows_q, row, PACKED), result, mask=row < rows)
 
 
 @triton.jit
-def attention_merge_kernel(part_o, part_lse, o, lse, cu_q, H, L, rows_q, E, parts, BLOCK_E: tl.constexpr):
-    """o = sum over parts of exp(lse_part - lse) o_part,  lse = log sum exp(lse_part), of one row."""
+def attention_merge_kernel(part_o, part_top, part_total, o, lse, cu_q, H, L, rows_q, E, parts, BLOCK_E: tl.constexpr):
+    """With w = exp(top_part - top): o = sum over parts of w o_part / total,  total = sum w total_part, of one row."""
     acc_t: tl.constexpr = lse.dtype.element_ty
     PACKED: tl.constexpr = cu_q is not None
     pid = tl.program_id(0).to(tl.int64)
@@ -222,15 +230,15 @@ def attention_merge_kernel(part_o, part_lse, o, lse, cu_q, H, L, rows_q, E, part
     q0, _, rows, _ = example(b, None, cu_q, cu_q, L, L)
     top = tl.full((), MINUS_INFINITY, acc_t)
     for part in range(parts):
-        top = tl.maximum(top, tl.load(part_lse + part * rows_of_part + pid))
+        top = tl.maximum(top, tl.load(part_top + part * rows_of_part + pid))
     base = tl.where(top == MINUS_INFINITY, 0.0, top)
     column = tl.arange(0, BLOCK_E)
     total = tl.zeros((), acc_t)
     out = tl.zeros((BLOCK_E,), acc_t)
     for part in range(parts):
         at = part * rows_of_part + pid
-        weight = tl.exp(tl.load(part_lse + at) - base)
-        total += weight
+        weight = tl.exp(tl.load(part_top + at) - base)
+        total += weight * tl.load(part_total + at)
         out += weight * tl.load(part_o + at * E + column, mask=column < E, other=0.0)
     none = total == 0.0
     safe = tl.where(none, 1.0, total)
@@ -409,11 +417,11 @@ def attention_fwd(
         programs = c.batch * c.heads // c.groups * blocks * parts
         to = tuple(
             torch.empty(parts, c.batch, c.heads, max_q, *e, dtype=lse.dtype, device=q.device)
-            for e in ((v.shape[-1],), ())
+            for e in ((v.shape[-1],), (), ())
         )
     else:
         blocks, constants = cdiv(max_q, c.tile[0]), c.constants | {"DECODE": False}
-        programs, to = c.batch * c.heads * blocks, (o, lse)
+        programs, to = c.batch * c.heads * blocks, (o, lse, None)
     if programs:
         attention_fwd_kernel[(programs,)](
             q, k, v, *to, c.mask, lengths, cu_q, cu_k, slopes, random if dropout > 0 else None,
@@ -470,9 +478,11 @@ def specimens() -> list[Specimen]:
             given = (tensors if extra else {}) | sizes | offsets
             hot = not extra  # with everything at once some spill a few registers
             forward = read | {"o": f"*{t}", "lse": f"*{a}", "parts": "i32"} | given
-            found.append(Specimen(attention_fwd_kernel, forward, constants | {"DECODE": False}, warps, hot, **whole))
+            whole_rows = constants | {"total_of_part": None, "DECODE": False}
+            found.append(Specimen(attention_fwd_kernel, forward, whole_rows, warps, hot, **whole))
             decode = constants | {"DECODE": True, "BLOCK_M": _FEW}
-            found.append(Specimen(attention_fwd_kernel, forward | {"o": f"*{a}"}, decode, 4, True, **whole))
+            parts = {"o": f"*{a}", "total_of_part": f"*{a}"}
+            found.append(Specimen(attention_fwd_kernel, forward | parts, decode, 4, True, **whole))
             backward = {"dy": f"*{t}", "lse": f"*{a}", "delta": f"*{a}"} | read | given
             backward |= dict.fromkeys(("dq", "dk", "dv"), f"*{t}")
             for by_query in (True, False):
@@ -486,7 +496,7 @@ def specimens() -> list[Specimen]:
         found.append(
             Specimen(attention_delta_kernel, delta, {"cu_q": None, "BLOCK_M": m, "BLOCK_E": width}, 4, True, **whole)
         )
-        merge = {"part_o": f"*{a}", "part_lse": f"*{a}", "o": f"*{t}", "lse": f"*{a}"}
+        merge = {"part_o": f"*{a}", "part_top": f"*{a}", "part_total": f"*{a}", "o": f"*{t}", "lse": f"*{a}"}
         merge |= dict.fromkeys(("H", "L", "rows_q", "E", "parts"), "i32")
         found.append(Specimen(attention_merge_kernel, merge, {"cu_q": None, "BLOCK_E": width}, 4, **whole))
     return found

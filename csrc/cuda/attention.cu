@@ -19,9 +19,10 @@ template <class T>
 void forward(const OpScope& op, const Problem<accumulate_t<T>>& p, const Tensors<T>& t, cudaStream_t stream) {
   if constexpr (sizeof(T) <= 4)
     if (const int64_t count = decode_parts<T>(p); count > 0) {
-      const Tensor o = op.empty<float>({count, p.B, p.H, p.L, p.E}), lse = op.empty<float>({count, p.B, p.H, p.L});
-      const Parts parts{count, op.out<float>(o, "o of parts", {count, p.B, p.H, p.L, p.E}),
-                        op.out<float>(lse, "lse of parts", {count, p.B, p.H, p.L})};
+      const int64_t rows = p.B * p.H * p.L;
+      const Tensor o = op.empty<float>({count, rows, p.E}), softmax = op.empty<float>({2, count, rows});
+      float* most = op.out<float>(softmax, "softmax of parts", {2, count, rows});
+      const Parts parts{count, op.out<float>(o, "o of parts", {count, rows, p.E}), most, most + count * rows};
       return forward_decode(p, t, parts, stream);
     }
   if constexpr (sizeof(T) == 2) {

@@ -67,12 +67,15 @@ struct QueryRows {
   }
 };
 
-// Decoding: what each of `count` parts of the keys gives, [count, B, H, L, E] and [count, B, H, L].
+// Decoding: what each of `count` parts of the keys gives: sums over values [count, B, H, L, E], and of each row the
+// largest score and the sum of exp(score - largest) [count, B, H, L]. Not a log-sum-exp: beside a mask of 1e38 the
+// logarithm would be lost, and with it how many keys a part has.
 struct Parts {
   int64_t count;
-  float *o, *lse;
-  PYOPS_DEVICE int64_t row(const Problem<float>& p, int64_t part, int64_t b, int64_t h, int64_t i) const {
-    return ((part * p.B + b) * p.H + h) * p.L + i;
+  float *o, *most, *total;
+  // decode_parts makes no parts where elements of `o` are more than an int counts: a 64-bit index would cost registers.
+  PYOPS_DEVICE int row(const Problem<float>& p, int64_t part, int64_t b, int64_t h, int64_t i) const {
+    return static_cast<int>(((part * p.B + b) * p.H + h) * p.L + i);
   }
 };
 

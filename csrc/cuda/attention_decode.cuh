@@ -3,11 +3,13 @@
 // mapping  a block holds queries of all heads that share a key head, and one part of the keys; a warp then merges the
 //          parts of a row, in order. bf16, fp16: 64 rows of attention_fwd_mma_kernel. fp32: 8 rows; for a tile of keys 8
 //          lanes take the products of a key, a warp the softmax of a row, and a warp a quarter of the sum over values
-// memory   k and v once, not once per query head (fp32: once per 8 rows); [parts, B, H, L, E + 1] floats written and read
+// memory   k and v once, not once per query head (fp32: once per 8 rows); [parts, B, H, L, E + 2] floats written and read
 // numerics as attention_mma.cuh and attention_plain.cuh; the parts' outputs in fp32; deterministic, on one kind of GPU:
 //          it has its number of parts
 // source   the parts: Flash-Decoding (Dao, Haziza, Massa, Sizov 2023)
 #pragma once
+
+#include <climits>
 
 #include "cuda/attention_mma.cuh"
 
@@ -25,6 +27,7 @@ int64_t decode_parts(const Problem<float>& p) {
   const int64_t blocks = p.B * (p.H / p.G) * ceil_div(p.G * p.L, rows);
   const int64_t wanted = ceil_div(per_processor * multiprocessor_count(), blocks), tiles = ceil_div(p.S, 64);
   const int64_t parts = wanted < tiles ? wanted : tiles;
+  if (parts * p.B * p.H * p.L * p.E > INT_MAX) return 0;
   return parts > 1 || p.G > 1 ? parts : 0;
 }
 
@@ -179,10 +182,9 @@ __global__ void __launch_bounds__(decode_threads)
     const float all_lanes = warp_sum<32>(total[own]);
     const int64_t i = rows.query(r);
     if (r >= count || i >= e.L) continue;
-    const int64_t row = parts.row(p, part, at.b, rows.head(r), i);
-    // A row that saw nothing has a total of 0, one with a score that is no number has none.
-    for (int c = lane; c < E; c += 32) parts.o[row * E + c] = all_lanes == 0.0f ? 0.0f : shared.q[r][c] / all_lanes;
-    if (lane == 0) parts.lse[row] = all_lanes == 0.0f ? -INFINITY : most[own] + log(all_lanes);
+    const int row = parts.row(p, part, at.b, rows.head(r), i);
+    for (int c = lane; c < E; c += 32) parts.o[row * E + c] = shared.q[r][c];
+    if (lane == 0) parts.most[row] = most[own], parts.total[row] = all_lanes;
   }
 }
 
@@ -192,7 +194,8 @@ PYOPS_DEVICE float part_weight(float x) {
   return sizeof(T) == 2 ? exp2_approx(x * log2_e) : exp(x);
 }
 
-// o = sum over parts of exp(lse_part - lse) o_part,  lse = log sum exp(lse_part): one warp per row.
+// With w = exp(most_part - most): o = sum over parts of w o_part / total,  total = sum w total_part,
+// lse = most + log total. One warp per row.
 template <class T>
 __global__ void __launch_bounds__(128) attention_merge_kernel(Problem<float> p, Tensors<T> t, Parts parts) {
   const int lane = threadIdx.x % 32;
@@ -202,18 +205,21 @@ __global__ void __launch_bounds__(128) attention_merge_kernel(Problem<float> p, 
   if (at.block >= e.L) return;
   float most = -INFINITY, total = 0.0f;
   for (int64_t part = 0; part < parts.count; ++part)
-    most = fmaxf(most, parts.lse[parts.row(p, part, at.b, at.h, at.block)]);
+    most = fmaxf(most, parts.most[parts.row(p, part, at.b, at.h, at.block)]);
   const float base = most == -INFINITY ? 0.0f : most;
-  for (int64_t part = 0; part < parts.count; ++part)
-    total += part_weight<T>(parts.lse[parts.row(p, part, at.b, at.h, at.block)] - base);
+  for (int64_t part = 0; part < parts.count; ++part) {
+    const int from = parts.row(p, part, at.b, at.h, at.block);
+    total += part_weight<T>(parts.most[from] - base) * parts.total[from];
+  }
   const int64_t row = at.b * p.o.batch + at.h * p.o.head + (e.q0 + at.block) * p.o.row;
   for (int64_t c = lane; c < p.E; c += 32) {
     float sum = 0.0f;
     for (int64_t part = 0; part < parts.count; ++part) {
-      const int64_t from = parts.row(p, part, at.b, at.h, at.block);
-      sum += part_weight<T>(parts.lse[from] - base) * parts.o[from * p.E + c];
+      const int from = parts.row(p, part, at.b, at.h, at.block);
+      sum += part_weight<T>(parts.most[from] - base) * parts.o[from * p.E + c];
     }
-    t.o[row + c] = from_float<T>(total == 0.0f ? sum : sum / total);  // 0 where nothing is seen, NaN stays
+    // A row that saw nothing has a total of 0, one with a score that is no number has none.
+    t.o[row + c] = from_float<T>(total == 0.0f ? 0.0f : sum / total);
   }
   if (lane == 0)
     t.lse[at.b * p.lse_batch + at.h * p.lse_head + e.q0 + at.block] = total == 0.0f ? -INFINITY : base + log(total);

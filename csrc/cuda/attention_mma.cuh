@@ -155,7 +155,8 @@ __global__ void __launch_bounds__(mma_threads)
   Range all = decode ? part_of_keys(e, BN, part, parts.count)
                      : range_of<true>(e, i0, i0 + mma_rows < e.L ? i0 + mma_rows : e.L);
   const int first = all.low / BN * BN;
-  const bool extras = p.has_extras();
+  // Without extras products stay as they are until their largest is subtracted, which a larger product must be.
+  const bool extras = p.has_extras() || !(p.scale > 0.0f);
 
   float sum[W / 8][4] = {}, most[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
   Range range[2];
@@ -186,14 +187,14 @@ __global__ void __launch_bounds__(mma_threads)
         float& x = shared.scratch.at[n][threadIdx.x];
         const int64_t i = rows.query(row_of(n)), h = rows.head(row_of(n)), key = j0 + column_of(n);
         float slope;
-        x = e.sees(i, key) && i < e.L ? extra_score(p, e, at.b, h, i, key, x, slope) * log2_e : -INFINITY;
+        x = e.sees(i, key) && i < e.L ? extra_score(p, e, at.b, h, i, key, x, slope) : -INFINITY;
       }
       shared.scratch.get(s);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const bool whole = range[half].low <= j0 && range[half].high >= j0 + BN;
-      const float scale = extras ? 1.0f : p.scale * log2_e;
+      const float unit = extras ? log2_e : p.scale * log2_e;
       float top = most[half];
 #pragma unroll
       for (int j = 0; j < BN / 8; ++j)
@@ -201,18 +202,18 @@ __global__ void __launch_bounds__(mma_threads)
         for (int n = 0; n < 2; ++n) {
           const int key = j0 + j * 8 + lane % 4 * 2 + n;
           float& x = s[j][half * 2 + n];
-          x = whole || (key >= range[half].low && key < range[half].high) ? x * scale : -INFINITY;
+          x = whole || (key >= range[half].low && key < range[half].high) ? x : -INFINITY;
           top = fmaxf(top, x);
         }
       top = warp_max<4>(top);
-      const float base = top == -INFINITY ? 0.0f : top, factor = exp2_approx(most[half] - base);
+      const float base = top == -INFINITY ? 0.0f : top, factor = exp2_approx((most[half] - base) * unit);
       float part = 0.0f;
 #pragma unroll
       for (int j = 0; j < BN / 8; ++j)
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           float& x = s[j][half * 2 + n];
-          x = exp2_approx(x - base);
+          x = exp2_approx((x - base) * unit);  // not a difference of products: a mask of -3e38 has no product
           part += x;
         }
       total[half] = total[half] * factor + part;
@@ -234,24 +235,27 @@ __global__ void __launch_bounds__(mma_threads)
     __syncthreads();
   }
   cp_async_wait<0>();
+  const float scale = extras ? 1.0f : p.scale;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float all_lanes = warp_sum<4>(total[half]);
     const int64_t r = warp * 16 + lane / 4 + half * 8, i = rows.query(r), h = rows.head(r);
     if (i >= e.L) continue;
-    const float factor = most[half] == -INFINITY ? 0.0f : 1.0f / all_lanes;
-    const float lse = most[half] == -INFINITY ? -INFINITY : (most[half] + log2f(all_lanes)) * ln_2;
     if constexpr (decode) {
-      const int64_t row = parts.row(p, part, at.b, h, i);
+      const int row = parts.row(p, part, at.b, h, i);
 #pragma unroll
       for (int n = 0; n < W / 4; ++n) {
         const int c = n / 2 * 8 + lane % 4 * 2 + n % 2;
-        if (c < E) parts.o[row * E + c] = sum[n / 2][half * 2 + n % 2] * factor;
+        if (c < E) parts.o[row * E + c] = sum[n / 2][half * 2 + n % 2];
       }
-      if (lane % 4 == 0) parts.lse[row] = lse;
+      if (lane % 4 == 0) parts.most[row] = most[half] * scale, parts.total[row] = all_lanes;
     } else {
+      const bool none = most[half] == -INFINITY;
+      const float factor = none ? 0.0f : 1.0f / all_lanes;
       store_row<T, W>(t.o + at.b * p.o.batch + h * p.o.head + (e.q0 + i) * p.o.row, E, sum, half, factor);
-      if (lane % 4 == 0) t.lse[at.b * p.lse_batch + h * p.lse_head + e.q0 + i] = lse;
+      if (lane % 4 == 0)
+        t.lse[at.b * p.lse_batch + h * p.lse_head + e.q0 + i] =
+            none ? -INFINITY : most[half] * scale + log2f(all_lanes) * ln_2;
     }
   }
 }

@@ -1,0 +1,47 @@
+"""Masks of attention: numbers beyond what a product holds, memory, broadcasting."""
+
+import math
+
+import pytest
+import torch
+
+from pyops import functional as F
+from pyops.core import backend as backends
+
+sdpa = F.scaled_dot_product_attention
+
+# Queries, keys, heads of query: a block, few queries against keys in parts of unequal size.
+SHAPES = ((40, 40, 1), (1, 200, 2))
+LARGE = {
+    "the least float": lambda shape: torch.full(shape, torch.finfo(torch.float32).min),
+    "one key above the others": lambda shape: torch.full(shape, -3e38).index_fill(1, torch.tensor([3]), -2.7e38),
+    "positive": lambda shape: torch.full(shape, 2.5e38),
+    "hidden but for the least float": lambda shape: torch.full(shape, -math.inf).index_fill(
+        1, torch.tensor([1, 5]), torch.finfo(torch.float32).min
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mask", LARGE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_masks_near_the_largest_float(backend, dtype, mask, shape):
+    """Scores are what float32 (float64) leaves of score + mask, as in torch: their softmax is exact."""
+    queries, keys, heads = shape
+    q, k, v = (torch.randn(1, heads, n, 16).to(dtype) for n in (queries, keys, keys))
+    wide = torch.promote_types(dtype, torch.float32)
+    bias = LARGE[mask]((queries, keys)).to(wide)
+    if dtype == torch.float64:
+        bias = bias / torch.finfo(torch.float32).max * torch.finfo(dtype).max
+    expected = ((q.to(wide) @ k.mT.to(wide) / 4 + bias).softmax(-1) @ v.to(wide)).double()
+    with backends.backend(backend):
+        o = sdpa(q, k, v, bias)
+    torch.testing.assert_close(o.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 0.7])
+def test_any_scale(backend, scale):
+    q, k, v = (torch.randn(1, 1, n, 16).bfloat16() for n in (20, 70, 70))
+    expected = (scale * q.double() @ k.double().mT).softmax(-1) @ v.double()
+    with backends.backend(backend):
+        torch.testing.assert_close(sdpa(q, k, v, scale=scale).double(), expected, rtol=0, atol=0.02)
