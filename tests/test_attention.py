@@ -6,6 +6,7 @@ import torch
 import pyops
 from pyops import functional as F
 from pyops import nn, testing
+from pyops.core import attention_arguments as arguments
 from pyops.core import backend as backends
 from pyops.ops import attention
 
@@ -129,7 +130,7 @@ def test_a_mask_that_repeats_itself_gets_the_gradient_of_each_element():
 
 def test_expanded_mask_is_not_copied():
     expanded = torch.ones(2, 1, 1, 6, dtype=torch.bool).expand(2, 4, 6, 6)
-    assert attention._checked_mask(NAME, expanded, Q, (2,), 4, 6, 6).shape == (2, 1, 1, 6)
+    assert arguments.checked_mask(NAME, expanded, Q, (2,), 4, 6, 6).shape == (2, 1, 1, 6)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

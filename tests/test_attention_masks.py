@@ -7,6 +7,9 @@ import torch
 
 from pyops import functional as F
 from pyops.core import backend as backends
+from pyops.ops import attention
+
+from .harness import peak_bytes
 
 sdpa = F.scaled_dot_product_attention
 
@@ -45,3 +48,24 @@ def test_any_scale(backend, scale):
     expected = (scale * q.double() @ k.double().mT).softmax(-1) @ v.double()
     with backends.backend(backend):
         torch.testing.assert_close(sdpa(q, k, v, scale=scale).double(), expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 5, 7), (2, 3, 1, 5, 7), (1, 3, 1, 5, 7), (2, 1, 4, 5, 7), (2, 1, 1, 1, 7)])
+def test_masks_of_two_batch_dimensions(shape):
+    q, k = torch.randn(2, 3, 4, 5, 8), torch.randn(2, 3, 2, 7, 8)
+    mask = torch.randn(shape)
+    for kind in (mask, mask > -1):
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, k, kind, enable_gqa=True)
+        torch.testing.assert_close(sdpa(q, k, k, kind, enable_gqa=True), expected)
+    slopes = torch.rand(4)
+    ours = sdpa(q, k, k, mask, enable_gqa=True, alibi_slopes=slopes)
+    torch.testing.assert_close(ours, attention._oracle(q, k, k, mask, enable_gqa=True, alibi_slopes=slopes))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_mask_is_not_expanded_over_examples(dtype):
+    """[2, 1, 1, L, L] for a batch of (2, 8)."""
+    q = torch.randn(2, 8, 1, 1024, 8)
+    mask = torch.ones(2, 1, 1, 1024, 1024, dtype=dtype)
+    sdpa(q, q, q, mask)
+    assert peak_bytes(lambda: sdpa(q, q, q, mask)) < 8 * mask.nbytes / 2

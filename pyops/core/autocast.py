@@ -65,4 +65,4 @@ def lower(x: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, ...]:
     if not enabled(x):
         return (x, *others)
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in (x, *others))
+    return tuple(t.to(dtype) if t.dtype in (*HALF, torch.float32) else t for t in (x, *others))

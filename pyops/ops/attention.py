@@ -17,8 +17,8 @@ import math
 from typing import Any, Literal
 
 import torch
-from torch.autograd import forward_ad
 
+from ..core import attention_arguments as arguments_of
 from ..core import autocast, backend, check, library, product, random
 from ..core.attention import reference, with_weights
 from ..core.autograd import Formula, Tensors, differentiable
@@ -27,8 +27,6 @@ from ..core.samples import Maker, Sample, checked
 
 _NAME = "scaled_dot_product_attention"
 _VARLEN = "attention_varlen"
-# The widest head of the GPU kernels.
-WIDEST = 256
 
 _kernels = library.triton_kernels("attention")
 _ARGUMENTS = (
@@ -87,101 +85,9 @@ def _fold(forward, batch, dims, inputs, constants):
 _apply = differentiable(Formula(_fwd, _bwd, 9, 3, _backward_arguments, reference, _fold, outputs=2, keep=(0, 1)))
 
 
-def _checked_inputs(op: str, query: Any, key: Any, value: Any, rank: int) -> None:
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(t, torch.Tensor):
-            check.fail(TypeError, op, name, type(t).__name__, "a tensor")
-        if t.dtype not in check.FLOATING:
-            check.fail(RuntimeError, op, name, t.dtype, "float32, float64, bfloat16 or float16")
-        if t.dtype != query.dtype or t.device != query.device:
-            expected = f"{query.dtype} on {query.device}, as query"
-            check.fail(RuntimeError, op, name, f"{t.dtype} on {t.device}", expected)
-        if t.dim() < rank:
-            check.fail(RuntimeError, op, name, f"{t.dim()} dimensions", f"at least {rank}")
-    if key.shape[-1] != query.shape[-1]:
-        check.fail(RuntimeError, op, "key", f"head size {key.shape[-1]}", f"{query.shape[-1]}, as query")
-    for name, t in (("query", query), ("value", value)):
-        if t.shape[-1] == 0:
-            check.fail(RuntimeError, op, name, "head size 0", "a head size of at least 1")
-        if t.shape[-1] > WIDEST and backend.name_for(t.device) != "cpu":
-            raise Unsupported(f"{op}: argument '{name}': got head size {t.shape[-1]}, expected at most {WIDEST}")
-
-
-def _scalars(op, query, dropout_p, is_causal, scale, causal, window, softcap):
-    """(scale, softcap, left, right, bottom_right, dropout) as the kernels take them."""
-    if not 0 <= dropout_p <= 1:
-        check.fail(RuntimeError, op, "dropout_p", dropout_p, "a probability in [0, 1]")
-    if causal not in (None, "top_left", "bottom_right"):
-        check.fail(ValueError, op, "causal", repr(causal), "'top_left', 'bottom_right' or None")
-    left = right = -1
-    if window is not None:
-        left, right = (window, window) if isinstance(window, int) else window
-        if not (isinstance(left, int) and isinstance(right, int) and left >= -1 and right >= -1):
-            check.fail(ValueError, op, "window", window, "(left, right), integers >= 0 or -1 for no bound")
-    if is_causal or causal is not None:
-        right = 0
-    softcap = 0.0 if softcap is None else float(softcap)
-    check.non_negative(op, "softcap", softcap)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    return scale, softcap, left, right, causal == "bottom_right", float(dropout_p)
-
-
-def _checked_slopes(op, slopes, query, shapes):
-    if slopes is None:
-        return None
-    if not isinstance(slopes, torch.Tensor) or tuple(slopes.shape) not in shapes:
-        got = list(slopes.shape) if isinstance(slopes, torch.Tensor) else type(slopes).__name__
-        check.fail(RuntimeError, op, "alibi_slopes", got, " or ".join(str(list(s)) for s in shapes))
-    if slopes.requires_grad:
-        check.fail(NotImplementedError, op, "alibi_slopes", "a tensor that requires a gradient", "constants")
-    return slopes.to(check.accumulate_dtype(query.dtype)).contiguous()
-
-
-def _compact(mask: torch.Tensor) -> torch.Tensor:
-    """One element in place of each dimension along which a mask merely repeats it."""
-    for d in range(mask.dim()):
-        if mask.shape[d] > 1 and mask.stride(d) == 0:
-            mask = mask.narrow(d, 0, 1)
-    return mask
-
-
-def _checked_mask(op, mask, query, batch, heads, queries, keys):
-    """The mask as [B or 1, H or 1, L or 1, S or 1], bool or in the dtype of the sums."""
-    if mask is None:
-        return None
-    if not isinstance(mask, torch.Tensor):
-        check.fail(TypeError, op, "attn_mask", type(mask).__name__, "a tensor or None")
-    if mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        check.fail(RuntimeError, op, "attn_mask", mask.dtype, f"bool, float32 or {query.dtype}, as query")
-    if mask.device != query.device:
-        check.fail(RuntimeError, op, "attn_mask", f"a tensor on {mask.device}", f"one on {query.device}, as query")
-    full = (*batch, heads, queries, keys)
-    sizes = (1,) * (len(full) - mask.dim()) + tuple(mask.shape)
-    if len(sizes) != len(full) or any(m not in (1, n) for m, n in zip(sizes, full)):
-        check.fail(RuntimeError, op, "attn_mask", f"shape {list(mask.shape)}", f"one that broadcasts to {list(full)}")
-    mask = mask.reshape(sizes)
-    # a leaf may repeat itself in memory and still want the gradient of each element
-    mask = mask if _is_differentiated(mask) else _compact(mask)
-    leading = mask.shape[:-3]
-    if any(n != 1 for n in leading):
-        mask = mask.expand(*batch, *mask.shape[-3:])
-        mask = mask.reshape(math.prod(batch), *mask.shape[-3:])
-    else:
-        mask = mask.reshape(1, *mask.shape[-3:])
-    return mask.contiguous() if mask.dtype == torch.bool else mask.to(check.accumulate_dtype(query.dtype)).contiguous()
-
-
-def _is_differentiated(mask: torch.Tensor | None) -> bool:
-    if mask is None or mask.dtype == torch.bool:
-        return False
-    if mask.requires_grad and torch.is_grad_enabled():
-        return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(mask).tangent is not None
-
-
 def _attend(op: str, *arguments: Any) -> Tensors:
     """The op; the same in plain torch where a gradient of the mask is asked for, which has the size of the scores."""
-    if _is_differentiated(arguments[3]):
+    if arguments_of.is_differentiated(arguments[3]):
         return reference(*arguments)
     return _apply(backend.namespace_for(op, arguments[0]), *arguments)
 
@@ -211,10 +117,10 @@ def scaled_dot_product_attention(
         query: Tensor[..., H, L, D], float32, float64, bfloat16 or float16; D from 1 (on a GPU to 256).
         key: Tensor[..., H, S, D]. Leading dimensions broadcast.
         value: Tensor[..., H, S, E]; E may differ from D.
-        attn_mask: broadcasts to [..., H, L, S] and is never expanded. bool: True takes part; float32 or the dtype
-            of query: added to the scores. A gradient of the mask is computed in plain torch, with L×S memory.
+        attn_mask: broadcasts to [..., H, L, S]. bool: True takes part; float32 or the dtype of query: added to the
+            scores. A gradient of the mask is computed in plain torch, with L×S memory.
         dropout_p: probability of dropping a weight, in [0, 1]; the mask comes from torch's generator.
-        is_causal: query i sees keys j <= i; as in torch, not together with attn_mask.
+        is_causal: query i sees keys j <= i; as torch's documentation has it, not together with attn_mask.
         scale: factor of query·key; 1/sqrt(D) by default.
         enable_gqa: key and value may have fewer heads, a divisor of query's: neighbouring query heads share one.
         causal: "top_left" is is_causal, and goes with a mask; "bottom_right" aligns the last query with the last key
@@ -233,6 +139,17 @@ def scaled_dot_product_attention(
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit together; dropout_p outside [0, 1].
         ValueError: an unknown causal, a bad window, a negative softcap.
+        TypeError: something else than tensors, a scale that is no number.
+        IndexError: a mask without dimensions; matrices with enable_gqa.
+        NotImplementedError: complex numbers, and what torch computes on some device, which pyops.use() leaves to it:
+            is_causal with attn_mask, key and value with different numbers of keys or of grouped heads, heads of size 0.
+
+    What is stored beside the result: a mask is not expanded over heads, queries, keys, nor over leading dimensions that
+    it repeats itself along, but over those where a later one is its own ([2, 1, H, L, S] for a batch of (2, 8), or
+    [8, 1, L, S] for (2, 8)), and beside key_lengths or alibi_slopes. It is copied if it is not contiguous, or has not
+    the dtype of the sums (float32; float64 for float64). Keys and values that broadcast over the batch are copied.
+    The gradient takes weights from the log-sum-exp, whose digits a mask of 1e4 and more uses up, as torch's fused
+    kernels do.
 
     Softmax and sums are in float32 (float64 for float64). Bitwise deterministic, gradients too. Gradients of every
     order, forward mode, vmap and torch.compile are supported; second gradients and forward mode store the scores.
@@ -248,19 +165,25 @@ def _sdpa(
     causal, key_lengths, window, alibi_slopes, softcap, return_lse,
 ):  # fmt: skip
     """Checks and folds the arguments of scaled_dot_product_attention, which `attend` then computes."""
-    _checked_inputs(_NAME, query, key, value, 2)
-    query, key, value = autocast.lower(query, key, value)
-    constants = _scalars(_NAME, query, dropout_p, is_causal, scale, causal, window, softcap)
+    query, key, value, attn_mask = arguments_of.lowered(_NAME, query, key, value, attn_mask)
+    arguments_of.check_inputs(_NAME, query, key, value, 2)
+    constants = arguments_of.scalars(_NAME, query, dropout_p, is_causal, scale, causal, window, softcap)
+    # torch's documentation forbids both, its CPU kernels compute both
     if is_causal and attn_mask is not None:
-        check.fail(RuntimeError, _NAME, "attn_mask", "a tensor", "None where is_causal=True; causal= goes with a mask")
+        check.fail(Unsupported, _NAME, "attn_mask", "a tensor", "None where is_causal=True; causal= goes with a mask")
     if key.shape[-2] != value.shape[-2]:
-        check.fail(RuntimeError, _NAME, "value", f"{value.shape[-2]} keys", f"{key.shape[-2]}, as key")
+        check.fail(Unsupported, _NAME, "value", f"{value.shape[-2]} keys", f"{key.shape[-2]}, as key")
+    if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
+        check.fail(
+            IndexError, _NAME, "query", "2 dimensions", "3 or more where enable_gqa=True: heads are the third last"
+        )
     q, k, v = (t if t.dim() > 2 else t[None] for t in (query, key, value))
     heads, key_heads = q.shape[-3], k.shape[-3]
     if enable_gqa:
         if key_heads != v.shape[-3] or (heads != key_heads and (key_heads == 0 or heads % key_heads != 0)):
             got = f"{key_heads} and {v.shape[-3]} heads of key and value"
-            check.fail(RuntimeError, _NAME, "key", got, f"the same divisor of query's {heads}")
+            kind = RuntimeError if key_heads == v.shape[-3] else Unsupported  # which torch repeats each on its own
+            check.fail(kind, _NAME, "key", got, f"the same divisor of query's {heads}")
     elif len({heads, key_heads, v.shape[-3]} - {1}) > 1:
         got = f"{key_heads} and {v.shape[-3]} heads of key and value"
         check.fail(RuntimeError, _NAME, "key", got, f"{heads}, as query, or 1")
@@ -273,13 +196,9 @@ def _sdpa(
         got = f"leading dimensions {list(k.shape[:-3])} and {list(v.shape[:-3])} of key and value"
         check.fail(RuntimeError, _NAME, "key", got, f"ones that broadcast with query's {list(q.shape[:-3])}")
     count = math.prod(batch)
-
-    def folded(t, n):
-        return t.expand(*batch, n, *t.shape[-2:]).reshape(count, n, *t.shape[-2:]).contiguous()
-
     queries, keys = q.shape[-2], k.shape[-2]
-    mask = _checked_mask(_NAME, attn_mask, query, batch, heads, queries, keys)
-    slopes = _checked_slopes(_NAME, alibi_slopes, query, ((heads,), (count, heads)))
+    mask = arguments_of.checked_mask(_NAME, attn_mask, query, batch, heads, queries, keys)
+    slopes = arguments_of.checked_slopes(_NAME, alibi_slopes, query, ((heads,), (count, heads)))
     lengths = None
     if key_lengths is not None:
         if not isinstance(key_lengths, torch.Tensor) or key_lengths.dtype not in (torch.int32, torch.int64):
@@ -287,6 +206,17 @@ def _sdpa(
         if tuple(key_lengths.shape) != tuple(batch):
             check.fail(RuntimeError, _NAME, "key_lengths", f"shape {list(key_lengths.shape)}", f"{list(batch)}")
         lengths = key_lengths.reshape(count).long().contiguous()
+    examples = len(batch)
+    if lengths is None and slopes is None:
+        examples = arguments_of.examples_and_heads(mask, batch)
+    outer, more = math.prod(batch[:examples]), math.prod(batch[examples:])  # times as many heads of the mask's examples
+    if mask is not None and examples < len(batch):
+        mask = mask.reshape(*mask.shape[:examples], 1, *mask.shape[-2:])
+    mask = arguments_of.folded_mask(mask, batch[:examples], query.dtype)
+
+    def folded(t, n):
+        return t.expand(*batch, n, *t.shape[-2:]).reshape(outer, more * n, *t.shape[-2:]).contiguous()
+
     state = random.draw(query.device) if dropout_p > 0 else None
     o, lse = attend(
         _NAME, folded(q, heads), folded(k, key_heads), folded(v, key_heads), mask,
@@ -295,21 +225,6 @@ def _sdpa(
     shape = (*batch, heads, queries) if query.dim() > 2 or key.dim() > 2 or value.dim() > 2 else (queries,)
     o = o.reshape(*shape, value.shape[-1])
     return (o, lse.reshape(shape)) if return_lse else o
-
-
-def _checked_offsets(name: str, cu: Any, rows: int, like: torch.Tensor) -> torch.Tensor:
-    if not isinstance(cu, torch.Tensor) or cu.dtype not in (torch.int32, torch.int64) or cu.dim() != 1 or len(cu) < 1:
-        got = f"{cu.dtype} of shape {list(cu.shape)}" if isinstance(cu, torch.Tensor) else type(cu).__name__
-        check.fail(RuntimeError, _VARLEN, name, got, "an int32 or int64 tensor [B + 1]")
-    if cu.device != like.device:
-        check.fail(RuntimeError, _VARLEN, name, f"a tensor on {cu.device}", f"one on {like.device}, as query")
-    right = (cu[0] == 0) & (cu[-1] == rows) & (cu.diff() >= 0).all()
-    if cu.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not bool(right):
-            check.fail(RuntimeError, _VARLEN, name, cu.tolist(), f"increasing offsets from 0 to {rows}")
-    else:
-        torch._assert_async(right, f"{_VARLEN}: argument '{name}': expected increasing offsets from 0 to {rows}")
-    return cu.long().contiguous()
 
 
 def attention_varlen(
@@ -341,8 +256,8 @@ def attention_varlen(
         value: Tensor[U, K, E].
         cu_seqlens_q: int32 or int64 Tensor[B + 1], increasing from 0 to T.
         cu_seqlens_k: the same for keys, from 0 to U; cu_seqlens_q by default.
-        max_seqlen_q: length of the longest sequence of queries; read from cu_seqlens_q by default, which on a GPU
-            waits for the device.
+        max_seqlen_q: length of the longest sequence of queries, or more; read from cu_seqlens_q by default, which on a
+            GPU waits for the device, and which torch.compile(fullgraph=True) cannot do: give it there.
         max_seqlen_k: the same for keys.
         dropout_p, is_causal, scale, causal, window, alibi_slopes, softcap: as in scaled_dot_product_attention.
         return_lse: also return the log-sum-exp of the scores.
@@ -351,33 +266,34 @@ def attention_varlen(
         Tensor[T, H, E]; with return_lse also Tensor[H, T], float32 (float64 for float64).
 
     Raises:
-        RuntimeError: shapes, dtypes or devices that do not fit together, or offsets that are not increasing from 0 to
-            the number of rows (on a GPU: by a device-side assertion).
+        RuntimeError: shapes, dtypes or devices that do not fit together; offsets that are not increasing from 0 to
+            the number of rows, or a max_seqlen that a sequence exceeds (on a GPU: by a device-side assertion).
 
     Source: the varlen interface of FlashAttention. Numerics, determinism and derivatives as
     scaled_dot_product_attention.
     """
-    _checked_inputs(_VARLEN, query, key, value, 3)
+    query, key, value, _ = arguments_of.lowered(_VARLEN, query, key, value)
+    arguments_of.check_inputs(_VARLEN, query, key, value, 3)
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() != 3:
             check.fail(RuntimeError, _VARLEN, name, f"{t.dim()} dimensions", "3: [rows, heads, head size]")
-    query, key, value = autocast.lower(query, key, value)
-    constants = _scalars(_VARLEN, query, dropout_p, is_causal, scale, causal, window, softcap)
+    constants = arguments_of.scalars(_VARLEN, query, dropout_p, is_causal, scale, causal, window, softcap)
     if key.shape[:2] != value.shape[:2]:
         check.fail(RuntimeError, _VARLEN, "value", f"shape {list(value.shape)}", "the rows and heads of key")
     heads, key_heads = query.shape[1], key.shape[1]
     if heads != key_heads and (key_heads == 0 or heads % key_heads != 0):
         check.fail(RuntimeError, _VARLEN, "key", f"{key_heads} heads", f"a divisor of query's {heads}")
-    cu_q = _checked_offsets("cu_seqlens_q", cu_seqlens_q, query.shape[0], query)
-    cu_k = cu_q if cu_seqlens_k is None else _checked_offsets("cu_seqlens_k", cu_seqlens_k, key.shape[0], query)
+    cu_q = arguments_of.checked_offsets(_VARLEN, "cu_seqlens_q", cu_seqlens_q, query.shape[0], query)
+    cu_k = cu_q
+    if cu_seqlens_k is not None:
+        cu_k = arguments_of.checked_offsets(_VARLEN, "cu_seqlens_k", cu_seqlens_k, key.shape[0], query)
     if cu_seqlens_k is None and key.shape[0] != query.shape[0]:
         check.fail(RuntimeError, _VARLEN, "cu_seqlens_k", "None", f"offsets of the {key.shape[0]} rows of key")
     if len(cu_k) != len(cu_q):
         check.fail(RuntimeError, _VARLEN, "cu_seqlens_k", f"{len(cu_k)} offsets", f"{len(cu_q)}, as cu_seqlens_q")
-    longest = lambda cu: int(cu.diff().max()) if len(cu) > 1 else 0
-    max_q = longest(cu_q) if max_seqlen_q is None else max_seqlen_q
-    max_k = longest(cu_k) if max_seqlen_k is None else max_seqlen_k
-    slopes = _checked_slopes(_VARLEN, alibi_slopes, query, ((heads,), (len(cu_q) - 1, heads)))
+    max_q = arguments_of.longest(_VARLEN, "max_seqlen_q", max_seqlen_q, cu_q)
+    max_k = arguments_of.longest(_VARLEN, "max_seqlen_k", max_seqlen_k, cu_k)
+    slopes = arguments_of.checked_slopes(_VARLEN, alibi_slopes, query, ((heads,), (len(cu_q) - 1, heads)))
     state = random.draw(query.device) if dropout_p > 0 else None
     o, lse = _attend(
         _VARLEN, query.contiguous(), key.contiguous(), value.contiguous(), None,
