@@ -252,15 +252,6 @@ def test_multihead_attention_without_batch():
         torch.testing.assert_close(a, b)
 
 
-def test_multihead_attention_refuses():
-    m, x = nn.MultiheadAttention(8, 2), torch.randn(5, 3, 8)
-    name = "MultiheadAttention"
-    refuses(RuntimeError, (name, "'query'", "6"), m, x[..., :6], x, x)
-    refuses(RuntimeError, (name, "'attn_mask'", "None"), m, x, x, x, is_causal=True)
-    refuses(RuntimeError, (name, "'key_padding_mask'", "[2, 5]"), m, x, x, x, key_padding_mask=torch.zeros(2, 5))
-    refuses(RuntimeError, (name, "'attn_mask'", "[4, 4]"), m, x, x, x, attn_mask=torch.zeros(4, 4))
-
-
 def test_use_routes_a_transformer_layer():
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     x = torch.randn(2, 5, 8)

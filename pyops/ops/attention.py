@@ -330,33 +330,27 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             need_weights: also return the weights.
             attn_mask: Tensor[L, S] or Tensor[N * num_heads, L, S]; bool: True is *not* allowed; floating: added.
             average_attn_weights: return the mean of the weights over the heads, else [N, num_heads, L, S].
-            is_causal: a hint that attn_mask is the causal mask, which then is not read.
+            is_causal: a hint that attn_mask is the causal mask. As in torch it is not read then, but for need_weights
+                or with a key_padding_mask; with add_bias_kv or add_zero_attn it is read here, so that queries see the
+                added keys (torch hides those from every query i < S).
 
         Returns:
             The output in the layout of query, and the weights or None.
 
         Raises:
-            RuntimeError: dimensions or masks that do not fit; is_causal without attn_mask.
+            AssertionError: numbers of dimensions, sizes or key_padding_mask that do not fit; integer masks.
+            RuntimeError: another batch, an attn_mask of another shape or dtype; is_causal without attn_mask.
         """
         op = "MultiheadAttention"
+        batched = self._check_shapes(op, query, key, value, key_padding_mask, attn_mask)
         if is_causal and attn_mask is None:
             check.fail(RuntimeError, op, "attn_mask", "None", "a mask together with the is_causal hint")
-        batched = query.dim() == 3
-        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
-            got = f"{query.dim()}, {key.dim()} and {value.dim()} dimensions of query, key and value"
-            check.fail(RuntimeError, op, "query", got, "3 each, or 2 each")
-        for name, t, width in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
-            if t.shape[-1] != width:
-                check.fail(RuntimeError, op, name, f"size {t.shape[-1]}", f"{width}")
         inputs = (query, key, value)
         if not batched:
             inputs = tuple(t[None] for t in inputs)
         elif not self.batch_first:
             inputs = tuple(t.transpose(0, 1) for t in inputs)
         n = inputs[0].shape[0]
-        for name, t in (("key", inputs[1]), ("value", inputs[2])):
-            if t.shape[:2] != (n, inputs[1].shape[1]):
-                check.fail(RuntimeError, op, name, f"shape {list(t.shape)}", f"batch {n} and the keys of key")
         weights: Any = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         if self._qkv_same_embed_dim:
             weights = self.in_proj_weight.chunk(3)
@@ -372,7 +366,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             k, v = (torch.cat([t, t.new_zeros(n, 1, t.shape[-1])], 1) for t in (k, v))
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for t in (q, k, v))
 
-        causal = is_causal and not need_weights and added == 0
+        causal = is_causal and not need_weights and added == 0 and key_padding_mask is None
         mask = self._mask(op, key_padding_mask, None if causal else attn_mask, n, q.shape[2], k.shape[2] - added, q)
         if added and mask is not None:
             mask = torch.nn.functional.pad(mask, (0, added), value=True if mask.dtype == torch.bool else 0.0)
@@ -389,28 +383,62 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             shares = shares if batched else shares[0]
         return (y[0] if not batched else y if self.batch_first else y.transpose(0, 1)), shares
 
+    def _check_shapes(self, op, query, key, value, padding, mask) -> bool:
+        """Whether the input is batched, with the exceptions of torch."""
+        rank = query.dim()
+        if rank not in (2, 3):
+            check.fail(AssertionError, op, "query", f"{rank} dimensions", "3, or 2 without a batch")
+        for name, t in (("key", key), ("value", value)):
+            if t.dim() != rank:
+                check.fail(AssertionError, op, name, f"{t.dim()} dimensions", f"{rank}, as query")
+        if padding is not None and padding.dim() != rank - 1:
+            check.fail(AssertionError, op, "key_padding_mask", f"{padding.dim()} dimensions", f"{rank - 1}")
+        if mask is not None and mask.dim() not in (2, 3):
+            check.fail(AssertionError, op, "attn_mask", f"{mask.dim()} dimensions", "2 or 3")
+        unbatched = (self.num_heads, query.shape[0], key.shape[0])
+        if rank == 2 and mask is not None and mask.dim() == 3 and mask.shape != unbatched:
+            check.fail(AssertionError, op, "attn_mask", f"shape {list(mask.shape)}", f"{list(unbatched)}")
+        if query.shape[-1] != self.embed_dim:
+            check.fail(AssertionError, op, "query", f"size {query.shape[-1]}", f"{self.embed_dim}")
+        same = key.shape[:-1] == value.shape[:-1] if not self._qkv_same_embed_dim else key.shape == value.shape
+        if not same:
+            check.fail(
+                AssertionError, op, "value", f"shape {list(value.shape)}", f"keys and batch of {list(key.shape)}"
+            )
+        for name, t, width in (("key", key, self.kdim), ("value", value, self.vdim)):
+            if t.shape[-1] != width:
+                check.fail(RuntimeError, op, name, f"size {t.shape[-1]}", f"{width}")
+        at = 0 if self.batch_first else 1
+        if rank == 3 and key.shape[at] != query.shape[at]:
+            check.fail(RuntimeError, op, "key", f"shape {list(key.shape)}", f"a batch of {query.shape[at]}, as query")
+        return rank == 3
+
     def _mask(self, op, padding, mask, n, queries, keys, like):
         """Both masks as one that broadcasts to [N, H, L, S]: bool where True takes part, or added to the scores."""
         parts = []
         if padding is not None:
-            if tuple(padding.shape) not in ((n, keys), (keys,)) or (padding.dim() == 1 and n != 1):
-                check.fail(RuntimeError, op, "key_padding_mask", f"shape {list(padding.shape)}", f"{[n, keys]}")
+            if tuple(padding.shape) not in ((n, keys), (keys,)):
+                check.fail(AssertionError, op, "key_padding_mask", f"shape {list(padding.shape)}", f"{[n, keys]}")
             parts.append(("key_padding_mask", padding.reshape(n, 1, 1, keys)))
         if mask is not None:
             full = (n * self.num_heads, queries, keys)
             if tuple(mask.shape) not in (full[1:], full):
-                check.fail(
-                    RuntimeError, op, "attn_mask", f"shape {list(mask.shape)}", f"{list(full[1:])} or {list(full)}"
-                )
+                got, expected = f"shape {list(mask.shape)}", f"{list(full[1:])} or {list(full)}"
+                check.fail(RuntimeError, op, "attn_mask", got, expected)
             split = (n, self.num_heads, queries, keys) if mask.dim() == 3 else (1, 1, queries, keys)
             parts.append(("attn_mask", mask.reshape(split)))
         for name, part in parts:
             if part.dtype != torch.bool and not part.is_floating_point():
-                check.fail(RuntimeError, op, name, part.dtype, "bool or a floating dtype")
+                check.fail(AssertionError, op, name, part.dtype, "bool or a floating dtype")
         if all(part.dtype == torch.bool for _, part in parts):
             allowed = [~part for _, part in parts]
             return None if not allowed else allowed[0] if len(allowed) == 1 else allowed[0] & allowed[1]
         wide = check.accumulate_dtype(like.dtype)
+        floats = [(name, part.dtype) for name, part in parts if part.dtype != torch.bool]
+        low = autocast.enabled(like)
+        for name, dtype in floats:
+            if (dtype == torch.float64 if low else dtype not in (like.dtype, torch.float32)) and dtype != like.dtype:
+                check.fail(RuntimeError, op, name, dtype, f"bool, float32 or {like.dtype}, as the projections")
         zero = torch.zeros((), dtype=wide, device=like.device)
         summands = [zero.masked_fill(p, -math.inf) if p.dtype == torch.bool else p.to(wide) for _, p in parts]
         return summands[0] if len(summands) == 1 else summands[0] + summands[1]
