@@ -69,3 +69,43 @@ def test_a_mask_is_not_expanded_over_examples(dtype):
     mask = torch.ones(2, 1, 1, 1024, 1024, dtype=dtype)
     sdpa(q, q, q, mask)
     assert peak_bytes(lambda: sdpa(q, q, q, mask)) < 8 * mask.nbytes / 2
+
+
+def _tiles(queries, keys, dtype):
+    """A mask whose tiles hide everything, change nothing, or some of both, and rows that see nothing."""
+    seen = torch.ones(queries, keys).tril(40).bool()
+    seen[: queries // 3, 64:128] = False
+    seen[queries // 2] = False
+    return seen if dtype == torch.bool else torch.zeros(queries, keys).masked_fill(~seen, -math.inf)
+
+
+@pytest.mark.parametrize("queries", [2, 230])
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_tiles_that_a_mask_hides_or_leaves(backend, kind, queries):
+    q, k = torch.randn(2, 1, queries, 16), torch.randn(2, 1, 210, 16)
+    mask = _tiles(queries, 210, kind)
+    results = []
+    for function in (sdpa, attention._oracle):
+        inputs = [t.clone().requires_grad_() for t in (q, k, k)]
+        with backends.backend(backend):
+            o, lse = function(*inputs, mask, return_lse=True)
+            gradients = torch.autograd.grad(o.sin().sum() + lse.nan_to_num(neginf=0).sum(), inputs)
+        results.append((o, lse, *gradients))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+@pytest.mark.parametrize("queries", [1, 100])
+def test_tiles_that_a_mask_hides_are_not_multiplied(kind, queries):
+    """No product of a hidden tile is taken on the CPU: numbers that are none leave no trace there, nor in gradients."""
+    q, k = torch.randn(1, 1, queries, 16), torch.randn(1, 1, 192, 16)
+    k[:, :, 64:128] = math.nan
+    mask = torch.ones(queries, 192, dtype=torch.bool)
+    mask[:, 64:128] = False
+    mask = mask if kind == torch.bool else torch.zeros(queries, 192).masked_fill(~mask, -math.inf)
+    with backends.backend("cpu"):
+        inputs = [t.clone().requires_grad_() for t in (q, k, k)]
+        o = sdpa(*inputs, mask)
+        gradients = torch.autograd.grad(o.sum(), inputs)
+    assert all(bool(t.isfinite().all()) for t in (o, *gradients))

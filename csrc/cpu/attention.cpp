@@ -72,7 +72,7 @@ void attention_fwd_block(const Problem<acc_t>& p, const PackedKeys<Products, sca
   if (rows <= 0) return;
   acc_t *s = scratch, *sum = s + query_block * score_stride, *factor = sum + query_block * width;
   auto* q_rows = reinterpret_cast<typename Products::Word*>(factor + key_block);
-  const bool plain = p.softcap == 0 && p.slopes == nullptr && p.bias == nullptr && p.allowed == nullptr;
+  const bool plain = p.softcap == 0 && p.slopes == nullptr;
   OnlineSoftmax<acc_t> state;
   state.begin(rows);
   std::fill(sum, sum + query_block * width, acc_t(0));
@@ -85,14 +85,17 @@ void attention_fwd_block(const Problem<acc_t>& p, const PackedKeys<Products, sca
     // Rows that see something of this block; the first is rounded down to whole tiles.
     const int64_t r0 = std::max<int64_t>(0, e.first_query_of(j0, j0 + n) - i0) / product_rows * product_rows;
     const int64_t r1 = std::min(rows, e.last_query_of(j0, j0 + n) - i0);
-    if (r0 >= r1 || is_hidden(p, b, h, i0 + r0, i0 + r1, j0, n)) continue;
+    if (r0 >= r1) continue;
+    const Masked mask = masked(p, b, h, i0 + r0, i0 + r1, j0, n);
+    if (mask == Masked::none) continue;
     const Matrix<acc_t> scores{s + r0 * score_stride, score_stride, 1};
     Products::template product<false>({q_rows + r0 * packed.depth, packed.depth, 1}, packed.keys_of(b, hk, j0), scores,
                                       r1 - r0, key_block, packed.depth);
     for (int64_t r = r0; r < r1; ++r) {
       acc_t* row = s + r * score_stride;
-      const bool whole = plain && e.first_key(i0 + r) <= j0 && e.last_key(i0 + r) >= j0 + key_block;
-      if (!whole) finish_scores(p, e, b, h, i0 + r, j0, n, row, static_cast<acc_t*>(nullptr));
+      const bool whole =
+          plain && mask == Masked::all && e.first_key(i0 + r) <= j0 && e.last_key(i0 + r) >= j0 + key_block;
+      if (!whole) finish_scores(p, e, b, h, i0 + r, j0, n, mask == Masked::some, row, static_cast<acc_t*>(nullptr));
       state.look(r, row, V(whole ? p.scale : acc_t(1)));
     }
     for (int64_t r = r0; r < r1; ++r) {
@@ -169,6 +172,10 @@ void attention_fwd_few(const Problem<acc_t>& p, const scalar_t* q, const scalar_
       const int64_t last = std::min((part + 1) * few_keys, e.last_key_of(0, p.L));
       for (int64_t j0 = first; j0 < last; j0 += key_block) {
         const int64_t n = std::min(key_block, e.S - j0);
+        bool seen = false;
+        for (int64_t r = 0; r < rows && !seen; ++r)
+          seen = masked(p, b, hk * p.G + r / p.L, r % p.L, r % p.L + 1, j0, n) != Masked::none;
+        if (!seen) continue;
         const scalar_t* k_row = k + b * p.k.batch + hk * p.k.head + j0 * p.k.row;
         if constexpr (std::is_same_v<Word, acc_t>) {  // one key at a time needs no transposed copy
           for (int64_t j = 0; j < n; ++j)
@@ -187,7 +194,7 @@ void attention_fwd_few(const Problem<acc_t>& p, const scalar_t* q, const scalar_
         for (int64_t r = 0; r < rows; ++r) {
           acc_t* row = s + r * score_stride;
           const int64_t h = hk * p.G + r / p.L, i = r % p.L;
-          finish_scores(p, e, b, h, i, j0, n, row, static_cast<acc_t*>(nullptr));
+          finish_scores(p, e, b, h, i, j0, n, true, row, static_cast<acc_t*>(nullptr));
           state.look(r, row, V(acc_t(1)));
           state.weigh(r, row, sum + r * width, width);
           if (p.random == nullptr) continue;
@@ -339,7 +346,9 @@ void attention_bwd_block(const Problem<acc_t>& p, const Example& e, const Packed
   const int64_t rows = std::min(query_block, e.L - i0);
   const int64_t r0 = std::max<int64_t>(0, e.first_query_of(j0, j0 + n) - i0) / product_rows * product_rows;
   const int64_t r1 = std::min(rows, e.last_query_of(j0, j0 + n) - i0);
-  if (r0 >= r1 || is_hidden(p, b, h, i0 + r0, i0 + r1, j0, n)) return;
+  if (r0 >= r1) return;
+  const Masked mask = masked(p, b, h, i0 + r0, i0 + r1, j0, n);
+  if (mask == Masked::none) return;
   const int64_t first = (b * p.H + h) * queries.rows + i0 + r0, m = r1 - r0;
   const Matrix<acc_t> p_block{w.s, score_stride, 1}, ds_block{w.ds, score_stride, 1};
   Products::template product<false>(queries.q_rows(first), {w.keys_t, key_block, 1}, p_block, m, key_block,
@@ -349,7 +358,7 @@ void attention_bwd_block(const Problem<acc_t>& p, const Example& e, const Packed
   const bool capped = p.softcap != 0;
   for (int64_t r = 0; r < m; ++r) {
     acc_t *s = w.s + r * score_stride, *ds = w.ds + r * score_stride;
-    finish_scores(p, e, b, h, i0 + r0 + r, j0, n, s, capped ? w.slope : nullptr);
+    finish_scores(p, e, b, h, i0 + r0 + r, j0, n, mask == Masked::some, s, capped ? w.slope : nullptr);
     if (p.random != nullptr) keep_row(p, b, h, i0 + r0 + r, j0, w.factor);
     const V lse(queries.lse[first + r]), delta(queries.delta[first + r]);
     for (int64_t j = 0; j < key_block; j += V::width) {

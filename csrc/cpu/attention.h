@@ -69,11 +69,11 @@ void keep_row(const Problem<acc_t>& p, int64_t b, int64_t h, int64_t i, int64_t 
   }
 }
 
-// Products q.k of one row, in place, become scores; -inf where query i does not see the key. With `slope_of`, also the
-// factor d score / d (scale * q.k), which is 1 without a soft cap.
+// Products q.k of one row, in place, become scores; -inf where query i does not see the key. Without `mask` the mask is
+// one that changes nothing here. With `slope_of`, also the factor d score / d (scale * q.k), which is 1 without a cap.
 template <class acc_t>
 void finish_scores(const Problem<acc_t>& p, const Example& e, int64_t b, int64_t h, int64_t i, int64_t j0, int64_t n,
-                   acc_t* s, acc_t* slope_of) {
+                   bool mask, acc_t* s, acc_t* slope_of) {
   using V = Vec<acc_t>;
   const int64_t low = e.first_key(i) - j0, high = std::min(e.last_key(i) - j0, n);
   const acc_t alibi = p.slopes != nullptr ? p.slopes[b * p.slopes_batch + h] : acc_t(0);
@@ -89,27 +89,46 @@ void finish_scores(const Problem<acc_t>& p, const Example& e, int64_t b, int64_t
     if (low > j || high < j + V::width) v = lanes.within(v, j, low, high);
     v.store(s + j);
   }
+  if (!mask) return;
   if (p.bias != nullptr) {
     const acc_t* bias = p.bias + attention::mask_at(p, b, h, i, j0);
-    for (int64_t j = 0; j < n; ++j) s[j] += bias[j * p.mask_column];
+    if (p.mask_column == 1)  // a loop of vectors
+      for (int64_t j = 0; j < n; ++j) s[j] += bias[j];
+    else
+      for (int64_t j = 0; j < n; ++j) s[j] += bias[j * p.mask_column];
   } else if (p.allowed != nullptr) {
     const bool* allowed = p.allowed + attention::mask_at(p, b, h, i, j0);
-    for (int64_t j = 0; j < n; ++j)
-      if (!allowed[j * p.mask_column]) s[j] = -infinity<acc_t>;
+    if (p.mask_column == 1)
+      for (int64_t j = 0; j < n; ++j) s[j] = allowed[j] ? s[j] : -infinity<acc_t>;
+    else if (!allowed[0])
+      std::fill(s, s + n, -infinity<acc_t>);
   }
 }
 
-// Whether a boolean mask hides the whole block.
+// What a mask does to a block of scores: nothing is seen (false, -inf), it changes nothing (true, 0), or neither.
+enum class Masked { none, all, some };
+
+// Most masks of numbers that are neither are found out by their first element.
 template <class acc_t>
-bool is_hidden(const Problem<acc_t>& p, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t j0, int64_t n) {
-  if (p.allowed == nullptr) return false;
+Masked masked(const Problem<acc_t>& p, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t j0, int64_t n) {
+  if (p.allowed == nullptr && p.bias == nullptr) return Masked::all;
   const int64_t rows = p.mask_row == 0 ? 1 : i1 - i0, columns = p.mask_column == 0 ? 1 : n;
+  bool hides = true, changes_nothing = true;
   for (int64_t i = i0; i < i0 + rows; ++i) {
-    const bool* allowed = p.allowed + attention::mask_at(p, b, h, i, j0);
-    for (int64_t j = 0; j < columns; ++j)
-      if (allowed[j]) return false;
+    const int64_t at = attention::mask_at(p, b, h, i, j0);
+    uint8_t any = 0, every = 1;
+    if (p.allowed != nullptr) {
+      const auto* allowed = reinterpret_cast<const uint8_t*>(p.allowed + at);
+      for (int64_t j = 0; j < columns; ++j) any |= allowed[j], every &= allowed[j];
+    } else {
+      const acc_t* bias = p.bias + at;
+      if (bias[0] != 0 && bias[0] != -infinity<acc_t>) return Masked::some;
+      for (int64_t j = 0; j < columns; ++j) any |= bias[j] != -infinity<acc_t>, every &= bias[j] == 0;
+    }
+    hides = hides && any == 0, changes_nothing = changes_nothing && every != 0;
+    if (!hides && !changes_nothing) return Masked::some;
   }
-  return true;
+  return hides ? Masked::none : Masked::all;
 }
 
 // What the online softmax carries from one block of keys to the next, per query of a block. A score that is no number
