@@ -10,7 +10,7 @@ from pyops.core import attention_arguments as arguments
 from pyops.core import backend as backends
 from pyops.ops import attention
 
-from .harness import passes, refuses, same_refusal
+from .harness import passes, peak_bytes, refuses, same_refusal
 
 NAME = "scaled_dot_product_attention"
 sdpa, theirs = F.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention
@@ -134,14 +134,19 @@ def test_expanded_mask_is_not_copied():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_memory_grows_with_length_alone(threads):
-    resource = pytest.importorskip("resource")
+@pytest.mark.parametrize("options", [{}, {"window": (64, 64)}, {"is_causal": True, "dropout_p": 0.1}], ids=str)
+def test_memory_grows_with_length_alone(options, threads):
+    """The scores alone would take 64 MiB; inputs, their packed copies, results and sums of gradients take O(L + S)."""
     torch.set_num_threads(threads)
-    q = torch.randn(1, 1, 16384, 8)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    sdpa(q, q, q, window=(64, 64))  # the scores alone would take 1 GiB
-    torch.set_num_threads(2)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+    try:
+        q = torch.randn(1, 1, 4096, 8, requires_grad=True)
+        run = lambda: sdpa(q, q, q, **options)
+        torch.autograd.grad(run().sum(), q)
+        assert peak_bytes(run) < 16 << 20
+        o = run()
+        assert peak_bytes(lambda: torch.autograd.grad(o.sum(), q)) < 16 << 20
+    finally:
+        torch.set_num_threads(2)
 
 
 def test_bad_input():
