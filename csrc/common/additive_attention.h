@@ -15,10 +15,11 @@ struct AdditiveAttention {
   static constexpr bool keeps_scores = true;
 #endif
   int64_t N, L, S, D, E;
-  const T *q, *k, *value, *v, *mask;  // mask: null where there is none
-  int64_t mask_n, mask_l;             // elements from one n and one l to the next
+  const T *q, *k, *value, *v;
+  const accumulate_t<T>* mask;  // null where there is none
+  int64_t mask_n, mask_l;       // elements from one n and one l to the next
 
-  PYOPS_HOST_DEVICE const T* mask_row(int64_t row) const {
+  PYOPS_HOST_DEVICE const accumulate_t<T>* mask_row(int64_t row) const {
     return mask == nullptr ? nullptr : mask + row / L * mask_n + row % L * mask_l;
   }
 };

@@ -3,7 +3,7 @@
 //
 //   score[l,s] = v . tanh(q[l] + k[s]) + mask[l,s]     p = softmax over s     y[l] = sum_s p[l,s] value[s]
 //
-// q [N, L, D]   k [N, S, D]   value [N, S, E]   v [D]   mask [N or 1, L or 1, S], added   y [N, L, E]   lse [N, L]
+// q [N, L, D]   k [N, S, D]   value [N, S, E]   v [D]   mask [N or 1, L or 1, S], added, in the dtype of sums   y [N, L, E]   lse [N, L]
 // dv [N, L, D]: the share of each row. A row that sees nothing gives y = 0; its lse is +infinity, so that p = 0.
 #pragma once
 
@@ -28,7 +28,7 @@ AdditiveAttention<T> additive_attention_inputs(const OpScope& op, const Tensor& 
   if (mask.has_value()) {
     const int64_t n = mask->size(0), l = mask->size(1);
     op.check(mask->dim() == 3 && (n == a.N || n == 1) && (l == a.L || l == 1), "mask must be [N or 1, L or 1, S]");
-    a.mask = op.in<T>(*mask, "mask", {n, l, a.S});
+    a.mask = op.in<accumulate_t<T>>(*mask, "mask", {n, l, a.S});
     a.mask_n = n == 1 ? 0 : l * a.S, a.mask_l = l == 1 ? 0 : a.S;
   }
   return a;

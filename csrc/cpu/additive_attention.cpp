@@ -56,11 +56,12 @@ void additive_attention_forward(const AdditiveAttention<T>& a, accumulate_t<T>* 
   parallel_for(a.N * a.L, additive_grain(a.S * a.D), [&](int64_t begin, int64_t end) {
     Buffer<acc_t> p(a.S), sum_row(a.E);
     for (int64_t row = begin; row < end; ++row) {
-      const T *q = a.q + row * a.D, *k = a.k + row / a.L * a.S * a.D, *mask = a.mask_row(row);
+      const T *q = a.q + row * a.D, *k = a.k + row / a.L * a.S * a.D;
+      const acc_t* mask = a.mask_row(row);
       acc_t most = -infinity;
       for (int64_t s = 0; s < a.S; ++s) {
         p[s] = additive_score<T, acc_t>(q, k + s * a.D, a.v, a.D, nullptr);
-        if (mask != nullptr) p[s] += acc_t(mask[s]);
+        if (mask != nullptr) p[s] += mask[s];
         most = p[s] > most || p[s] != p[s] ? p[s] : most;
       }
       acc_t total = 0;
@@ -89,13 +90,14 @@ void additive_attention_backward(const AdditiveAttention<T>& a, const AdditiveAt
     Buffer<acc_t> t(a.D), dq(a.D), dq_p(a.D), dv_p(a.D);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t first = row / a.L * a.S;
-      const T *q = a.q + row * a.D, *mask = a.mask_row(row), *dy = g.dy + row * a.E;
+      const T *q = a.q + row * a.D, *dy = g.dy + row * a.E;
+      const acc_t* mask = a.mask_row(row);
       const acc_t delta = dot<T, acc_t>(dy, g.y + row * a.E, a.E);
       acc_t *dv = g.dv + row * a.D, *p_row = g.p + row * a.S, *ds_row = g.ds + row * a.S, rest = 0;
       for (acc_t* sums : {dq.get(), dq_p.get(), dv, dv_p.get()}) std::fill(sums, sums + a.D, acc_t(0));
       for (int64_t s = 0; s < a.S; ++s) {
         acc_t score = additive_score<T, acc_t>(q, a.k + (first + s) * a.D, a.v, a.D, t.get());
-        if (mask != nullptr) score += acc_t(mask[s]);
+        if (mask != nullptr) score += mask[s];
         const acc_t p = std::exp(score - g.lse[row]);
         const acc_t ds = p * (dot<T, acc_t>(dy, a.value + (first + s) * a.E, a.E) - delta);
         p_row[s] = p, ds_row[s] = ds, rest += ds;

@@ -24,10 +24,11 @@ struct AdditiveShared {
 template <class T>
 PYOPS_DEVICE accumulate_t<T> additive_score(const AdditiveAttention<T>& a, int64_t row, int64_t s) {
   accumulate_t<T> total = 0;
-  const T *q = a.q + row * a.D, *k = a.k + (row / a.L * a.S + s) * a.D, *mask = a.mask_row(row);
+  const T *q = a.q + row * a.D, *k = a.k + (row / a.L * a.S + s) * a.D;
+  const auto* mask = a.mask_row(row);
   for (int64_t i = threadIdx.x % 32; i < a.D; i += 32) total += tanh(to_acc(q[i]) + to_acc(k[i])) * to_acc(a.v[i]);
   total = warp_sum<32>(total);
-  return mask != nullptr ? total + to_acc(mask[s]) : total;
+  return mask != nullptr ? total + mask[s] : total;
 }
 
 template <class T>

@@ -105,8 +105,8 @@ def additive_attention(
         w_k: Tensor[D, K].
         v: Tensor[D].
         bias: Tensor[D] or None (0).
-        attn_mask: broadcast to [*, L, S]: bool, True where a key takes part, or numbers that are added to the scores
-            (no gradient flows to them).
+        attn_mask: broadcast to [*, L, S]: bool, True where a key takes part, or numbers in float32 or the dtype of
+            query that are added to the scores (no gradient flows to them).
 
     Returns:
         Tensor[*, L, E]. A query that sees no key gives 0, with gradient 0.
@@ -131,7 +131,7 @@ def additive_attention(
     q = product.linear(query, w_q, bias).reshape(n, length, len(v)).contiguous()
     k = product.linear(key, w_k).reshape(n, keys, len(v)).contiguous()
     values = value.reshape(n, keys, value.shape[-1]).contiguous()
-    mask = None if attn_mask is None else _added(attn_mask, batch, q.dtype)
+    mask = None if attn_mask is None else _added(attn_mask, batch, check.accumulate_dtype(q.dtype))
     y, _ = _apply(backend.namespace_for("additive_attention", query), q, k, values, v.contiguous(), mask)
     return y.reshape(*batch, length, values.shape[2])
 
@@ -177,8 +177,8 @@ def _check(query, key, value, w_q, w_k, v, bias, mask) -> None:
     full = (*query.shape[:-1], key.shape[-2])
     if not isinstance(mask, Tensor):
         check.fail(TypeError, op, "attn_mask", type(mask).__name__, "a tensor or None")
-    if mask.dtype != torch.bool and mask.dtype != query.dtype and not (low and mask.is_floating_point()):
-        check.fail(RuntimeError, op, "attn_mask", mask.dtype, f"bool or {query.dtype}")
+    if mask.dtype not in (torch.bool, torch.float32, query.dtype) and not (low and mask.is_floating_point()):
+        check.fail(RuntimeError, op, "attn_mask", mask.dtype, f"bool, float32 or {query.dtype}")
     if mask.device != query.device:
         check.fail(RuntimeError, op, "attn_mask", f"a tensor on {mask.device}", f"one on {query.device}, as the query")
     fits = mask.dim() <= len(full) and all(m in (1, f) for m, f in zip(mask.shape[::-1], full[::-1]))
