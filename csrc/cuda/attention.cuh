@@ -108,6 +108,32 @@ PYOPS_DEVICE A extra_score(const Problem<A>& p, const Example& e, int64_t b, int
   return s;
 }
 
+// Whether some query of [i0, i1) may see some key of [j0, j1) by the mask alone. All threads of a block ask together;
+// most masks show something to the first that looks.
+PYOPS_DEVICE bool mask_shows(const Problem<float>& p, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t j0,
+                             int64_t j1) {
+  const int columns = static_cast<int>(j1 - j0), count = static_cast<int>(i1 - i0) * columns;
+  bool shown = false;
+  for (int n = threadIdx.x; n < count && !shown; n += blockDim.x) {
+    const int64_t at = mask_at(p, b, h, i0 + n / columns, j0 + n % columns);
+    shown = p.allowed != nullptr ? p.allowed[at] : !(p.bias[at] == -INFINITY);
+  }
+  return __syncthreads_or(shown) != 0;
+}
+
+// The first tile from `tile0` on, of `size` rows of the other side, that the mask shows to the owned rows [r0, r1):
+// what it hides is neither loaded nor multiplied.
+template <bool by_query>
+PYOPS_DEVICE int shown_tile(const Problem<float>& p, int64_t b, int64_t h, int64_t r0, int64_t r1, int tile0, int high,
+                            int size) {
+  if (p.allowed == nullptr && p.bias == nullptr) return tile0;
+  for (; tile0 < high; tile0 += size) {
+    const int end = tile0 + size < high ? tile0 + size : high;
+    if (by_query ? mask_shows(p, b, h, r0, r1, tile0, end) : mask_shows(p, b, h, tile0, end, r0, r1)) break;
+  }
+  return tile0;
+}
+
 // Factor of a weight under dropout.
 template <class A>
 PYOPS_DEVICE A kept(const Problem<A>& p, int64_t b, int64_t h, int64_t i, int64_t j) {

@@ -154,7 +154,12 @@ __global__ void __launch_bounds__(mma_threads)
   const int D = static_cast<int>(p.D), E = static_cast<int>(p.E);
   Range all = decode ? part_of_keys(e, BN, part, parts.count)
                      : range_of<true>(e, i0, i0 + mma_rows < e.L ? i0 + mma_rows : e.L);
-  const int first = all.low / BN * BN;
+  // Heads that share a block when decoding may have a mask each.
+  const int64_t end = i0 + mma_rows < e.L ? i0 + mma_rows : e.L;
+  const auto shown = [&](int tile0) {
+    return decode ? tile0 : shown_tile<true>(p, at.b, at.h, i0, end, tile0, all.high, BN);
+  };
+  const int first = shown(all.low / BN * BN);
   // Without extras products stay as they are until their largest is subtracted, which a larger product must be.
   const bool extras = p.has_extras() || !(p.scale > 0.0f);
 
@@ -168,15 +173,16 @@ __global__ void __launch_bounds__(mma_threads)
   });
   if (first < all.high) load_tile(shared.k, k, p.k.row, first, e.S, D, whole_vectors);
 
-  for (int j0 = first; j0 < all.high; j0 += BN) {
+  for (int j0 = first, next; j0 < all.high; j0 = next) {
     load_tile(shared.v, v, p.v.row, j0, e.S, E, whole_vectors);
     cp_async_wait<1>();
     __syncthreads();
     float s[BN / 8][4] = {};
     add_scores<T, W, BN>(s, shared.q, shared.k);
     __syncthreads();
-    if (j0 + BN < all.high)
-      load_tile(shared.k, k, p.k.row, j0 + BN, e.S, D, whole_vectors);
+    next = shown(j0 + BN);
+    if (next < all.high)
+      load_tile(shared.k, k, p.k.row, next, e.S, D, whole_vectors);
     else
       cp_async_commit();
 
@@ -304,7 +310,9 @@ __global__ void __launch_bounds__(mma_threads)
         if (i < e.L) row_lse[half] = lse[i], row_delta[half] = delta[i];
       }
     }
-    for (int other0 = all.low / BN * BN; other0 < all.high; other0 += BN) {
+    const int64_t end = own0 + mma_rows < own_rows ? own0 + mma_rows : own_rows;
+    const auto shown = [&](int tile0) { return shown_tile<by_query>(p, at.b, h, own0, end, tile0, all.high, BN); };
+    for (int other0 = shown(all.low / BN * BN); other0 < all.high; other0 = shown(other0 + BN)) {
       load_tile(shared.first, by_query ? k : q, by_query ? p.k.row : p.q.row, other0, by_query ? e.S : e.L, D,
                 whole_vectors);
       load_tile(shared.second, by_query ? v : dy, by_query ? p.v.row : p.o.row, other0, by_query ? e.S : e.L, E,
