@@ -8,6 +8,7 @@ from pyops import functional as F
 from pyops import nn, testing
 from pyops.core import attention_arguments as arguments
 from pyops.core import backend as backends
+from pyops.core.explain import explain
 from pyops.ops import attention
 
 from .harness import passes, peak_bytes, refuses, same_refusal
@@ -264,3 +265,16 @@ def test_use_routes_a_transformer_layer():
     with pyops.use() as report:
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
     assert NAME in str(report)
+
+
+def test_explains_its_kernel():
+    notes = lambda dtype, where, *shapes: " | ".join(explain(NAME, shapes, dtype, wanted=where).notes)
+    long, few, cache = (2, 8, 512, 64), (2, 8, 1, 64), (2, 2, 512, 64)
+    assert "blocks of queries" in notes(torch.float32, "cpu", long, long, long)
+    assert "few queries" in notes(torch.float32, "cpu", few, cache, cache)
+    assert notes(torch.float32, "emulator", long, long, long) == "CUDA cores"
+    assert "parts" in notes(torch.float32, "emulator", few, cache, cache)
+    assert "warpgroup" in notes(torch.bfloat16, "emulator", long, long, long)
+    odd = (2, 8, 512, 65)
+    assert notes(torch.bfloat16, "emulator", odd, odd, odd) == "tensor cores (mma)"
+    assert "give the shapes" in notes(torch.float32, "cpu", long)

@@ -10,6 +10,7 @@
 //          multiplied by values, not where it is summed, and ds too
 //          dq in a fixed number of partial sums, added in order: deterministic
 #include "common/attention_binding.h"
+#include "common/attention_choice.h"
 #include "cpu/attention.h"
 #include "cpu/parallel.h"
 #include "cpu/product_bf16.h"
@@ -126,11 +127,12 @@ void attention_fwd_block(const Problem<acc_t>& p, const PackedKeys<Products, sca
 
 // Decoding: the few queries of the heads that share a key head against a long cache. Keys and values are read once,
 // where they are; the keys are split into parts, whose softmaxes are merged in order.
-inline constexpr int64_t few_rows = 6, few_keys = 512;
+inline constexpr int64_t few_keys = 512;
+using attention::few_rows;
 
 template <class acc_t>
 bool has_few_queries(const Problem<acc_t>& p) {
-  return p.L * p.G <= few_rows && p.cu_q == nullptr;
+  return attention::has_few_queries(p.L, p.G) && p.cu_q == nullptr;
 }
 
 // Prefetchers lose a stream that is read in blocks.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/attention.h"
+#include "common/attention_choice.h"
 #include "cuda/device.cuh"
 
 namespace pyops::attention {
@@ -145,8 +146,7 @@ PYOPS_DEVICE A kept(const Problem<A>& p, int64_t b, int64_t h, int64_t i, int64_
 template <class T>
 bool suits_hopper(const Problem<float>& p, const Tensors<T>& t) {
   return hopper_built && compute_capability() == 90 && !p.has_extras() && p.scale > 0 && p.B * p.H > 0 && p.L > 0 &&
-         p.S > 0 && p.rows_q > 0 && p.rows_k > 0 && p.D % 8 == 0 && p.E % 8 == 0 && p.D <= 128 &&
-         ceil_div(p.D, 64) == ceil_div(p.E, 64) && is_aligned(t.q, t.k, t.v, t.dy);
+         p.S > 0 && p.rows_q > 0 && p.rows_k > 0 && suits_hopper_heads(p.D, p.E) && is_aligned(t.q, t.k, t.v, t.dy);
 }
 template <class T>
 void forward_hopper(const Problem<float>& p, const Tensors<T>& t, cudaStream_t stream);

@@ -15,14 +15,13 @@
 
 namespace pyops::attention {
 
-inline constexpr int64_t decode_queries = 16;
 inline constexpr int decode_rows = 8, decode_keys = 64, decode_threads = 128;
 
 // Enough parts for a few blocks per SM, of at least a tile of keys each; 0 where decoding has nothing to gain. Tensor
 // cores are busy with two blocks; those of fp32 are as small as the registers make them.
 template <class T>
 int64_t decode_parts(const Problem<float>& p) {
-  if (p.L == 0 || p.L > decode_queries || p.S == 0 || p.B * p.H == 0) return 0;
+  if (!may_decode(p.L, p.S) || p.B * p.H == 0) return 0;
   const int64_t rows = sizeof(T) == 2 ? mma_rows : decode_rows, per_processor = sizeof(T) == 2 ? 2 : 4;
   const int64_t blocks = p.B * (p.H / p.G) * ceil_div(p.G * p.L, rows);
   const int64_t wanted = ceil_div(per_processor * multiprocessor_count(), blocks), tiles = ceil_div(p.S, 64);

@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include "common/attention_choice.h"
 #include "common/im2col.h"
 #include "common/philox.h"
 #include "cpu/blocking.h"
@@ -66,6 +67,16 @@ py::dict plane_blocking(int64_t N, int64_t C, int64_t S, int64_t element_size) {
   plan["block"] = block_elements;
   plan["streamed"] = is_streamed(N * C * S, element_size);
   return plan;
+}
+
+// What sizes say about the kernel of an attention: L queries, S keys, G query heads per key head, head sizes D and E.
+py::dict attention_choice(int64_t L, int64_t S, int64_t G, int64_t D, int64_t E) {
+  using namespace pyops::attention;
+  py::dict choice;
+  choice["few"] = has_few_queries(L, G);
+  choice["decode"] = may_decode(L, S);
+  choice["hopper"] = suits_hopper_heads(D, E);
+  return choice;
 }
 
 // What the CPU kernels will do with a convolution or its gradient in the input (`transposed`), all sizes in canonical form
@@ -193,6 +204,8 @@ PYBIND11_MODULE(_host, module) {
              "How the CPU kernels cut rows [M, N]: block, shared, forward_group, backward_group, streamed.");
   module.def("plane_blocking", &plane_blocking, "N"_a, "C"_a, "S"_a, "element_size"_a,
              "How the CPU kernels cut planes [N, C, S]: block, streamed.");
+  module.def("attention_choice", &attention_choice, "L"_a, "S"_a, "G"_a, "D"_a, "E"_a,
+             "Which attention kernels the sizes admit: few (CPU), decode and hopper (CUDA).");
   module.def(
       "conv_plan", &conv_plan, "N"_a, "C"_a, "K"_a, "groups"_a, "size"_a, "positions"_a, "taps"_a, "stride"_a,
       "padding"_a, "dilation"_a, "algorithm"_a, "threads"_a, "transposed"_a, "is_float"_a, "element_size"_a,

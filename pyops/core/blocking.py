@@ -70,3 +70,34 @@ def planes(shape: Sequence[int], dtype: torch.dtype, statistic: str) -> list[str
 def convolution(*arguments: Any) -> dict[str, Any] | None:
     """What csrc/host/module.cpp's conv_plan says of a convolution and its gradients; None where it was not built."""
     return _plan("conv_plan", *arguments)
+
+
+def attention(shapes: Sequence[Sequence[int]], dtype: torch.dtype, backend: str) -> list[str]:
+    """Notes on the kernel that attention of query, key and value takes, by the conditions of the kernels themselves.
+
+    Whether a GPU has Hopper's products, and processors to fill with parts of the keys, is not asked here.
+    """
+    if len(shapes) < 2 or min(len(shape) for shape in shapes) < 2:
+        return ["give the shapes of query, key and value to see the kernel"]
+    query, key, value = shapes[0], shapes[1], shapes[2] if len(shapes) > 2 else shapes[1]
+    heads, key_heads = (shape[-3] if len(shape) > 2 else 1 for shape in (query, key))
+    plan = _plan("attention_choice", query[-2], key[-2], heads // max(key_heads, 1), query[-1], value[-1])
+    if plan is None or backend not in ("cpu", "cuda", "emulator"):
+        return []
+    if backend == "cpu":
+        if plan["few"]:
+            return ["few queries: keys are read once, where they are, in parts that are merged in order"]
+        return ["blocks of queries through blocks of keys, which are transposed once"]
+    if dtype == torch.float64:
+        return ["CUDA cores"]
+    half = dtype != torch.float32
+    notes = ["tensor cores (mma)" if half else "CUDA cores"]
+    if half and plan["hopper"]:
+        notes.insert(
+            0, "on compute capability 9.0 without mask, ALiBi, soft cap and dropout: warpgroup products fed by TMA"
+        )
+    if plan["decode"]:
+        notes.insert(
+            0, "forward: keys in parts for a few blocks per processor, merged in order, where that is more than one"
+        )
+    return notes

@@ -19,9 +19,10 @@ from typing import Any, Literal
 import torch
 
 from ..core import attention_arguments as arguments_of
-from ..core import autocast, backend, check, library, product, random
+from ..core import autocast, backend, blocking, check, library, product, random
 from ..core.attention import reference, with_weights
 from ..core.autograd import Formula, Tensors, differentiable
+from ..core.explain import explains
 from ..core.intercept import Unsupported, route
 from ..core.samples import Maker, Sample, checked
 
@@ -450,6 +451,7 @@ def _accepts(query: Any = None, *_: Any, **__: Any) -> str | None:
     return None
 
 
+explains(_NAME, blocking.attention)
 route((torch.nn.functional.scaled_dot_product_attention,), _NAME, scaled_dot_product_attention, _accepts)
 
 
