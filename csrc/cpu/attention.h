@@ -2,6 +2,8 @@
 // online softmax.
 #pragma once
 
+#include <bit>
+
 #include "common/attention.h"
 #include "cpu/math.h"
 #include "cpu/product.h"
@@ -98,9 +100,17 @@ void finish_scores(const Problem<acc_t>& p, const Example& e, int64_t b, int64_t
       for (int64_t j = 0; j < n; ++j) s[j] += bias[j * p.mask_column];
   } else if (p.allowed != nullptr) {
     const bool* allowed = p.allowed + attention::mask_at(p, b, h, i, j0);
-    if (p.mask_column == 1)
-      for (int64_t j = 0; j < n; ++j) s[j] = allowed[j] ? s[j] : -infinity<acc_t>;
-    else if (!allowed[0])
+    if (p.mask_column == 1) {
+      // with integers, of which the compiler makes vectors: of a choice it made a branch, which random masks mispredict
+      using Bits = std::conditional_t<sizeof(acc_t) == 4, int32_t, int64_t>;
+      const auto* seen = reinterpret_cast<const uint8_t*>(allowed);
+      const Bits hidden = std::bit_cast<Bits>(-infinity<acc_t>);
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) {
+        const Bits keep = -Bits(seen[j]);
+        s[j] = std::bit_cast<acc_t>((std::bit_cast<Bits>(s[j]) & keep) | (hidden & ~keep));
+      }
+    } else if (!allowed[0])
       std::fill(s, s + n, -infinity<acc_t>);
   }
 }
