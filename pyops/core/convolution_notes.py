@@ -288,12 +288,15 @@ def explainer(op: str) -> Callable[..., tuple[str, ...]]:
     def notes(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, name: str, **geometry: Any) -> tuple[str, ...]:
         if len(shapes) < 2:
             return (_NO_SHAPES,)
-        stem, found, groups = passes(op, shapes, dtype, name, **geometry)
+        passed = _is_passed(op, shapes, dtype, name, geometry)
+        stem, found, groups = passes(
+            op, shapes, dtype, name, **(geometry | {"channels_last": True} if passed else geometry)
+        )
         known = {
             p.algorithm: convolution.ALGORITHMS[p.algorithm] for p in found if p.algorithm in convolution.ALGORITHMS
         }
         lines = [f"room {stem} ({groups} groups)", *map(str, found)]
-        if _is_passed(op, shapes, dtype, name, geometry):
+        if passed:
             lines.append("planes pass through channels last: a copy of the input and one of the output")
         return (*lines, *(f"{algorithm}: {text}" for algorithm, text in known.items()))
 
