@@ -400,7 +400,8 @@ def test_explain_of_a_gpu():
     half = {"dtype": torch.bfloat16, "backend": "emulator"}
     assert "forward: algorithm wgmma" in explained("conv2d", *dense, **half, channels_last=True)
     planes = explained("conv2d", *dense, **half)
-    assert "algorithm gemm (wgmma needs channels last" in planes and "pass through channels last" in planes
+    assert "forward: algorithm wgmma" in planes and "pass through channels last" in planes
+    assert "algorithm gemm (wgmma needs channels last" in explained("conv2d", (8, 12, 9, 9), (64, 12, 3, 3), **half)
     assert "algorithm grouped" in explained("conv2d", (8, 64, 9, 9), (64, 4, 3, 3), **half)
     assert "forward: algorithm few channels" in explained("conv2d", (8, 3, 9, 9), (64, 3, 3, 3), **half)
     assert "algorithm ieee (float32 in full" in explained("conv2d", *dense, backend="triton")

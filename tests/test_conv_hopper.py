@@ -148,8 +148,8 @@ def test_explain_tells_who_is_served():
     notes = lambda x, w, **more: str(explain.explain("conv2d", [x, w], torch.bfloat16, wanted="emulator", **more))
     assert "algorithm wgmma" in notes((2, 64, 9, 9), (64, 64, 3, 3))
     assert "algorithm gemm" in notes((2, 12, 9, 9), (64, 12, 3, 3))
-    assert "algorithm gemm" in notes((2, 64, 9, 9), (64, 32, 3, 3))
-    assert "algorithm gemm" in notes((2, 64, 9, 9), (64, 1, 3, 3))
+    assert "algorithm grouped" in notes((2, 64, 9, 9), (64, 32, 3, 3))
+    assert "algorithm direct" in notes((2, 64, 9, 9), (64, 1, 3, 3))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
