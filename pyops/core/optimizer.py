@@ -29,7 +29,8 @@ DROPS_IN = """
 
     Args:
         master_weights: keep a float32 copy of bfloat16 and float16 parameters (state ``master``) and float32 states;
-            the parameter is the rounded copy. Without it, states have the parameter's dtype, as in torch.
+            the parameter is the rounded copy. Without it, states have the parameter's dtype, as in torch. torch's
+            ``load_state_dict`` takes a state with masters, and rounds them and their states to the parameter's dtype.
         max_norm: clip the gradients of the whole optimizer to this 2-norm while they are read; ``p.grad`` itself stays
             as it is. The result is that of ``clip_grad_norm_`` before the step.
         others: as in torch.optim.{name}.
