@@ -46,6 +46,9 @@ class Recurrent:
             if "cell" not in op
             for i, s in enumerate(sequences)
         ]
+        if device != "cpu":
+            others = torch.float16, torch.float32, torch.float64
+            found += [Case(op, sequences[1], other, device) for op in self.ops if "cell" not in op for other in others]
         if self.stacked:
             args = {"layers": LAYERS[device], "hidden": 256}
             shape = (160, 16, 40) if device == "cpu" else (512, 10, 256)
