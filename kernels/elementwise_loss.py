@@ -105,14 +105,21 @@ def slope(x, t, c, KIND: tl.constexpr, A: tl.constexpr):
 
 
 @triton.jit
-def elementwise_loss_fwd_kernel(x, t, c, y, n, KIND: tl.constexpr, A: tl.constexpr, TILE: tl.constexpr):
-    acc_t: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+def operands(x, t, c, i, n, acc_t: tl.constexpr, TILE: tl.constexpr):
+    """Elements i of x, t and c, which is 1 where there is none."""
     xv = tl.load(x + i, mask=i < n, other=0.0).to(acc_t)
     tv = tl.load(t + i, mask=i < n, other=0.0).to(acc_t)
     cv = tl.full((TILE,), 1.0, acc_t)
     if c is not None:
         cv = tl.load(c + i, mask=i < n, other=0.0).to(acc_t)
+    return xv, tv, cv
+
+
+@triton.jit
+def elementwise_loss_fwd_kernel(x, t, c, y, n, KIND: tl.constexpr, A: tl.constexpr, TILE: tl.constexpr):
+    acc_t: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    xv, tv, cv = operands(x, t, c, i, n, acc_t, TILE)
     tl.store(y + i, value(xv, tv, cv, KIND, A).to(y.dtype.element_ty), mask=i < n)
 
 
@@ -126,11 +133,7 @@ def elementwise_loss_sum_kernel(
     total = tl.zeros((TILE,), acc_t)
     for k in range(0, SPAN, TILE):
         i = program * SPAN + k + tl.arange(0, TILE)
-        xv = tl.load(x + i, mask=i < n, other=0.0).to(acc_t)
-        tv = tl.load(t + i, mask=i < n, other=0.0).to(acc_t)
-        cv = tl.full((TILE,), 1.0, acc_t)
-        if c is not None:
-            cv = tl.load(c + i, mask=i < n, other=0.0).to(acc_t)
+        xv, tv, cv = operands(x, t, c, i, n, acc_t, TILE)
         total += tl.where(i < n, value(xv, tv, cv, KIND, A), 0.0)
     tl.store(y + program, (tl.sum(total, 0) / over).to(y.dtype.element_ty))
 
@@ -149,11 +152,7 @@ def elementwise_loss_bwd_kernel(
 ):  # fmt: skip
     acc_t: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    xv = tl.load(x + i, mask=i < n, other=0.0).to(acc_t)
-    tv = tl.load(t + i, mask=i < n, other=0.0).to(acc_t)
-    cv = tl.full((TILE,), 1.0, acc_t)
-    if c is not None:
-        cv = tl.load(c + i, mask=i < n, other=0.0).to(acc_t)
+    xv, tv, cv = operands(x, t, c, i, n, acc_t, TILE)
     if EACH:
         g = tl.load(dy + i, mask=i < n, other=0.0).to(acc_t)
     else:
