@@ -8,7 +8,8 @@ with pyops.backend("triton"): ...      # force one implementation
 from . import functional, nn, optim, vision
 from .core.backend import backend
 from .core.intercept import use
+from .core.library import release_workspace
 from .core.tuning import tuning
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", "functional", "nn", "optim", "tuning", "use", "vision"]
+__all__ = ["__version__", "backend", "functional", "nn", "optim", "release_workspace", "tuning", "use", "vision"]

@@ -153,6 +153,7 @@ def peak_bytes(function) -> int:
     growth = []
     try:
         for _ in range(3):
+            library.release_workspace()
             reset.write_text("5")
             before = kilobytes("VmRSS:")
             function()

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/activation.h"
+#include "cpu/gemm.h"
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
 
@@ -32,33 +33,59 @@ struct Epilogue {
       activation_block<acc_t>(kind, parameters, v + i, v + i, std::min(elementwise_block, n - i), false);
   }
 
-  // Finishes a tile of `size` sums and writes it to y. each(f) calls f(v, n, at, step, k) for its pieces: n sums from v
-  // on belong to the elements at, at + step, ... of y; their channel is k, or k, k + 1, ... where they lie `along` it.
-  // A step other than 1 is plain.
-  template <bool along, class Each>
-  PYOPS_INLINE void store(acc_t* tile, int64_t size, scalar_t* y, const Each& each) const {
-    const auto biased = [&](const acc_t* v, int64_t n, int64_t k, auto* to) {
-      const V one(bias && !along ? acc_t(bias[k]) : acc_t(0));
+  // Finish a tile of `rows` rows, Tile::columns apart, and write it to y. each(f) names the pieces of the tile:
+  //
+  // rows are channels from k on, `plane` apart in y: f(first, n, at, step), sums first, first + 1, ... of row r belong to
+  // the elements at + r * plane, + step, ...; a step other than 1 is plain
+  template <class Each>
+  PYOPS_INLINE void store_planes(acc_t* tile, int64_t rows, int64_t k, int64_t plane, scalar_t* y,
+                                 const Each& each) const {
+    acc_t add[R];
+    for (int64_t r = 0; r < rows; ++r) add[r] = bias ? acc_t(bias[k + r]) : acc_t(0);
+    const auto biased = [&](int64_t first, int64_t n, auto* to, int64_t to_row) {
       each_vector<acc_t>(n, [&](int64_t i, auto lanes) {
-        const V add = bias && along ? V::load(bias + k + i, lanes) : one;
-        (V::load(v + i, lanes) + add).store(to + i, lanes);
+        for (int64_t r = 0; r < rows; ++r)
+          (V::load(tile + r * L + first + i, lanes) + V(add[r])).store(to + r * to_row + i, lanes);
       });
     };
     if (plain()) {
-      each([&](const acc_t* v, int64_t n, int64_t at, int64_t step, int64_t k) {
-        if (step == 1) return biased(v, n, k, y + at);
-        const acc_t add = bias ? acc_t(bias[k]) : acc_t(0);
-        for (int64_t i = 0; i < n; ++i) y[at + i * step] = scalar_t(v[i] + add);
+      each([&](int64_t first, int64_t n, int64_t at, int64_t step) {
+        if (step == 1) return biased(first, n, y + at, plane);
+        for (int64_t r = 0; r < rows; ++r)
+          for (int64_t i = 0; i < n; ++i) y[at + r * plane + i * step] = scalar_t(tile[r * L + first + i] + add[r]);
       });
       return;
     }
-    each([&](acc_t* v, int64_t n, int64_t at, int64_t, int64_t k) {
-      biased(v, n, k, v);
-      add_residual(v, at, n);
+    each([&](int64_t first, int64_t n, int64_t at, int64_t) {
+      biased(first, n, tile + first, L);
+      for (int64_t r = 0; r < rows; ++r) add_residual(tile + r * L + first, at + r * plane, n);
     });
-    activate(tile, size);
-    each([&](const acc_t* v, int64_t n, int64_t at, int64_t, int64_t) { narrow(y + at, v, n); });
+    activate(tile, rows * L);
+    each([&](int64_t first, int64_t n, int64_t at, int64_t) {
+      for (int64_t r = 0; r < rows; ++r) narrow(y + at + r * plane, tile + r * L + first, n);
+    });
   }
+
+  // rows are pixels: f(r, n, at), the n sums of row r are channels k, k + 1, ... and the elements at, at + 1, ... of y
+  template <class Each>
+  PYOPS_INLINE void store_pixels(acc_t* tile, int64_t rows, int64_t k, scalar_t* y, const Each& each) const {
+    const auto biased = [&](const acc_t* v, int64_t n, auto* to) {
+      each_vector<acc_t>(n, [&](int64_t i, auto lanes) {
+        const V add = bias ? V::load(bias + k + i, lanes) : V();
+        (V::load(v + i, lanes) + add).store(to + i, lanes);
+      });
+    };
+    if (plain()) return each([&](int64_t r, int64_t n, int64_t at) { biased(tile + r * L, n, y + at); });
+    each([&](int64_t r, int64_t n, int64_t at) {
+      biased(tile + r * L, n, tile + r * L);
+      add_residual(tile + r * L, at, n);
+    });
+    activate(tile, rows * L);
+    each([&](int64_t r, int64_t n, int64_t at) { narrow(y + at, tile + r * L, n); });
+  }
+
+ private:
+  static constexpr int64_t R = Tile<acc_t>::rows, L = Tile<acc_t>::columns;
 };
 
 }  // namespace pyops::PYOPS_CPU_CAPABILITY

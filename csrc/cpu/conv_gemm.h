@@ -145,6 +145,25 @@ const acc_t* weight_rows(const Problem& p, const scalar_t* w, Buffer<acc_t>& buf
   return buffer.get();
 }
 
+// Rows that are columns of w, as in the gradient in the input, packed into panels without a copy of w: their sums run
+// over (tap of w, c).
+inline bool may_turn(const Problem& p) {
+  const int64_t T = p.space.taps();
+  return p.at.m == T && (T == 1 || p.C % chunk == 0);
+}
+template <class scalar_t, class acc_t>
+void pack_turned(const Problem& p, const scalar_t* w, int64_t rows, int64_t count, acc_t* panel) {
+  const int64_t T = p.space.taps();
+  if (T == 1) return pack_a_columns(panel, rows, w, p.at.c, count, p.C);
+  for (int64_t c = 0; c < p.C; c += chunk)
+    for (int64_t r = 0; r < count; ++r) {
+      const scalar_t* from = w + c * p.at.c + r * T;
+      if (c + chunk < p.C)
+        for (int64_t i = 0; i < chunk; ++i) __builtin_prefetch(from + (chunk + i) * p.at.c);
+      transpose<acc_t>(panel + c * rows + r * chunk, p.C * rows, from, p.at.c, chunk, T, chunk);
+    }
+}
+
 template <class scalar_t>
 void planes(const Problem& p, const scalar_t* x, const scalar_t* w, const Epilogue<scalar_t>& epilogue, scalar_t* y) {
   using acc_t = accumulate_t<scalar_t>;
@@ -210,13 +229,12 @@ void planes(const Problem& p, const scalar_t* x, const scalar_t* w, const Epilog
             const size_t next = size_t(
                 std::find_if(runs.begin() + int64_t(i), runs.end(), [&](const Run& r) { return r.at >= q + L; }) -
                 runs.begin());
-            epilogue.template store<false>(tile, count * L, y, [&](auto&& piece) {
+            const int64_t k0 = g * p.M + m0 + m;
+            epilogue.store_planes(tile, count, k0, out_plane, y, [&](auto&& piece) {
               for (size_t j = i; j < next; ++j) {
                 const Run& r = runs[j];
-                const int64_t k0 = g * p.M + m0 + m;
-                int64_t at = (r.first.n * p.G * p.M + k0) * out_plane + out_offset(s, r.first);
-                for (int64_t k = 0; k < count; ++k, at += out_plane)
-                  piece(tile + k * L + r.at - q, r.count, at, int64_t(s.w.out_step), k0 + k);
+                const int64_t at = (r.first.n * p.G * p.M + k0) * out_plane + out_offset(s, r.first);
+                piece(r.at - q, r.count, at, int64_t(s.w.out_step));
               }
             });
             i = next;
@@ -345,8 +363,8 @@ void channels_last(const Problem& p, const scalar_t* x, const scalar_t* w, const
             for (int64_t m = 0; m < M; m += L) {
               const int64_t used = std::min(L, M - m), k = (g0 + g) * p.M + m0 + m;
               tile_product(padded, used, K, a.get(), panels.get() + (g * portion + m) * K, tile);
-              epilogue.template store<true>(tile, count * L, y, [&](auto&& piece) {
-                for (int64_t i = 0; i < count; ++i) piece(tile + i * L, used, to[i] + k, int64_t(1), k);
+              epilogue.store_pixels(tile, count, k, y, [&](auto&& piece) {
+                for (int64_t i = 0; i < count; ++i) piece(i, used, to[i] + k);
               });
             }
           }

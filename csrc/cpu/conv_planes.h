@@ -133,13 +133,17 @@ void product(const Problem& p, const scalar_t* x, const scalar_t* w, const Epilo
   const Space& s = p.space;
   const int64_t K = p.K(), T = s.taps(), in_plane = s.in_plane(), out_plane = s.out_plane();
   const Plan plan(p, conv_gemm::block_bytes / int64_t(sizeof(acc_t)), L, may_stay);
+  // Each block of the image takes panels from w itself, or from a copy, which pays from the fifth block on.
+  const bool in_rows = conv_gemm::stands_in_rows<scalar_t>(p);
+  const bool turned = !in_rows && p.N * plan.blocks() <= 4 && conv_gemm::may_turn(p);
   std::vector<int32_t> offsets(static_cast<size_t>(K));
   for (int64_t c = 0; c < p.C; ++c)
     for (int64_t j = 0; j < T; ++j)
-      offsets[size_t(c * T + j)] = int32_t(plan.in_place ? c * in_plane : c * plan.channel_cells + plan.offset(s, j));
+      offsets[size_t(turned ? p.tap(j) * p.C + c : c * T + j)] =
+          int32_t(plan.in_place ? c * in_plane : c * plan.channel_cells + plan.offset(s, j));
 
-  Buffer<acc_t> arranged(conv_gemm::stands_in_rows<scalar_t>(p) ? 0 : p.G * p.M * K);
-  const acc_t* rows = conv_gemm::weight_rows(p, w, arranged, 0, p.M);
+  Buffer<acc_t> arranged(in_rows || turned ? 0 : p.G * p.M * K);
+  const acc_t* rows = turned ? nullptr : conv_gemm::weight_rows(p, w, arranged, 0, p.M);
   const int64_t tasks = p.N * p.G * plan.blocks(), work = plan.lanes(plan.rows, plan.width) * K;
   // With few blocks the output channels are split as well; what one thread copies another may copy again.
   const int64_t splits = thread_count() == 1 || tasks * work * p.M < (1 << 20)
@@ -174,7 +178,10 @@ void product(const Problem& p, const scalar_t* x, const scalar_t* w, const Epilo
         const int64_t m = m_begin + Tile<acc_t>::begin(wanted, i);
         const int64_t count = m_begin + Tile<acc_t>::begin(wanted, i + 1) - m;
         const int64_t padded = Tile<acc_t>::round(count), k0 = g * p.M + m;
-        for (int64_t r = 0; r < count; ++r) pack_a_run(a.get(), padded, r, 0, rows + (k0 + r) * K, K);
+        if (turned)
+          conv_gemm::pack_turned(p, w + g * p.at.g + m * p.at.m, padded, count, a.get());
+        else
+          for (int64_t r = 0; r < count; ++r) pack_a_run(a.get(), padded, r, 0, rows + (k0 + r) * K, K);
         for (int64_t q = 0; q < lanes; q += L) {
           const int64_t used = std::min(L, lanes - q);
           if (!plan.in_place)
@@ -183,17 +190,15 @@ void product(const Problem& p, const scalar_t* x, const scalar_t* w, const Epilo
             tile_product(padded, used, K, a.get(), copies.get(), tile);
           else if constexpr (may_stay)
             tile_product(padded, used, K, a.get(), OffsetRows<acc_t>{image + w0 + q, offsets.data()}, tile);
-          epilogue.template store<false>(tile, count * L, y, [&](auto&& piece) {
+          epilogue.store_planes(tile, count, k0, out_plane, y, [&](auto&& piece) {
             for (int64_t at = q; at < q + used;) {
               const int64_t row = at / plan.pitch, column = at % plan.pitch;
               const int64_t next = std::min((row + 1) * plan.pitch, q + used);
               const int64_t run = std::min(width - column, q + used - at);
               if (run > 0) {
                 const conv_gemm::Pixel pixel{n, int32_t(d0), int32_t(h0 + row), int32_t(w0 + column)};
-                int64_t to =
-                    (n * p.G * p.M + k0) * out_plane + (plan.in_place ? w0 + at : conv_gemm::out_offset(s, pixel));
-                for (int64_t k = 0; k < count; ++k, to += out_plane)
-                  piece(tile + k * L + at - q, run, to, int64_t(s.w.out_step), k0 + k);
+                const int64_t to = plan.in_place ? w0 + at : conv_gemm::out_offset(s, pixel);
+                piece(at - q, run, (n * p.G * p.M + k0) * out_plane + to, int64_t(s.w.out_step));
               }
               at = next;
             }

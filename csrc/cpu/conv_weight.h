@@ -65,12 +65,15 @@ class Gradient {
       return;
     }
     const int64_t rows = last_ ? M() : CT(), lanes = last_ ? CT() : M();
-    const int64_t height = std::min(rows, most_rows), width = std::min(ceil_div(lanes, L) * L, most_lanes);
+    // Few pixels leave room for more lanes, for which the rows need not be packed again.
+    const int64_t most = std::max(most_lanes, most_lanes * depth / std::min(depth, pixels()) / L * L);
+    const int64_t width = std::min({ceil_div(lanes, L) * L, most, 4 * most_lanes});
+    const int64_t height = std::min(rows, most_rows * most_lanes / std::max(width, most_lanes));
     const int64_t down = ceil_div(rows, height), across = ceil_div(lanes, width), blocks = z_.G * down * across;
     // Ranges of pixels by shape alone, so that the sums do not depend on the number of threads.
-    const int64_t most = std::max<int64_t>((8 << 20) / int64_t(sizeof(acc_t)) / (z_.K * CT()), 1);
+    const int64_t copies = std::max<int64_t>((8 << 20) / int64_t(sizeof(acc_t)) / (z_.K * CT()), 1);
     const int64_t units = plan_ ? z_.N * plan_->blocks() : ceil_div(pixels(), depth), least = plan_ ? 1 : 4;
-    const int64_t splits = std::clamp<int64_t>(8 / blocks, 1, std::clamp<int64_t>(ceil_div(units, least), 1, most));
+    const int64_t splits = std::clamp<int64_t>(8 / blocks, 1, std::clamp<int64_t>(ceil_div(units, least), 1, copies));
     const int64_t range = ceil_div(units, splits);
     Buffer<acc_t> partial(splits > 1 ? splits * z_.K * CT() : 0);
     parallel_for(
@@ -80,8 +83,10 @@ class Gradient {
             const int64_t split = task % splits, at = task / splits;
             const Block b{at % z_.G, at / z_.G % down * height, at / z_.G / down * width, height, width, rows, lanes};
             const int64_t first = split * range, last = std::min((split + 1) * range, units);
-            std::memset(buffers.sum.get(), 0, size_t(height * width) * sizeof(acc_t));
-            if (plan_)
+            buffers.empty = true;
+            if (first >= last)
+              std::memset(buffers.sum.get(), 0, size_t(height * width) * sizeof(acc_t));
+            else if (plan_)
               sum_copies(b, first, last, buffers);
             else
               sum(b, first * depth, std::min(last * depth, pixels()), buffers);
@@ -116,6 +121,7 @@ class Gradient {
   struct Buffers {
     Buffer<acc_t> a, b, sum, line, copies;
     std::vector<Run> runs;
+    bool empty = true;  // the sums say nothing yet
     Buffers(int64_t height, int64_t width, int64_t cells)
         : a(together * panel_a), b(depth * width), sum(height * width), line(depth), copies(cells) {}
   };
@@ -143,10 +149,11 @@ class Gradient {
           pack_dy_channels(b, m, first, n, a);
         multiply(b, m, count, padded, n, a, to);
       }
+      to.empty = false;
     }
   }
 
-  // Rows m to m + count of the block's sums += A B over n pixels.
+  // Rows m to m + count of the block's sums += A B over n pixels, or = where they are empty.
   void multiply(const Block& b, int64_t m, int64_t count, int64_t padded, int64_t n, const acc_t* a,
                 Buffers& to) const {
     alignas(64) acc_t tile[R * L];
@@ -161,7 +168,8 @@ class Gradient {
       for (int64_t i = 0; i < count; ++i)
         each_vector<acc_t>(used, [&](int64_t e, auto which) {
           acc_t* element = at + i * b.width + e;
-          (V::load(element, which) + V::load(tile + i * L + e, which)).store(element, which);
+          const V product = V::load(tile + i * L + e, which);
+          (to.empty ? product : V::load(element, which) + product).store(element, which);
         });
     }
   }
@@ -194,6 +202,7 @@ class Gradient {
           }
           multiply(b, m, count, padded, n, to.a.get(), to);
         }
+        to.empty = false;
       }
     }
   }
@@ -304,8 +313,10 @@ class Gradient {
         narrow(dw + (b.g * M() + b.row + m) * CT() + b.lane, sum + m * b.width, b.used_lanes());
       return;
     }
-    transpose<acc_t>(dw + (b.g * M() + b.lane) * CT() + b.row, CT(), sum, b.width, b.used_rows(), b.used_lanes(),
-                     b.used_rows());
+    // few lanes at a time, whose rows in dw are pages apart
+    for (int64_t l = 0; l < b.used_lanes(); l += V::width)
+      transpose<acc_t>(dw + (b.g * M() + b.lane + l) * CT() + b.row, CT(), sum + l, b.width, b.used_rows(),
+                       std::min<int64_t>(V::width, b.used_lanes() - l), b.used_rows());
   }
 
   Space s_;

@@ -187,40 +187,45 @@ struct Winograd {
   // U of the output channels [m0, m0 + M) of group g: [point][panel].
   void weights(int64_t g, int64_t m0, int64_t M, float* u) const {
     const int64_t panels = weight_panels(M), size = weight_panel(), step = step_of(panels * size);
-    int64_t at[3][3];
+    int64_t at[3][3];  // the tap of the filter that stands there
     for (int i = 0; i < 3; ++i)
       for (int j = 0; j < 3; ++j) {
         const int64_t jh = s.h.tap_step > 0 ? i : 2 - i, jw = s.w.tap_step > 0 ? j : 2 - j;
-        at[i][j] = p.tap(jh * 3 + jw) * p.at.tap;
+        at[i][j] = p.tap(jh * 3 + jw);
       }
+    // Vectors of weights, [tap][W], or [tap][c][W]: turned, for in memory the lanes do not stand next to each other.
     parallel_for(panels, ceil_div(1 << 9, C), [&](int64_t begin, int64_t end) {
-      alignas(64) float taps[3][3][W];
-      const auto load = [&](int i, int j) { return V::load(taps[i][j]); };
+      alignas(64) float taps[9 * (last ? W : 1) * W];
       for (int64_t panel = begin; panel < end; ++panel) {
         float* to = u + panel * size;
-        const auto gather = [&](const float* from, int64_t step, int64_t lanes) {
-          for (int i = 0; i < 3; ++i)
-            for (int j = 0; j < 3; ++j)
-              for (int64_t l = 0; l < W; ++l) taps[i][j][l] = from[at[i][j] + std::min(l, lanes - 1) * step];
-        };
         if constexpr (last) {
           for (int64_t l = 0; l < L; l += W) {
-            const int64_t lanes = std::clamp<int64_t>(M - panel * L - l, 0, W);
+            const int64_t lanes = std::min(M - panel * L - l, W);
+            if (lanes <= 0) break;
             const float* from = w + g * p.at.g + (m0 + panel * L + l) * p.at.m;
             for (int64_t c = 0; c < C; ++c) {
-              gather(from + c * p.at.c, p.at.m, lanes);
-              transform_weight(load, [&](int i, int j, const V& v) { v.store(to + (i * t + j) * step + c * L + l); });
+              if (p.at.m != 1 && c % W == 0)
+                for (int64_t j = 0; j < 9; ++j)
+                  transpose<float>(taps + j * W * W, W, from + c + j * p.at.tap, p.at.m, lanes, std::min(W, C - c), W);
+              transform_weight(
+                  [&](int i, int j) {
+                    return p.at.m == 1 ? V::load(from + c * p.at.c + at[i][j] * p.at.tap, FirstLanes{lanes})
+                                       : V::load(taps + (at[i][j] * W + c % W) * W);
+                  },
+                  [&](int i, int j, const V& v) { v.store(to + (i * t + j) * step + c * L + l); });
             }
           }
         } else {
+          // all rows for some channels, then the next channels: rows next to each other share cache lines of w
           const int64_t first = T::begin(M, panel), count = T::begin(M, panel + 1) - first, rows = T::round(count);
-          for (int64_t r = 0; r < count; ++r) {
-            const float* from = w + g * p.at.g + (m0 + first + r) * p.at.m;
-            for (int64_t c = 0; c < C; c += W) {
-              gather(from + c * p.at.c, p.at.c, std::min(W, C - c));
-              transform_weight(load, [&](int i, int j, const V& v) {
-                v.store(to + (i * t + j) * step + c / chunk * rows * chunk + r * chunk + c % chunk);
-              });
+          for (int64_t c = 0; c < C; c += W) {
+            const float* from = w + g * p.at.g + (m0 + first) * p.at.m + c * p.at.c;
+            for (int64_t r = 0; r < count; ++r, from += p.at.m) {
+              transpose<float>(taps, W, from, p.at.c, std::min(W, C - c), 9, W);
+              transform_weight([&](int i, int j) { return V::load(taps + at[i][j] * W); },
+                               [&](int i, int j, const V& v) {
+                                 v.store(to + (i * t + j) * step + c / chunk * rows * chunk + r * chunk + c % chunk);
+                               });
             }
           }
         }

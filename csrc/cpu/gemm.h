@@ -131,12 +131,15 @@ inline void tile_product(int64_t rows, int64_t columns, int64_t K, const acc_t* 
 // Packs row m of A (n elements at `from`, contiguous, from position k on) into a panel of `rows` rows.
 template <class acc_t, class T>
 PYOPS_INLINE void pack_a_run(acc_t* panel, int64_t rows, int64_t m, int64_t k, const T* from, int64_t n) {
+  using V = Vec<acc_t>;
   acc_t* line = panel + (k / chunk) * rows * chunk + m * chunk;
-  int64_t at = k % chunk;
-  for (int64_t i = 0; i < n; line += rows * chunk, at = 0) {
+  int64_t i = 0, at = k % chunk;
+  if (at == 0)
+    for (; i + chunk <= n; i += chunk, line += rows * chunk)
+      for (int64_t j = 0; j < chunk; j += V::width) V::load(from + i + j).store(line + j);
+  for (; i < n; line += rows * chunk, at = 0) {
     const int64_t count = std::min(chunk - at, n - i);
-    each_vector<acc_t>(
-        count, [&](int64_t j, auto lanes) { Vec<acc_t>::load(from + i + j, lanes).store(line + at + j, lanes); });
+    each_vector<acc_t>(count, [&](int64_t j, auto lanes) { V::load(from + i + j, lanes).store(line + at + j, lanes); });
     i += count;
   }
 }

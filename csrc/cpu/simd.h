@@ -12,7 +12,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <new>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -20,6 +19,7 @@
 #endif
 
 #include "common/host_device.h"
+#include "common/workspace.h"
 #include "cpu/blocking.h"
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
@@ -452,12 +452,11 @@ PYOPS_INLINE void stream_fence() {
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n)
-      : data_(static_cast<T*>(::operator new(size_t(n > 0 ? n : 1) * sizeof(T), std::align_val_t{64}))) {}
+  explicit Buffer(int64_t n) : data_(static_cast<T*>(workspace::take(size_t(n > 0 ? n : 1) * sizeof(T)))) {}
   Buffer(int64_t n, T value) : Buffer(n) {
     for (int64_t i = 0; i < n; ++i) data_[i] = value;
   }
-  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+  ~Buffer() { workspace::give_back(data_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T* get() { return data_; }

@@ -158,6 +158,16 @@ def emulator_mode() -> str:
     return mode
 
 
+def release_workspace() -> None:
+    """Gives back the memory that CPU kernels keep for their next calls, at most 32 MiB for each thread that ran one.
+
+    The calling thread's memory is freed at once, another thread's when it next needs some. Results do not change; the
+    next calls have their pages mapped anew (docs/adr/0011-workspace-is-kept.md).
+    """
+    if "pyops" in _binaries:
+        _binaries["pyops"].pyops_release_workspace()
+
+
 def load_emulator() -> str | None:
     """Loads the emulator once; returns None, or why it cannot be used."""
     global _emulator_problem
