@@ -7,13 +7,13 @@
 //          channels last: x: [N, D, H, W, C] · w: [K, taps, C/G]
 // mapping  products of blocks in registers (gemm.h). Planes: lanes over pixels, which read a padded copy of a block of
 //          the image, shifted by the tap (conv_planes.h), or columns where images are tiny (conv_gemm.h); channels
-//          last: lanes over output channels (conv_gemm.h). 3 x 3 taps of stride 1 in float32 take fewer products where
+//          last: lanes over output channels (conv_pixels.h). 3 x 3 taps of stride 1 in float32 take fewer products where
 //          that is cheaper (conv_winograd.h, conv_choice.h). Threads over blocks of pixels, then of output channels;
 //          wgrad: blocks of dw and ranges of pixels
 //          (conv_weight.h)
 // memory   blocks of at most 512 KiB a thread, weights in portions of 16 MiB; Winograd: 14 MiB in all
 // numerics sums in fp32 (fp64 for fp64), in an order that depends on the shape alone
-#include "cpu/conv_planes.h"
+#include "cpu/conv_pixels.h"
 #include "cpu/conv_weight.h"
 #include "cpu/conv_winograd.h"
 
@@ -34,7 +34,7 @@ void product(const Sizes& sizes, const Space& space, bool transposed, bool chann
     if (const int m = conv_choice::winograd_tile(space, p.N, p.C, p.M, algorithm); m != 0)
       return conv_winograd::product(p, m, channels_last, x, w, epilogue, y);
   if (channels_last)
-    conv_gemm::channels_last(p, x, w, epilogue, y);
+    conv_pixels::Convolution<scalar_t>(p, x, w, epilogue, y)();
   else if (algorithm != "columns" && conv_planes::fits<scalar_t>(p))
     conv_planes::product(p, x, w, epilogue, y);
   else

@@ -1,9 +1,10 @@
-// Convolution as a product of matrices that are never formed (im2col in blocks that stay in L2), both layouts.
+// Convolution as a product of matrices that are never formed (im2col in blocks that stay in L2): what all layouts share,
+// and planes.
 //
 //   NCHW   Y[k, pixel] = W[k, (c,tap)] * Col[(c,tap), pixel]     lanes over pixels; Col is packed from image rows
-//   NHWC   Y[pixel, k] = Col[pixel, (tap,c)] * W^T[(tap,c), k]   lanes over output channels; W^T is packed once
 //
-// Forward and gradient in the input run through the same code (common/conv.h); the gradient in the weight: conv_weight.h.
+// Channels last: conv_pixels.h. Forward and gradient in the input run through the same code (common/conv.h); the gradient
+// in the weight: conv_weight.h.
 #pragma once
 
 #include "common/conv.h"
@@ -91,24 +92,25 @@ inline void runs_of(const Space& s, int64_t begin, int64_t end, int64_t panel, s
   }
 }
 
-// to[0..n) = x_row[offset + i*step], zero outside [0, size).
+// to[0..n) = x_row[offset + i*step], zero outside [0, size); elements of the row are `apart`.
 template <class acc_t, class T>
-PYOPS_INLINE void gather_run(acc_t* to, const T* row, int64_t offset, int64_t step, int64_t size, int64_t n) {
+PYOPS_INLINE void gather_run(acc_t* to, const T* row, int64_t offset, int64_t step, int64_t size, int64_t n,
+                             int64_t apart = 1) {
   using V = Vec<acc_t>;
   const auto reach = [&](int64_t bound) { return offset >= bound ? 0 : ceil_div(bound - offset, step); };
   const int64_t low = std::min(reach(0), n), high = std::clamp<int64_t>(reach(size), low, n);
   for (int64_t i = 0; i < low; ++i) to[i] = acc_t(0);
   for (int64_t i = high; i < n; ++i) to[i] = acc_t(0);
-  if (step == 1)
+  if (step == 1 && apart == 1)
     return each_vector<acc_t>(
         high - low, [&](int64_t i, auto lanes) { V::load(row + offset + low + i, lanes).store(to + low + i, lanes); });
   int64_t i = low;
-  if (step == 2)
+  if (step == 2 && apart == 1)
     for (V v[2]; i + V::width <= high && offset + 2 * (i + V::width) <= size; i += V::width) {
       deinterleave(row + offset + 2 * i, v);
       v[0].store(to + i);
     }
-  for (; i < high; ++i) to[i] = acc_t(row[offset + i * step]);
+  for (; i < high; ++i) to[i] = acc_t(row[(offset + i * step) * apart]);
 }
 
 // Row of the image that run `r` reads through tap (jd, jh), in elements from the start of its plane; -1 outside.
@@ -243,134 +245,6 @@ void planes(const Problem& p, const scalar_t* x, const scalar_t* w, const Epilog
       }
     });
   }
-}
-
-// Weights of one group as panels [k panel][(tap, c)][lanes].
-template <class scalar_t, class acc_t>
-void weight_panels(const Problem& p, const scalar_t* w, acc_t* to, int64_t first_m, int64_t count_m) {
-  constexpr int64_t L = Tile<acc_t>::columns;
-  const int64_t K = p.K(), T = p.space.taps(), panels = ceil_div(count_m, L);
-  parallel_for(panels * T, ceil_div(1 << 14, p.C * L), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t panel = i / T, j = i % T, lanes = std::min(L, count_m - panel * L);
-      const scalar_t* from = w + (first_m + panel * L) * p.at.m + p.tap(j) * p.at.tap;
-      acc_t* at = to + panel * K * L + j * p.C * L;
-      if (lanes < L) std::memset(at, 0, size_t(p.C * L) * sizeof(acc_t));
-      if (p.at.m == 1) {
-        for (int64_t c = 0; c < p.C; ++c)
-          each_vector<acc_t>(lanes, [&](int64_t l, auto which) {
-            Vec<acc_t>::load(from + c * p.at.c + l, which).store(at + c * L + l, which);
-          });
-        continue;
-      }
-      if (p.at.c == 1) {
-        pack_columns(at, L, from, p.at.m, lanes, p.C);
-        continue;
-      }
-      // eight channels of every lane at a time: reads stay in a cache line, and so do writes
-      for (int64_t c0 = 0; c0 < p.C; c0 += 8)
-        for (int64_t l = 0; l < lanes; ++l)
-          for (int64_t c = c0; c < std::min(c0 + 8, p.C); ++c) at[c * L + l] = acc_t(from[l * p.at.m + c * p.at.c]);
-    }
-  });
-}
-
-// Row i of a panel of A: what pixel `pixel` reads through all taps, for the group at `image`. at: [T] offsets, -1
-// outside. Where the taps of a row and their channels stand together in memory they are one run.
-template <class scalar_t, class acc_t>
-PYOPS_INLINE void pack_pixel(const Problem& p, acc_t* panel, int64_t rows, int64_t i, const int64_t* at, bool inside,
-                             const scalar_t* image) {
-  const int64_t S = p.space.w.taps, T = p.space.taps(), pitch = p.G * p.C;
-  const bool together = p.G == 1 && p.space.w.tap_step == 1;
-  if (inside) {
-    const int64_t count = together ? S : 1;
-    for (int64_t j = 0; j < T; j += count) pack_a_run(panel, rows, i, j * p.C, image + at[j] * pitch, count * p.C);
-    return;
-  }
-  for (int64_t j = 0; j < T;) {
-    int64_t count = 1;
-    if (together || at[j] < 0)
-      while (count < S - j % S && (at[j + count] < 0) == (at[j] < 0)) ++count;
-    if (at[j] < 0)
-      pack_a_strided(panel, rows, i, j * p.C, static_cast<const scalar_t*>(nullptr), 0, count * p.C);
-    else
-      pack_a_run(panel, rows, i, j * p.C, image + at[j] * pitch, count * p.C);
-    j += count;
-  }
-}
-
-// Do all taps of a position lie inside?
-inline bool is_inside(const Axis& a, int32_t o) {
-  const int64_t first = a.input(o, 0), last = a.input(o, a.taps - 1);
-  return std::min(first, last) >= 0 && std::max(first, last) < a.size;
-}
-
-template <class scalar_t>
-void channels_last(const Problem& p, const scalar_t* x, const scalar_t* w, const Epilogue<scalar_t>& epilogue,
-                   scalar_t* y) {
-  using acc_t = accumulate_t<scalar_t>;
-  constexpr int64_t R = Tile<acc_t>::rows, L = Tile<acc_t>::columns;
-  const Space& s = p.space;
-  const int64_t K = p.K(), T = s.taps(), pixels = p.N * s.positions(), in_plane = s.in_plane();
-  const int64_t fits = weight_bytes / int64_t(sizeof(acc_t)) / std::max<int64_t>(K, 1) / L;
-  // Panels of a portion of the output channels, of as many groups as fit.
-  const int64_t portion = std::min(ceil_div(p.M, L), std::max<int64_t>(fits, 1)) * L;
-  const int64_t groups = std::clamp<int64_t>(fits * L / portion, 1, p.G);
-  Buffer<acc_t> panels(groups * portion * K);
-  std::vector<int64_t> shift(static_cast<size_t>(T));  // of a tap from the first one, where both are inside
-  for (int64_t j = 0; j < T; ++j) {
-    const int64_t jw = j % s.w.taps, jh = j / s.w.taps % s.h.taps, jd = j / s.w.taps / s.h.taps;
-    shift[size_t(j)] = (jd * s.d.tap_step * s.h.size + jh * s.h.tap_step) * s.w.size + jw * s.w.tap_step;
-  }
-  for (int64_t g0 = 0; g0 < p.G; g0 += groups)
-    for (int64_t m0 = 0; m0 < p.M; m0 += portion) {
-      const int64_t M = std::min(portion, p.M - m0), G = std::min(groups, p.G - g0);
-      for (int64_t g = 0; g < G; ++g) weight_panels(p, w + (g0 + g) * p.at.g, panels.get() + g * portion * K, m0, M);
-      const int64_t grain = task_grain(K * M * G * R);
-      parallel_for(ceil_div(pixels, R), grain, [&](int64_t begin, int64_t end) {
-        Buffer<acc_t> a(Tile<acc_t>::packed_a(R, K));
-        Buffer<int64_t> at(R * T);
-        alignas(64) acc_t tile[R * L];
-        for (int64_t block = begin; block < end; ++block) {
-          const int64_t count = std::min(R, pixels - block * R), padded = Tile<acc_t>::round(count);
-          int64_t to[R];
-          const scalar_t* image[R];
-          bool inside[R];
-          Pixel pixel = pixel_at(s, block * R);
-          for (int64_t i = 0; i < count; ++i, next(s, pixel)) {
-            to[i] = (pixel.n * s.out_plane() + out_offset(s, pixel)) * p.G * p.M;
-            image[i] = x + pixel.n * in_plane * p.G * p.C;
-            inside[i] = T > 0 && is_inside(s.d, pixel.d) && is_inside(s.h, pixel.h) && is_inside(s.w, pixel.w);
-            int64_t* offset = at.get() + i * T;
-            if (inside[i]) {
-              const int64_t first = s.input(s.d.input(pixel.d, 0), s.h.input(pixel.h, 0), s.w.input(pixel.w, 0));
-              for (int64_t j = 0; j < T; ++j) offset[j] = first + shift[size_t(j)];
-              continue;
-            }
-            for (int32_t jd = 0; jd < s.d.taps; ++jd)
-              for (int32_t jh = 0; jh < s.h.taps; ++jh) {
-                const int64_t d = s.d.input(pixel.d, jd), h = s.h.input(pixel.h, jh);
-                const bool row = d >= 0 && d < s.d.size && h >= 0 && h < s.h.size;
-                for (int32_t jw = 0; jw < s.w.taps; ++jw) {
-                  const int64_t v = s.w.input(pixel.w, jw);
-                  *offset++ = row && v >= 0 && v < s.w.size ? (d * s.h.size + h) * s.w.size + v : -1;
-                }
-              }
-          }
-          for (int64_t g = 0; g < G; ++g) {
-            for (int64_t i = 0; i < count; ++i)
-              pack_pixel(p, a.get(), padded, i, at.get() + i * T, inside[i], image[i] + (g0 + g) * p.C);
-            for (int64_t m = 0; m < M; m += L) {
-              const int64_t used = std::min(L, M - m), k = (g0 + g) * p.M + m0 + m;
-              tile_product(padded, used, K, a.get(), panels.get() + (g * portion + m) * K, tile);
-              epilogue.store_pixels(tile, count, k, y, [&](auto&& piece) {
-                for (int64_t i = 0; i < count; ++i) piece(i, used, to[i] + k);
-              });
-            }
-          }
-        }
-      });
-    }
 }
 
 }  // namespace pyops::PYOPS_CPU_CAPABILITY::conv_gemm

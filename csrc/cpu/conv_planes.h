@@ -88,10 +88,11 @@ struct Plan {
     return phase * phase_cells + (d.shift(jd) * (rows + h.halo) + h.shift(jh)) * pitch + w.shift(jw);
   }
 
-  // Copies of the C planes at x, for the block that begins at position (d0, h0, w0).
+  // Copies of the C planes at x, for the block that begins at position (d0, h0, w0); channels last: of the first C
+  // channels of pixels that are `apart`.
   template <class acc_t, class scalar_t>
-  void copy(const scalar_t* x, int64_t C, int64_t d0, int64_t h0, int64_t w0, acc_t* to) const {
-    for (int64_t c = 0; c < C; ++c, x += d.size * h.size * w.size)
+  void copy(const scalar_t* x, int64_t C, int64_t d0, int64_t h0, int64_t w0, acc_t* to, int64_t apart = 1) const {
+    for (int64_t c = 0; c < C; ++c, x += apart > 1 ? 1 : d.size * h.size * w.size)
       for (int64_t pd = 0; pd < d.phases; ++pd)
         for (int64_t ph = 0; ph < h.phases; ++ph)
           for (int64_t pw = 0; pw < w.phases; ++pw)
@@ -102,8 +103,8 @@ struct Plan {
                 if (z < 0 || z >= d.size || y < 0 || y >= h.size)
                   std::fill_n(to, pitch, acc_t(0));
                 else
-                  conv_gemm::gather_run(to, x + (z * h.size + y) * w.size, w.low + w0 * w.step + pw, w.step, w.size,
-                                        pitch);
+                  conv_gemm::gather_run(to, x + (z * h.size + y) * w.size * apart, w.low + w0 * w.step + pw, w.step,
+                                        w.size, pitch, apart);
               }
             }
   }

@@ -273,22 +273,33 @@ class Gradient {
 
   // ---- channels last
 
-  // B[pixel][(tap,c)]: what stands together in a tap and in a panel is one run of channels.
+  // B[pixel][(tap,c)]: what stands together in memory and in a panel is one run: channels of a tap, or taps of a row with
+  // their channels.
   void pack_image_columns(const Block& b, const std::vector<Run>& runs, acc_t* to) const {
+    const bool together = z_.G == 1 && s_.w.tap_step == 1;
     for (int64_t q = 0, count; q < b.used_lanes(); q += count) {
       const Column column = column_at(s_, C(), true, b.lane + q);
-      count = std::min({C() - column.c, b.used_lanes() - q, L - q % L});
+      const int64_t taps = together ? s_.w.taps - column.jw : 1;
+      count = std::min({taps * C() - column.c, b.used_lanes() - q, L - q % L});
+      const int64_t last = (column.c + count - 1) / C();  // tap, from the first
       for (const Run& r : runs) {
         const int64_t row = conv_gemm::row_of(s_, r, column.jd, column.jh);
-        const scalar_t* from = x_ + (r.first.n * s_.in_plane() + row) * z_.C + b.g * C() + column.c;
+        const scalar_t* from = x_ + (r.first.n * s_.in_plane() + row) * z_.C + b.g * C();
         acc_t* line = to + q / L * L * depth + r.at * L + q % L;
         for (int64_t i = 0; i < r.count; ++i, line += L) {
-          const int64_t w = s_.w.input(r.first.w + int32_t(i), column.jw);
-          if (row < 0 || w < 0 || w >= s_.w.size)
+          const int64_t w = s_.w.input(r.first.w + int32_t(i), column.jw), size = s_.w.size;
+          if (row < 0 || w + last < 0 || w >= size) {
             std::fill_n(line, count, acc_t(0));
-          else
-            each_vector<acc_t>(
-                count, [&](int64_t e, auto which) { V::load(from + w * z_.C + e, which).store(line + e, which); });
+            continue;
+          }
+          // elements of the run from that of pixel w on; those outside the row are zero
+          const int64_t low = w < 0 ? -w * C() - column.c : 0;
+          const int64_t high = std::min(count, (size - w) * C() - column.c);
+          const scalar_t* at = from + w * z_.C + column.c;
+          if (low > 0) std::fill_n(line, low, acc_t(0));
+          each_vector<acc_t>(high - low,
+                             [&](int64_t e, auto which) { V::load(at + low + e, which).store(line + low + e, which); });
+          if (high < count) std::fill_n(line + high, count - high, acc_t(0));
         }
       }
     }

@@ -8,7 +8,8 @@
 // packed operands
 //   A  a chunk of 16 k at a time, row after row within a chunk: a[(k / 16) * rows * 16 + m * 16 + k % 16]. A chunk of a
 //      row is one cache line of float, so packing copies lines, and the product reads one stream.
-//   B  row after row of Tile::columns: b[k * Tile::columns + n]; or not packed, row k at b + offset[k] (OffsetRows)
+//   B  row after row of Tile::columns: b[k * Tile::columns + n]
+// Either may stay where it is: column k of A at a + offset[k] (OffsetColumns), row k of B at b + offset[k] (OffsetRows).
 // `rows` is one of Tile::round(m), of which the rows past m are computed and never looked at.
 #pragma once
 
@@ -41,6 +42,25 @@ struct Tile {
   static constexpr int64_t packed_a(int64_t rows, int64_t K) { return ceil_div(K, chunk) * chunk * rows; }
 };
 
+// Where A stands: packed, or column k at a + offset[k], its elements next to each other.
+template <class acc_t>
+struct PackedA {
+  const acc_t* a;
+  template <int rows>
+  PYOPS_INLINE acc_t at(int64_t chunk_begin, int64_t k, int m) const {
+    return a[chunk_begin * rows + m * chunk + k];
+  }
+};
+template <class acc_t>
+struct OffsetColumns {
+  const acc_t* a;
+  const int32_t* offset;
+  template <int rows>
+  PYOPS_INLINE acc_t at(int64_t chunk_begin, int64_t k, int m) const {
+    return a[offset[chunk_begin + k] + m];
+  }
+};
+
 // Where the rows of B stand.
 template <class acc_t>
 struct PackedRows {
@@ -56,14 +76,14 @@ struct OffsetRows {
 
 namespace gemm {
 
-template <int rows, int vectors, class Rows, class acc_t>
-void tile_kernel(int64_t K, const acc_t* __restrict__ a, const Rows b, acc_t* __restrict__ tile) {
+template <int rows, int vectors, class Left, class Rows, class acc_t>
+void tile_kernel(int64_t K, const Left a, const Rows b, acc_t* __restrict__ tile) {
   using V = Vec<acc_t>;
   constexpr int64_t columns = Tile<acc_t>::columns;
   for (int64_t start = 0; start < K || start == 0; start += sum_block) {
     V sum[rows][vectors];
     const int64_t end = K - start < sum_block ? K : start + sum_block;
-    for (int64_t k0 = start; k0 < end; k0 += chunk, a += rows * chunk) {
+    for (int64_t k0 = start; k0 < end; k0 += chunk) {
       const int64_t n = end - k0 < chunk ? end - k0 : chunk;
       for (int64_t k = 0; k < n; ++k) {
         V right[vectors];
@@ -72,7 +92,7 @@ void tile_kernel(int64_t K, const acc_t* __restrict__ a, const Rows b, acc_t* __
         for (int v = 0; v < vectors; ++v) right[v] = V::load(from + v * V::width);
 #pragma GCC unroll 16
         for (int m = 0; m < rows; ++m) {
-          const V left(a[m * chunk + k]);
+          const V left(a.template at<rows>(k0, k, m));
 #pragma GCC unroll 2
           for (int v = 0; v < vectors; ++v) sum[m][v] = fma(left, right[v], sum[m][v]);
         }
@@ -88,8 +108,8 @@ void tile_kernel(int64_t K, const acc_t* __restrict__ a, const Rows b, acc_t* __
   }
 }
 
-template <int vectors, class Rows, class acc_t>
-void tile_rows(int64_t rows, int64_t K, const acc_t* a, const Rows& b, acc_t* tile) {
+template <int vectors, class Left, class Rows, class acc_t>
+void tile_rows(int64_t rows, int64_t K, const Left& a, const Rows& b, acc_t* tile) {
   switch (rows) {
     case 1:
       return tile_kernel<1, vectors>(K, a, b, tile);
@@ -114,9 +134,9 @@ void tile_rows(int64_t rows, int64_t K, const acc_t* a, const Rows& b, acc_t* ti
 
 }  // namespace gemm
 
-template <class Rows, class acc_t>
-  requires std::is_class_v<Rows>
-inline void tile_product(int64_t rows, int64_t columns, int64_t K, const acc_t* a, const Rows& b, acc_t* tile) {
+template <class Left, class Rows, class acc_t>
+  requires std::is_class_v<Left>
+inline void tile_product(int64_t rows, int64_t columns, int64_t K, const Left& a, const Rows& b, acc_t* tile) {
   if (columns <= Vec<acc_t>::width)
     gemm::tile_rows<1>(rows, K, a, b, tile);
   else
@@ -124,8 +144,14 @@ inline void tile_product(int64_t rows, int64_t columns, int64_t K, const acc_t* 
 }
 
 template <class acc_t>
+inline void tile_product(int64_t rows, int64_t columns, int64_t K, const acc_t* a, const OffsetRows<acc_t>& b,
+                         acc_t* tile) {
+  tile_product(rows, columns, K, PackedA<acc_t>{a}, b, tile);
+}
+
+template <class acc_t>
 inline void tile_product(int64_t rows, int64_t columns, int64_t K, const acc_t* a, const acc_t* b, acc_t* tile) {
-  tile_product(rows, columns, K, a, PackedRows<acc_t>{b}, tile);
+  tile_product(rows, columns, K, PackedA<acc_t>{a}, PackedRows<acc_t>{b}, tile);
 }
 
 // Packs row m of A (n elements at `from`, contiguous, from position k on) into a panel of `rows` rows.
