@@ -104,11 +104,23 @@ def is_seen(i, j, rows, keys, shift, LEFT: tl.constexpr, RIGHT: tl.constexpr):
 
 
 @triton.jit
+def mask_of(mask, mask_examples, b, mask_b):
+    """Where the mask of example b begins."""
+    if mask is None:
+        at = mask
+    elif mask_examples is None:
+        at = mask + b * mask_b
+    else:
+        at = mask + tl.load(mask_examples + b) * mask_b
+    return at
+
+
+@triton.jit
 def score_of(
-    product, i, j, seen, b, h, shift, mask, slopes, mask_b, mask_h, mask_l, mask_s, slopes_b,
+    product, i, j, seen, b, h, shift, mask, slopes, mask_h, mask_l, mask_s, slopes_b,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Scores from products q.k, -inf where unseen; and d score / d (scale * q.k)."""
+    """Scores from products q.k, -inf where unseen; and d score / d (scale * q.k). `mask` is that of the example."""
     s = product * SCALE
     slope = s * 0.0 + 1.0
     if SOFTCAP > 0:
@@ -118,11 +130,11 @@ def score_of(
     if slopes is not None:
         s -= tl.load(slopes + b * slopes_b + h) * tl.abs(i + shift - j).to(s.dtype)
     if mask is not None:
-        at = b * mask_b + h * mask_h + i.to(tl.int64) * mask_l + j.to(tl.int64) * mask_s
+        at = h * mask_h + i.to(tl.int64) * mask_l + j.to(tl.int64) * mask_s
         if mask.dtype.element_ty == tl.uint8:
             seen &= tl.load(mask + at, mask=seen, other=0) != 0
         else:
-            s += tl.load(mask + at, mask=seen, other=0.0)
+            s += tl.load(mask + at, mask=seen, other=0.0).to(s.dtype)
     return tl.where(seen, s, MINUS_INFINITY), slope
 
 
@@ -138,8 +150,8 @@ def kept(state, threshold, b, h, i, j, H, L, S, acc_t: tl.constexpr, KEEP_SCALE:
 
 @triton.jit
 def attention_fwd_kernel(
-    q, k, v, o, lse, total_of_part, mask, lengths, cu_q, cu_k, slopes, state,
-    H, G, L, S, rows_q, rows_k, D, E, blocks, parts, mask_b, mask_h, mask_l, mask_s, slopes_b, threshold,
+    q, k, v, o, lse, total_of_part, mask, mask_examples, lengths, cu_q, cu_k, slopes, state,
+    H, G, L, S, rows_q, rows_k, D, E, blocks, k_b, v_b, parts, mask_b, mask_h, mask_l, mask_s, slopes_b, threshold,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     KEEP_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, DECODE: tl.constexpr,
@@ -166,6 +178,7 @@ def attention_fwd_kernel(
         row = i0 + tl.arange(0, BLOCK_M)
     q0, k0, rows, keys = example(b, lengths, cu_q, cu_k, L, S)
     shift = keys - rows if BOTTOM_RIGHT else keys * 0
+    bias = mask_of(mask, mask_examples, b, mask_b)
     i = row[:, None]
     own = load_rows(q, b, h, q0, H, rows_q, D, row, rows, BLOCK_D, PACKED)
     low, high = keys * 0, keys
@@ -183,11 +196,9 @@ def attention_fwd_kernel(
     for j0 in range(low.to(tl.int32), high.to(tl.int32), BLOCK_N):
         column = j0 + tl.arange(0, BLOCK_N)
         j = column[None, :]
-        s = dot(own, tl.trans(load_rows(k, b, kh, k0, H // G, rows_k, D, column, keys, BLOCK_D, PACKED)))
+        s = dot(own, tl.trans(load_rows(k, b * k_b, kh, k0, H // G, rows_k, D, column, keys, BLOCK_D, PACKED)))
         seen = is_seen(i, j, rows, keys, shift, LEFT, RIGHT)
-        s, _ = score_of(
-            s, i, j, seen, b, heads, shift, mask, slopes, mask_b, mask_h, mask_l, mask_s, slopes_b, SCALE, SOFTCAP
-        )
+        s, _ = score_of(s, i, j, seen, b, heads, shift, bias, slopes, mask_h, mask_l, mask_s, slopes_b, SCALE, SOFTCAP)
         if mask is None:
             s *= LOG2_E
         now = tl.maximum(top, tl.max(s, 1))
@@ -200,7 +211,7 @@ def attention_fwd_kernel(
         top = now
         if state is not None:
             p *= kept(state, threshold, b, heads, i, j, H, L, S, acc_t, KEEP_SCALE)
-        values = load_rows(v, b, kh, k0, H // G, rows_k, E, column, keys, BLOCK_E, PACKED)
+        values = load_rows(v, b * v_b, kh, k0, H // G, rows_k, E, column, keys, BLOCK_E, PACKED)
         out = out * factor[:, None] + dot(p.to(values.dtype), values)
     if mask is None:
         top *= LN_2
@@ -270,8 +281,8 @@ def attention_delta_kernel(
 
 @triton.jit
 def attention_bwd_kernel(
-    dy, q, k, v, lse, delta, dq, dk, dv, mask, lengths, cu_q, cu_k, slopes, state,
-    H, G, L, S, rows_q, rows_k, D, E, blocks, mask_b, mask_h, mask_l, mask_s, slopes_b, threshold,
+    dy, q, k, v, lse, delta, dq, dk, dv, mask, mask_examples, lengths, cu_q, cu_k, slopes, state,
+    H, G, L, S, rows_q, rows_k, D, E, blocks, k_b, v_b, mask_b, mask_h, mask_l, mask_s, slopes_b, threshold,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM_RIGHT: tl.constexpr,
     KEEP_SCALE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, BY_QUERY: tl.constexpr,
@@ -284,6 +295,7 @@ def attention_bwd_kernel(
     b, head, block = pid // blocks // heads, pid // blocks % heads, (pid % blocks).to(tl.int32)
     q0, k0, rows, keys = example(b, lengths, cu_q, cu_k, L, S)
     shift = keys - rows if BOTTOM_RIGHT else keys * 0
+    bias = mask_of(mask, mask_examples, b, mask_b)
     own0 = block * BLOCK_M
     own = own0 + tl.arange(0, BLOCK_M)
     low = keys * 0
@@ -308,14 +320,14 @@ def attention_bwd_kernel(
             own_first = load_rows(q, b, h, q0, H, rows_q, D, own, rows, BLOCK_D, PACKED)
             own_second = load_rows(dy, b, h, q0, H, rows_q, E, own, rows, BLOCK_E, PACKED)
         else:
-            own_first = load_rows(k, b, kh, k0, H // G, rows_k, D, own, keys, BLOCK_D, PACKED)
-            own_second = load_rows(v, b, kh, k0, H // G, rows_k, E, own, keys, BLOCK_E, PACKED)
+            own_first = load_rows(k, b * k_b, kh, k0, H // G, rows_k, D, own, keys, BLOCK_D, PACKED)
+            own_second = load_rows(v, b * v_b, kh, k0, H // G, rows_k, E, own, keys, BLOCK_E, PACKED)
         for other0 in range((low // BLOCK_N * BLOCK_N).to(tl.int32), high.to(tl.int32), BLOCK_N):
             other = other0 + tl.arange(0, BLOCK_N)
             if BY_QUERY:
                 i, j = own[:, None], other[None, :]
-                first = load_rows(k, b, kh, k0, H // G, rows_k, D, other, keys, BLOCK_D, PACKED)
-                second = load_rows(v, b, kh, k0, H // G, rows_k, E, other, keys, BLOCK_E, PACKED)
+                first = load_rows(k, b * k_b, kh, k0, H // G, rows_k, D, other, keys, BLOCK_D, PACKED)
+                second = load_rows(v, b * v_b, kh, k0, H // G, rows_k, E, other, keys, BLOCK_E, PACKED)
             else:
                 i, j = other[None, :], own[:, None]
                 first = load_rows(q, b, h, q0, H, rows_q, D, other, rows, BLOCK_D, PACKED)
@@ -325,7 +337,7 @@ def attention_bwd_kernel(
             seen = is_seen(i, j, rows, keys, shift, LEFT, RIGHT) & (log_sum != MINUS_INFINITY)
             s, slope = score_of(
                 dot(own_first, tl.trans(first)), i, j, seen, b, h, shift,
-                mask, slopes, mask_b, mask_h, mask_l, mask_s, slopes_b, SCALE, SOFTCAP,
+                bias, slopes, mask_h, mask_l, mask_s, slopes_b, SCALE, SOFTCAP,
             )  # fmt: skip
             p = tl.exp2((s - tl.where(log_sum == MINUS_INFINITY, 0.0, log_sum)) * LOG2_E)
             dp = dot(own_second, tl.trans(second))
@@ -377,6 +389,8 @@ class _Call:
         self.groups = self.heads // max(key_heads, 1)
         self.queries, self.keys = max_q, max_k
         d, e = q.shape[-1], v.shape[-1]
+        # examples that share their keys or values find them all at the first example's place
+        self.own = tuple(int(self.packed or t.shape[0] == 1 or t.stride(0) != 0) for t in (k, v))
         self.mask = mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
         strides = (0, 0, 0, 0) if mask is None else tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride()))
         self.sizes = (self.heads, self.groups, max_q, max_k, q.shape[rows], k.shape[rows], d, e)
@@ -402,7 +416,8 @@ class _Call:
 
 
 def attention_fwd(
-    q, k, v, mask, lengths, cu_q, cu_k, slopes, random, scale, softcap, left, right, bottom_right, dropout, max_q, max_k
+    q, k, v, mask, mask_examples, lengths, cu_q, cu_k, slopes, random,
+    scale, softcap, left, right, bottom_right, dropout, max_q, max_k,
 ):  # fmt: skip
     c = _Call(False, q, k, v, mask, cu_q, slopes, scale, softcap, left, right, bottom_right, dropout, max_q, max_k)
     o = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
@@ -424,8 +439,8 @@ def attention_fwd(
         programs, to = c.batch * c.heads * blocks, (o, lse, None)
     if programs:
         attention_fwd_kernel[(programs,)](
-            q, k, v, *to, c.mask, lengths, cu_q, cu_k, slopes, random if dropout > 0 else None,
-            *c.sizes, blocks, parts, *c.offsets, c.threshold, **constants,
+            q, k, v, *to, c.mask, mask_examples, lengths, cu_q, cu_k, slopes, random if dropout > 0 else None,
+            *c.sizes, blocks, *c.own, parts, *c.offsets, c.threshold, **constants,
         )  # fmt: skip
     if parts:
         attention_merge_kernel[(c.batch * c.heads * max_q,)](
@@ -435,11 +450,11 @@ def attention_fwd(
 
 
 def attention_bwd(
-    dy, dlse, q, k, v, o, lse, mask, lengths, cu_q, cu_k, slopes, random,
+    dy, dlse, q, k, v, o, lse, mask, mask_examples, lengths, cu_q, cu_k, slopes, random,
     scale, softcap, left, right, bottom_right, dropout, max_q, max_k,
 ):  # fmt: skip
     c = _Call(True, q, k, v, mask, cu_q, slopes, scale, softcap, left, right, bottom_right, dropout, max_q, max_k)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     delta = torch.empty_like(lse)
     m = c.tile[0]
     blocks, key_blocks = cdiv(max_q, m), cdiv(max_k, m)
@@ -451,9 +466,9 @@ def attention_bwd(
     for by_query, count in ((True, c.heads * blocks), (False, c.heads // c.groups * key_blocks)):
         if c.batch * count:
             attention_bwd_kernel[(c.batch * count,)](
-                dy, q, k, v, lse, delta, dq, dk, dv, c.mask, lengths, cu_q, cu_k, slopes,
+                dy, q, k, v, lse, delta, dq, dk, dv, c.mask, mask_examples, lengths, cu_q, cu_k, slopes,
                 random if dropout > 0 else None,
-                *c.sizes, blocks if by_query else key_blocks, *c.offsets, c.threshold,
+                *c.sizes, blocks if by_query else key_blocks, *c.own, *c.offsets, c.threshold,
                 **c.constants, BY_QUERY=by_query,
             )  # fmt: skip
     return dq, dk, dv
@@ -462,7 +477,7 @@ def attention_bwd(
 def specimens() -> list[Specimen]:
     """What tests/triton_compile.py compiles: every kernel, by type and head size, plain and with everything."""
     found = []
-    sizes = dict.fromkeys(("H", "G", "L", "S", "rows_q", "rows_k", "D", "E", "blocks"), "i32")
+    sizes = dict.fromkeys(("H", "G", "L", "S", "rows_q", "rows_k", "D", "E", "blocks", "k_b", "v_b"), "i32")
     offsets = dict.fromkeys(("mask_b", "mask_h", "mask_l", "mask_s", "slopes_b", "threshold"), "i32")
     for t, dtype, a, width in (("bf16", torch.bfloat16, "fp32", 128), ("fp32", torch.float32, "fp32", 64)):
         m, n, warps = _tile(dtype, width)
@@ -470,8 +485,8 @@ def specimens() -> list[Specimen]:
         whole = {"divisible": ("D", "E")}
         tiles = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": width, "BLOCK_E": width}
         shape = {"SCALE": 0.125, "SOFTCAP": 0.0, "LEFT": -1, "RIGHT": 0, "BOTTOM_RIGHT": False, "KEEP_SCALE": 1.0}
-        absent = dict.fromkeys(("mask", "lengths", "cu_q", "cu_k", "slopes", "state"))
-        tensors = {"mask": f"*{a}", "lengths": "*i64", "slopes": f"*{a}", "state": "*i64"}
+        absent = dict.fromkeys(("mask", "mask_examples", "lengths", "cu_q", "cu_k", "slopes", "state"))
+        tensors = {"mask": f"*{a}", "mask_examples": "*i64", "lengths": "*i64", "slopes": f"*{a}", "state": "*i64"}
         read = dict.fromkeys(("q", "k", "v"), f"*{t}")
         for extra in (False, True):
             constants = shape | tiles | (dict.fromkeys(("cu_q", "cu_k")) if extra else absent)

@@ -23,12 +23,18 @@ struct Problem {
   int64_t B, H, G;     // batch, query heads, query heads per key head
   int64_t L, S;        // queries, keys; of the longest sequence when packed
   int64_t D, E;        // head size of query and key, of value
-  Strides q, k, v, o;  // batch stride 0 when packed
+  Strides q, k, v, o;  // batch stride 0 when packed, and where all examples share their keys or their values
+  Strides dk, dv;      // of gradients, which are each example's own
   int64_t lse_batch, lse_head;
-  // Mask, broadcast through strides of 0: allowed or not, or a number to add. At most one is there.
+  // Mask, with the strides of its tensor, broadcast through strides of 0: allowed or not, or a number to add, which has
+  // the type of the sums or that of q. At most one of the four is there.
   const bool* allowed;
   const acc_t* bias;
+  const bfloat16_t* bias_bf16;
+  const half_t* bias_fp16;
   int64_t mask_batch, mask_head, mask_row, mask_column;
+  const int64_t* mask_examples;  // [B]: which mask of `mask_count` is an example's; null: the one of its number
+  int64_t mask_count;
   const int64_t* lengths;      // [B]: keys from here on do not exist; null: all do
   const int64_t *cu_q, *cu_k;  // [B + 1]: first row of each packed sequence; null: not packed
   int64_t rows_q, rows_k;      // of the packed tensors
@@ -41,14 +47,18 @@ struct Problem {
   int64_t left, right;   // negative: unbounded
   bool bottom_right;
 
+  PYOPS_HOST_DEVICE bool has_mask() const {
+    return allowed != nullptr || bias != nullptr || bias_bf16 != nullptr || bias_fp16 != nullptr;
+  }
   PYOPS_HOST_DEVICE bool has_extras() const {
-    return allowed != nullptr || bias != nullptr || slopes != nullptr || softcap != acc_t(0) || random != nullptr;
+    return has_mask() || slopes != nullptr || softcap != acc_t(0) || random != nullptr;
   }
 };
 
 // One example of the batch: where its rows begin, how many it has, and which keys a query may see.
 struct Example {
   int64_t q0, k0, L, S, shift, left, right;
+  int64_t mask;  // where its mask begins
 
   PYOPS_HOST_DEVICE int64_t first_key(int64_t i) const {
     const int64_t first = left < 0 ? 0 : i + shift - left;
@@ -77,8 +87,13 @@ struct Example {
 PYOPS_HOST_DEVICE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : (x > high ? high : x); }
 
 template <class acc_t>
+PYOPS_HOST_DEVICE int64_t mask_of_example(const Problem<acc_t>& p, int64_t b) {
+  return (p.mask_examples == nullptr ? b : clamp(p.mask_examples[b], 0, p.mask_count - 1)) * p.mask_batch;
+}
+
+template <class acc_t>
 PYOPS_HOST_DEVICE Example example(const Problem<acc_t>& p, int64_t b) {
-  Example e{0, 0, p.L, p.S, 0, p.left, p.right};
+  Example e{0, 0, p.L, p.S, 0, p.left, p.right, mask_of_example(p, b)};
   if (p.cu_q != nullptr) {  // clamped: bad numbers in device memory must not become bad addresses
     e.q0 = clamp(p.cu_q[b], 0, p.rows_q);
     e.k0 = clamp(p.cu_k[b], 0, p.rows_k);
@@ -102,9 +117,24 @@ PYOPS_HOST_DEVICE bool dropped(const Problem<acc_t>& p, int64_t b, int64_t h, in
   return !is_kept(w[static_cast<int>(j % 4)], p.threshold);
 }
 
+// Where the mask of an example speaks of query i of head h and key j.
+template <class acc_t>
+PYOPS_HOST_DEVICE int64_t mask_at(const Problem<acc_t>& p, const Example& e, int64_t h, int64_t i, int64_t j) {
+  return e.mask + h * p.mask_head + i * p.mask_row + j * p.mask_column;
+}
 template <class acc_t>
 PYOPS_HOST_DEVICE int64_t mask_at(const Problem<acc_t>& p, int64_t b, int64_t h, int64_t i, int64_t j) {
-  return b * p.mask_batch + h * p.mask_head + i * p.mask_row + j * p.mask_column;
+  return mask_of_example(p, b) + h * p.mask_head + i * p.mask_row + j * p.mask_column;
+}
+
+// The number that a mask of numbers adds there. T: the type of q.
+template <class T, class acc_t>
+PYOPS_HOST_DEVICE acc_t bias_at(const Problem<acc_t>& p, int64_t at) {
+  if constexpr (std::is_same_v<T, bfloat16_t>)
+    if (p.bias_bf16 != nullptr) return static_cast<acc_t>(p.bias_bf16[at]);
+  if constexpr (std::is_same_v<T, half_t>)
+    if (p.bias_fp16 != nullptr) return static_cast<acc_t>(p.bias_fp16[at]);
+  return p.bias[at];
 }
 
 }  // namespace pyops::attention

@@ -20,10 +20,12 @@ namespace pyops::PYOPS_CPU_CAPABILITY {
 // ---- kernels
 
 // Keys of every head, transposed block by block: [B, H / G, blocks][depth][key_block]; values: [.., blocks][rows][stride].
+// Of keys or values that the examples share there is one packing, but where lengths say what of them counts.
 template <class Products, class scalar_t, class acc_t>
 struct PackedKeys {
   using Word = typename Products::Word;
   int64_t blocks, depth, rows, stride, heads;  // depth and rows in words
+  int64_t of_keys, of_values;                  // how many examples are packed
   bool direct;                                 // values are read where they are
   Buffer<Word> keys, values;
   const scalar_t* v;
@@ -34,33 +36,37 @@ struct PackedKeys {
         rows(key_block / Products::step),
         stride(round_up(p.E, Vec<acc_t>::width)),
         heads(p.G > 0 ? p.H / p.G : 0),
+        of_keys(p.k.batch == 0 && p.lengths == nullptr && p.cu_k == nullptr ? std::min<int64_t>(p.B, 1) : p.B),
+        of_values(p.v.batch == 0 && p.lengths == nullptr && p.cu_k == nullptr ? std::min<int64_t>(p.B, 1) : p.B),
         direct(std::is_same_v<scalar_t, Word> && stride == p.E),
-        keys(p.B * heads * blocks * depth * key_block),
-        values(direct ? 0 : p.B * heads * blocks * rows * stride),
+        keys(of_keys * heads * blocks * depth * key_block),
+        values(direct ? 0 : of_values * heads * blocks * rows * stride),
         v(v) {
-    parallel_for(p.B * heads * blocks, 4, [&](int64_t begin, int64_t end) {
+    parallel_for(std::max(of_keys, of_values) * heads * blocks, 4, [&](int64_t begin, int64_t end) {
       for (int64_t at = begin; at < end; ++at) {
         const int64_t b = at / (heads * blocks), h = at / blocks % heads, j = at % blocks * key_block;
         const Example e = attention::example(p, b);
         const int64_t n = std::min(key_block, e.S - j);
         if (n <= 0) continue;
         const scalar_t* k_row = k + b * p.k.batch + h * p.k.head + (e.k0 + j) * p.k.row;
-        Products::pack_columns(keys.get() + at * depth * key_block, key_block, k_row, p.k.row, n, p.D);
-        if (direct) continue;
+        if (b < of_keys) Products::pack_columns(keys.get() + at * depth * key_block, key_block, k_row, p.k.row, n, p.D);
+        if (direct || b >= of_values) continue;
         const scalar_t* v_row = v + b * p.v.batch + h * p.v.head + (e.k0 + j) * p.v.row;
         Products::pack_summed(values.get() + at * rows * stride, stride, v_row, p.v.row, n, p.E);
       }
     });
   }
 
-  int64_t block(int64_t b, int64_t h, int64_t j) const { return (b * heads + h) * blocks + j / key_block; }
+  int64_t block(int64_t packed, int64_t b, int64_t h, int64_t j) const {
+    return ((packed == 1 ? 0 : b) * heads + h) * blocks + j / key_block;
+  }
   Matrix<const Word> keys_of(int64_t b, int64_t h, int64_t j) const {
-    return {keys.get() + block(b, h, j) * depth * key_block, key_block, 1};
+    return {keys.get() + block(of_keys, b, h, j) * depth * key_block, key_block, 1};
   }
   Matrix<const Word> values_of(const Problem<acc_t>& p, const Example& e, int64_t b, int64_t h, int64_t j) const {
     if constexpr (std::is_same_v<scalar_t, Word>)
       if (direct) return {v + b * p.v.batch + h * p.v.head + (e.k0 + j) * p.v.row, p.v.row, 1};
-    return {values.get() + block(b, h, j) * rows * stride, stride, 1};
+    return {values.get() + block(of_values, b, h, j) * rows * stride, stride, 1};
   }
 };
 
@@ -87,7 +93,7 @@ void attention_fwd_block(const Problem<acc_t>& p, const PackedKeys<Products, sca
     const int64_t r0 = std::max<int64_t>(0, e.first_query_of(j0, j0 + n) - i0) / product_rows * product_rows;
     const int64_t r1 = std::min(rows, e.last_query_of(j0, j0 + n) - i0);
     if (r0 >= r1) continue;
-    const Masked mask = masked(p, b, h, i0 + r0, i0 + r1, j0, n);
+    const Masked mask = masked(p, e, h, i0 + r0, i0 + r1, j0, n);
     if (mask == Masked::none) continue;
     const Matrix<acc_t> scores{s + r0 * score_stride, score_stride, 1};
     Products::template product<false>({q_rows + r0 * packed.depth, packed.depth, 1}, packed.keys_of(b, hk, j0), scores,
@@ -176,7 +182,7 @@ void attention_fwd_few(const Problem<acc_t>& p, const scalar_t* q, const scalar_
         const int64_t n = std::min(key_block, e.S - j0);
         bool seen = false;
         for (int64_t r = 0; r < rows && !seen; ++r)
-          seen = masked(p, b, hk * p.G + r / p.L, r % p.L, r % p.L + 1, j0, n) != Masked::none;
+          seen = masked(p, e, hk * p.G + r / p.L, r % p.L, r % p.L + 1, j0, n) != Masked::none;
         if (!seen) continue;
         const scalar_t* k_row = k + b * p.k.batch + hk * p.k.head + j0 * p.k.row;
         if constexpr (std::is_same_v<Word, acc_t>) {  // one key at a time needs no transposed copy
@@ -349,7 +355,7 @@ void attention_bwd_block(const Problem<acc_t>& p, const Example& e, const Packed
   const int64_t r0 = std::max<int64_t>(0, e.first_query_of(j0, j0 + n) - i0) / product_rows * product_rows;
   const int64_t r1 = std::min(rows, e.last_query_of(j0, j0 + n) - i0);
   if (r0 >= r1) return;
-  const Masked mask = masked(p, b, h, i0 + r0, i0 + r1, j0, n);
+  const Masked mask = masked(p, e, h, i0 + r0, i0 + r1, j0, n);
   if (mask == Masked::none) return;
   const int64_t first = (b * p.H + h) * queries.rows + i0 + r0, m = r1 - r0;
   const Matrix<acc_t> p_block{w.s, score_stride, 1}, ds_block{w.ds, score_stride, 1};
@@ -447,11 +453,11 @@ void attention_bwd_all(const Problem<acc_t>& p, const scalar_t* dy, const scalar
               attention_bwd_block(p, e, queries, w, sum_dq + g * queries.rows * width, b, hk * p.G + g, i0, j0, n);
         }
         const int64_t kept = std::min(key_block, all_rows - j0);
-        scalar_t* dk_row = dk + b * p.k.batch + hk * p.k.head + (e.k0 + j0) * p.k.row;
-        scalar_t* dv_row = dv + b * p.v.batch + hk * p.v.head + (e.k0 + j0) * p.v.row;
+        scalar_t* dk_row = dk + b * p.dk.batch + hk * p.dk.head + (e.k0 + j0) * p.dk.row;
+        scalar_t* dv_row = dv + b * p.dv.batch + hk * p.dv.head + (e.k0 + j0) * p.dv.row;
         for (int64_t j = 0; j < kept; ++j) {
-          unpack_row(dk_row + j * p.k.row, w.dk + j * width, p.D);
-          unpack_row(dv_row + j * p.v.row, w.dv + j * value_width, p.E);
+          unpack_row(dk_row + j * p.dk.row, w.dk + j * width, p.D);
+          unpack_row(dv_row + j * p.dv.row, w.dv + j * value_width, p.E);
         }
       }
     }
@@ -475,22 +481,22 @@ void attention_bwd_all(const Problem<acc_t>& p, const scalar_t* dy, const scalar
 // ---- binding
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
-                                         const OptionalTensor& lengths, const OptionalTensor& cu_q,
-                                         const OptionalTensor& cu_k, const OptionalTensor& slopes,
-                                         const OptionalTensor& random, double scale, double softcap, int64_t left,
-                                         int64_t right, bool bottom_right, double dropout, int64_t max_q,
-                                         int64_t max_k) {
+                                         const OptionalTensor& mask_examples, const OptionalTensor& lengths,
+                                         const OptionalTensor& cu_q, const OptionalTensor& cu_k,
+                                         const OptionalTensor& slopes, const OptionalTensor& random, double scale,
+                                         double softcap, int64_t left, int64_t right, bool bottom_right, double dropout,
+                                         int64_t max_q, int64_t max_k) {
   OpScope op("attention_fwd", q);
-  const attention::Arguments a{q,     k,       v,       mask, lengths, cu_q,  cu_k,  slopes,      random,
-                               scale, softcap, dropout, left, right,   max_q, max_k, bottom_right};
+  const attention::Arguments a{q,      k,     v,       mask,    mask_examples, lengths, cu_q,  cu_k,  slopes,
+                               random, scale, softcap, dropout, left,          right,   max_q, max_k, bottom_right};
   return dispatch_floating(op, q.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
     const Problem<acc_t> p = attention::problem<acc_t>(op, a);
     const int64_t heads = a.heads(k);
     Tensor o = attention::empty<scalar_t>(op, a, p.H, p.rows_q, p.E), lse = attention::empty_lse<acc_t>(op, a);
     attention_fwd_all(p, attention::in<scalar_t>(op, a, q, "q", p.H, p.rows_q, p.D),
-                      attention::in<scalar_t>(op, a, k, "k", heads, p.rows_k, p.D),
-                      attention::in<scalar_t>(op, a, v, "v", heads, p.rows_k, p.E),
+                      attention::in_shared<scalar_t>(op, a, k, "k", heads, p.rows_k, p.D),
+                      attention::in_shared<scalar_t>(op, a, v, "v", heads, p.rows_k, p.E),
                       attention::out<scalar_t>(op, a, o, "o", p.H, p.rows_q, p.E),
                       attention::out_lse<acc_t>(op, a, lse));
     return std::tuple(o, lse);
@@ -499,14 +505,15 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dy, const OptionalTensor& dlse, const Tensor& q,
                                                  const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse,
-                                                 const OptionalTensor& mask, const OptionalTensor& lengths,
-                                                 const OptionalTensor& cu_q, const OptionalTensor& cu_k,
-                                                 const OptionalTensor& slopes, const OptionalTensor& random,
-                                                 double scale, double softcap, int64_t left, int64_t right,
-                                                 bool bottom_right, double dropout, int64_t max_q, int64_t max_k) {
+                                                 const OptionalTensor& mask, const OptionalTensor& mask_examples,
+                                                 const OptionalTensor& lengths, const OptionalTensor& cu_q,
+                                                 const OptionalTensor& cu_k, const OptionalTensor& slopes,
+                                                 const OptionalTensor& random, double scale, double softcap,
+                                                 int64_t left, int64_t right, bool bottom_right, double dropout,
+                                                 int64_t max_q, int64_t max_k) {
   OpScope op("attention_bwd", dy);
-  const attention::Arguments a{q,     k,       v,       mask, lengths, cu_q,  cu_k,  slopes,      random,
-                               scale, softcap, dropout, left, right,   max_q, max_k, bottom_right};
+  const attention::Arguments a{q,      k,     v,       mask,    mask_examples, lengths, cu_q,  cu_k,  slopes,
+                               random, scale, softcap, dropout, left,          right,   max_q, max_k, bottom_right};
   return dispatch_floating(op, q.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
     const Problem<acc_t> p = attention::problem<acc_t>(op, a);
@@ -517,8 +524,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dy, const Optiona
     with_products<scalar_t>([&]<class Products>(Products) {
       attention_bwd_all<Products>(p, attention::in<scalar_t>(op, a, dy, "dy", p.H, p.rows_q, p.E),
                                   attention::in<scalar_t>(op, a, q, "q", p.H, p.rows_q, p.D),
-                                  attention::in<scalar_t>(op, a, k, "k", heads, p.rows_k, p.D),
-                                  attention::in<scalar_t>(op, a, v, "v", heads, p.rows_k, p.E),
+                                  attention::in_shared<scalar_t>(op, a, k, "k", heads, p.rows_k, p.D),
+                                  attention::in_shared<scalar_t>(op, a, v, "v", heads, p.rows_k, p.E),
                                   attention::in<scalar_t>(op, a, o, "o", p.H, p.rows_q, p.E),
                                   attention::in_lse<acc_t>(op, a, lse, "lse"),
                                   dlse.has_value() ? attention::in_lse<acc_t>(op, a, *dlse, "dlse") : nullptr,

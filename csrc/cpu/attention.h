@@ -71,6 +71,47 @@ void keep_row(const Problem<acc_t>& p, int64_t b, int64_t h, int64_t i, int64_t 
   }
 }
 
+// f of the mask of numbers that is there.
+template <class acc_t, class F>
+PYOPS_INLINE void with_bias(const Problem<acc_t>& p, const F& f) {
+  if (p.bias != nullptr) return f(p.bias);
+  if constexpr (std::is_same_v<acc_t, float>) {
+    if (p.bias_bf16 != nullptr) return f(p.bias_bf16);
+    if (p.bias_fp16 != nullptr) return f(p.bias_fp16);
+  }
+}
+
+// `step` elements lie between one key's and the next; with 1 the loops are of vectors.
+template <class acc_t, class bias_t>
+PYOPS_INLINE void add_bias(const bias_t* bias, int64_t step, int64_t n, acc_t* s) {
+  using V = Vec<acc_t>;
+  if (step != 1)
+    for (int64_t j = 0; j < n; ++j) s[j] += static_cast<acc_t>(bias[j * step]);
+  else if constexpr (std::is_same_v<bias_t, acc_t>)
+    for (int64_t j = 0; j < n; ++j) s[j] += bias[j];
+  else
+    each_vector<acc_t>(
+        n, [&](int64_t j, auto lanes) { (V::load(s + j, lanes) + V::load(bias + j, lanes)).store(s + j, lanes); });
+}
+
+template <class acc_t>
+PYOPS_INLINE void hide(const bool* allowed, int64_t step, int64_t n, acc_t* s) {
+  // with integers, of which the compiler makes vectors: of a choice it made a branch, which random masks mispredict
+  using Bits = std::conditional_t<sizeof(acc_t) == 4, int32_t, int64_t>;
+  const auto* seen = reinterpret_cast<const uint8_t*>(allowed);
+  const Bits hidden = std::bit_cast<Bits>(-infinity<acc_t>);
+  const auto where = [&](int64_t j, uint8_t is_seen) {
+    const Bits keep = -Bits(is_seen);
+    s[j] = std::bit_cast<acc_t>((std::bit_cast<Bits>(s[j]) & keep) | (hidden & ~keep));
+  };
+  if (step == 1) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) where(j, seen[j]);
+  } else {
+    for (int64_t j = 0; j < n; ++j) where(j, seen[j * step]);
+  }
+}
+
 // Products q.k of one row, in place, become scores; -inf where query i does not see the key. Without `mask` the mask is
 // one that changes nothing here. With `slope_of`, also the factor d score / d (scale * q.k), which is 1 without a cap.
 template <class acc_t>
@@ -92,53 +133,61 @@ void finish_scores(const Problem<acc_t>& p, const Example& e, int64_t b, int64_t
     v.store(s + j);
   }
   if (!mask) return;
-  if (p.bias != nullptr) {
-    const acc_t* bias = p.bias + attention::mask_at(p, b, h, i, j0);
-    if (p.mask_column == 1)  // a loop of vectors
-      for (int64_t j = 0; j < n; ++j) s[j] += bias[j];
-    else
-      for (int64_t j = 0; j < n; ++j) s[j] += bias[j * p.mask_column];
-  } else if (p.allowed != nullptr) {
-    const bool* allowed = p.allowed + attention::mask_at(p, b, h, i, j0);
-    if (p.mask_column == 1) {
-      // with integers, of which the compiler makes vectors: of a choice it made a branch, which random masks mispredict
-      using Bits = std::conditional_t<sizeof(acc_t) == 4, int32_t, int64_t>;
-      const auto* seen = reinterpret_cast<const uint8_t*>(allowed);
-      const Bits hidden = std::bit_cast<Bits>(-infinity<acc_t>);
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) {
-        const Bits keep = -Bits(seen[j]);
-        s[j] = std::bit_cast<acc_t>((std::bit_cast<Bits>(s[j]) & keep) | (hidden & ~keep));
-      }
-    } else if (!allowed[0])
-      std::fill(s, s + n, -infinity<acc_t>);
-  }
+  const int64_t at = attention::mask_at(p, e, h, i, j0);
+  if (p.allowed != nullptr)
+    hide(p.allowed + at, p.mask_column, n, s);
+  else
+    with_bias(p, [&](const auto* bias) { add_bias(bias + at, p.mask_column, n, s); });
 }
 
 // What a mask does to a block of scores: nothing is seen (false, -inf), it changes nothing (true, 0), or neither.
 enum class Masked { none, all, some };
 
+// Of one row: whether any of its keys is seen, and whether the mask changes nothing for every one. Halves by their bits,
+// of which the compiler makes vectors.
+template <class T>
+PYOPS_INLINE void look_at_mask(const T* mask, int64_t step, int64_t n, bool& hides, bool& changes_nothing) {
+  using Bits = std::conditional_t<sizeof(T) == 1, uint8_t, std::conditional_t<sizeof(T) == 2, uint16_t, T>>;
+  uint8_t any = 0, every = 1;
+  const auto* values = reinterpret_cast<const Bits*>(mask);
+  const auto look = [&](Bits x) {
+    if constexpr (sizeof(T) == 1) {
+      any |= x, every &= x;
+    } else if constexpr (sizeof(T) == 2) {
+      constexpr Bits minus_infinity = std::is_same_v<T, bfloat16_t> ? 0xff80 : 0xfc00;
+      any |= x != minus_infinity, every &= (x & 0x7fff) == 0;
+    } else {
+      any |= x != -infinity<T>, every &= x == 0;
+    }
+  };
+  if (step == 1)
+    for (int64_t j = 0; j < n; ++j) look(values[j]);
+  else
+    for (int64_t j = 0; j < n; ++j) look(values[j * step]);
+  hides = hides && any == 0, changes_nothing = changes_nothing && every != 0;
+}
+
 // Most masks of numbers that are neither are found out by their first element.
 template <class acc_t>
-Masked masked(const Problem<acc_t>& p, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t j0, int64_t n) {
-  if (p.allowed == nullptr && p.bias == nullptr) return Masked::all;
+Masked masked(const Problem<acc_t>& p, const Example& e, int64_t h, int64_t i0, int64_t i1, int64_t j0, int64_t n) {
+  if (!p.has_mask()) return Masked::all;
   const int64_t rows = p.mask_row == 0 ? 1 : i1 - i0, columns = p.mask_column == 0 ? 1 : n;
   bool hides = true, changes_nothing = true;
-  for (int64_t i = i0; i < i0 + rows; ++i) {
-    const int64_t at = attention::mask_at(p, b, h, i, j0);
-    uint8_t any = 0, every = 1;
-    if (p.allowed != nullptr) {
-      const auto* allowed = reinterpret_cast<const uint8_t*>(p.allowed + at);
-      for (int64_t j = 0; j < columns; ++j) any |= allowed[j], every &= allowed[j];
-    } else {
-      const acc_t* bias = p.bias + at;
-      if (bias[0] != 0 && bias[0] != -infinity<acc_t>) return Masked::some;
-      for (int64_t j = 0; j < columns; ++j) any |= bias[j] != -infinity<acc_t>, every &= bias[j] == 0;
+  const auto look = [&](const auto* mask) {
+    for (int64_t i = i0; i < i0 + rows && (hides || changes_nothing); ++i) {
+      const auto* row = mask + attention::mask_at(p, e, h, i, j0);
+      if constexpr (!std::is_same_v<decltype(mask), const bool*>) {
+        const acc_t first = static_cast<acc_t>(row[0]);
+        if (first != 0 && first != -infinity<acc_t>) hides = changes_nothing = false;
+      }
+      if (hides || changes_nothing) look_at_mask(row, p.mask_column, columns, hides, changes_nothing);
     }
-    hides = hides && any == 0, changes_nothing = changes_nothing && every != 0;
-    if (!hides && !changes_nothing) return Masked::some;
-  }
-  return hides ? Masked::none : Masked::all;
+  };
+  if (p.allowed != nullptr)
+    look(p.allowed);
+  else
+    with_bias(p, look);
+  return hides ? Masked::none : changes_nothing ? Masked::all : Masked::some;
 }
 
 // What the online softmax carries from one block of keys to the next, per query of a block. A score that is no number

@@ -53,14 +53,14 @@ namespace pyops {
 namespace {
 
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
-                                         const OptionalTensor& lengths, const OptionalTensor& cu_q,
-                                         const OptionalTensor& cu_k, const OptionalTensor& slopes,
-                                         const OptionalTensor& random, double scale, double softcap, int64_t left,
-                                         int64_t right, bool bottom_right, double dropout, int64_t max_q,
-                                         int64_t max_k) {
+                                         const OptionalTensor& mask_examples, const OptionalTensor& lengths,
+                                         const OptionalTensor& cu_q, const OptionalTensor& cu_k,
+                                         const OptionalTensor& slopes, const OptionalTensor& random, double scale,
+                                         double softcap, int64_t left, int64_t right, bool bottom_right, double dropout,
+                                         int64_t max_q, int64_t max_k) {
   OpScope op("attention_fwd", q);
-  const attention::Arguments a{q,     k,       v,       mask, lengths, cu_q,  cu_k,  slopes,      random,
-                               scale, softcap, dropout, left, right,   max_q, max_k, bottom_right};
+  const attention::Arguments a{q,      k,     v,       mask,    mask_examples, lengths, cu_q,  cu_k,  slopes,
+                               random, scale, softcap, dropout, left,          right,   max_q, max_k, bottom_right};
   return dispatch_floating(op, q.scalar_type(), [&]<class T>() {
     using A = accumulate_t<T>;
     const attention::Problem<A> p = attention::problem<A>(op, a);
@@ -69,8 +69,8 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
     Tensor o = attention::empty<T>(op, a, p.H, p.rows_q, p.E), lse = attention::empty_lse<A>(op, a);
     attention::Tensors<T> t{};
     t.q = attention::in<T>(op, a, q, "q", p.H, p.rows_q, p.D);
-    t.k = attention::in<T>(op, a, k, "k", heads, p.rows_k, p.D);
-    t.v = attention::in<T>(op, a, v, "v", heads, p.rows_k, p.E);
+    t.k = attention::in_shared<T>(op, a, k, "k", heads, p.rows_k, p.D);
+    t.v = attention::in_shared<T>(op, a, v, "v", heads, p.rows_k, p.E);
     t.o = attention::out<T>(op, a, o, "o", p.H, p.rows_q, p.E);
     t.lse = attention::out_lse<A>(op, a, lse);
     const auto stream = static_cast<cudaStream_t>(op.stream());
@@ -81,14 +81,15 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const
 
 std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dy, const OptionalTensor& dlse, const Tensor& q,
                                                  const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse,
-                                                 const OptionalTensor& mask, const OptionalTensor& lengths,
-                                                 const OptionalTensor& cu_q, const OptionalTensor& cu_k,
-                                                 const OptionalTensor& slopes, const OptionalTensor& random,
-                                                 double scale, double softcap, int64_t left, int64_t right,
-                                                 bool bottom_right, double dropout, int64_t max_q, int64_t max_k) {
+                                                 const OptionalTensor& mask, const OptionalTensor& mask_examples,
+                                                 const OptionalTensor& lengths, const OptionalTensor& cu_q,
+                                                 const OptionalTensor& cu_k, const OptionalTensor& slopes,
+                                                 const OptionalTensor& random, double scale, double softcap,
+                                                 int64_t left, int64_t right, bool bottom_right, double dropout,
+                                                 int64_t max_q, int64_t max_k) {
   OpScope op("attention_bwd", dy);
-  const attention::Arguments a{q,     k,       v,       mask, lengths, cu_q,  cu_k,  slopes,      random,
-                               scale, softcap, dropout, left, right,   max_q, max_k, bottom_right};
+  const attention::Arguments a{q,      k,     v,       mask,    mask_examples, lengths, cu_q,  cu_k,  slopes,
+                               random, scale, softcap, dropout, left,          right,   max_q, max_k, bottom_right};
   return dispatch_floating(op, q.scalar_type(), [&]<class T>() {
     using A = accumulate_t<T>;
     const attention::Problem<A> p = attention::problem<A>(op, a);
@@ -101,8 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dy, const Optiona
     attention::Tensors<T> t{};
     t.dy = attention::in<T>(op, a, dy, "dy", p.H, p.rows_q, p.E);
     t.q = attention::in<T>(op, a, q, "q", p.H, p.rows_q, p.D);
-    t.k = attention::in<T>(op, a, k, "k", heads, p.rows_k, p.D);
-    t.v = attention::in<T>(op, a, v, "v", heads, p.rows_k, p.E);
+    t.k = attention::in_shared<T>(op, a, k, "k", heads, p.rows_k, p.D);
+    t.v = attention::in_shared<T>(op, a, v, "v", heads, p.rows_k, p.E);
     t.o_in = attention::in<T>(op, a, o, "o", p.H, p.rows_q, p.E);
     t.lse_in = attention::in_lse<A>(op, a, lse, "lse");
     t.dlse = dlse.has_value() ? attention::in_lse<A>(op, a, *dlse, "dlse") : nullptr;

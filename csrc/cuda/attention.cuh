@@ -90,7 +90,8 @@ PYOPS_DEVICE Range part_of_keys(const Example& e, int tile, int64_t part, int64_
 }
 
 // A score from the product q.k with everything but the visible range; `slope` is its derivative by scale * q.k.
-template <class A>
+// T: the type of q.
+template <class T, class A>
 PYOPS_DEVICE A extra_score(const Problem<A>& p, const Example& e, int64_t b, int64_t h, int64_t i, int64_t j, A product,
                            A& slope) {
   A s = product * p.scale;
@@ -104,33 +105,50 @@ PYOPS_DEVICE A extra_score(const Problem<A>& p, const Example& e, int64_t b, int
     const int64_t distance = i + e.shift - j;
     s -= p.slopes[b * p.slopes_batch + h] * static_cast<A>(distance < 0 ? -distance : distance);
   }
-  if (p.bias != nullptr) s += p.bias[mask_at(p, b, h, i, j)];
-  if (p.allowed != nullptr && !p.allowed[mask_at(p, b, h, i, j)]) s = -A(INFINITY);
+  if (p.allowed != nullptr) {
+    if (!p.allowed[mask_at(p, e, h, i, j)]) s = -A(INFINITY);
+  } else if (p.has_mask()) {
+    s += bias_at<T>(p, mask_at(p, e, h, i, j));
+  }
   return s;
 }
 
-// Whether some query of [i0, i1) may see some key of [j0, j1) by the mask alone. All threads of a block ask together;
-// most masks show something to the first that looks.
-PYOPS_DEVICE bool mask_shows(const Problem<float>& p, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t j0,
-                             int64_t j1) {
-  const int columns = static_cast<int>(j1 - j0), count = static_cast<int>(i1 - i0) * columns;
+// Whether some of the first `count` rows may see some key of [j0, j1) by the mask alone. All threads of a block ask
+// together; most masks show something to the first that looks.
+template <class T, class A, bool decode>
+PYOPS_DEVICE bool mask_shows(const Problem<A>& p, const Example& e, const QueryRows<decode>& rows, int count, int j0,
+                             int j1) {
+  if (p.mask_row == 0 && (!decode || p.mask_head == 0)) count = 1;
+  const int columns = p.mask_column == 0 ? 1 : j1 - j0;
   bool shown = false;
-  for (int n = threadIdx.x; n < count && !shown; n += blockDim.x) {
-    const int64_t at = mask_at(p, b, h, i0 + n / columns, j0 + n % columns);
-    shown = p.allowed != nullptr ? p.allowed[at] : !(p.bias[at] == -INFINITY);
+  for (int n = threadIdx.x; n < count * columns && !shown; n += blockDim.x) {
+    const int64_t r = n / columns, i = rows.query(r);
+    const int64_t at = mask_at(p, e, rows.head(r), i, j0 + n % columns);
+    shown = p.allowed != nullptr ? p.allowed[at] : !(bias_at<T>(p, at) == -A(INFINITY));
   }
   return __syncthreads_or(shown) != 0;
 }
 
-// The first tile from `tile0` on, of `size` rows of the other side, that the mask shows to the owned rows [r0, r1):
-// what it hides is neither loaded nor multiplied.
-template <bool by_query>
-PYOPS_DEVICE int shown_tile(const Problem<float>& p, int64_t b, int64_t h, int64_t r0, int64_t r1, int tile0, int high,
-                            int size) {
-  if (p.allowed == nullptr && p.bias == nullptr) return tile0;
+// The first tile of `size` keys from `tile0` on that the mask shows to the first `count` rows: what it hides is neither
+// loaded nor multiplied.
+template <class T, class A, bool decode>
+PYOPS_DEVICE int shown_keys(const Problem<A>& p, const Example& e, const QueryRows<decode>& rows, int count, int tile0,
+                            int high, int size) {
+  if (!p.has_mask()) return tile0;
+  for (; tile0 < high; tile0 += size)
+    if (mask_shows<T>(p, e, rows, count, tile0, tile0 + size < high ? tile0 + size : high)) break;
+  return tile0;
+}
+// The same from either side: a tile of rows of the other side, for the owned rows [r0, r1) of head h.
+template <class T, bool by_query, class A>
+PYOPS_DEVICE int shown_tile(const Problem<A>& p, const Example& e, int64_t h, int64_t r0, int64_t r1, int tile0,
+                            int high, int size) {
+  if (!p.has_mask() || by_query)
+    return shown_keys<T>(p, e, QueryRows<false>{h, r0, p.L, p.G}, static_cast<int>(r1 - r0), tile0, high, size);
   for (; tile0 < high; tile0 += size) {
-    const int end = tile0 + size < high ? tile0 + size : high;
-    if (by_query ? mask_shows(p, b, h, r0, r1, tile0, end) : mask_shows(p, b, h, tile0, end, r0, r1)) break;
+    const int count = tile0 + size < high ? size : high - tile0;
+    if (mask_shows<T>(p, e, QueryRows<false>{h, tile0, p.L, p.G}, count, static_cast<int>(r0), static_cast<int>(r1)))
+      break;
   }
   return tile0;
 }
@@ -143,10 +161,12 @@ PYOPS_DEVICE A kept(const Problem<A>& p, int64_t b, int64_t h, int64_t i, int64_
 
 // The kernels of attention_hopper.cu, and what they can do; attention_mma.cuh does the rest of bf16 and fp16. They read
 // vectors of 8 and lines of 64 columns, and assume that a larger product is a larger score.
+// Keys that examples share are no matrix of all examples' rows, as they fetch one.
 template <class T>
 bool suits_hopper(const Problem<float>& p, const Tensors<T>& t) {
   return hopper_built && compute_capability() == 90 && !p.has_extras() && p.scale > 0 && p.B * p.H > 0 && p.L > 0 &&
-         p.S > 0 && p.rows_q > 0 && p.rows_k > 0 && suits_hopper_heads(p.D, p.E) && is_aligned(t.q, t.k, t.v, t.dy);
+         p.S > 0 && p.rows_q > 0 && p.rows_k > 0 && p.k.batch == p.dk.batch && p.v.batch == p.dv.batch &&
+         suits_hopper_heads(p.D, p.E) && is_aligned(t.q, t.k, t.v, t.dy);
 }
 template <class T>
 void forward_hopper(const Problem<float>& p, const Tensors<T>& t, cudaStream_t stream);

@@ -77,7 +77,8 @@ __global__ void __launch_bounds__(decode_threads)
   for (int own = 0; own < decode_rows / warps; ++own) most[own] = -INFINITY;
   __syncthreads();
 
-  for (int j0 = all.low; j0 < all.high; j0 += decode_keys) {
+  const auto shown = [&](int tile0) { return shown_keys<float>(p, e, rows, count, tile0, all.high, decode_keys); };
+  for (int j0 = shown(all.low); j0 < all.high; j0 = shown(j0 + decode_keys)) {
 #pragma unroll 1
     for (int n = group; n < decode_keys; n += groups * together) {
       Vec<float, 4> key[together][W / 32];
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(decode_threads)
         float slope;
         s[n] = shared.p[n * 32 + lane][r];
         s[n] = key >= all.high || i >= e.L || !e.sees(i, key) ? -INFINITY
-               : extras                                       ? extra_score(p, e, at.b, h, i, key, s[n], slope)
+               : extras                                       ? extra_score<float>(p, e, at.b, h, i, key, s[n], slope)
                                                               : s[n] * p.scale;
         top = s[n] > top ? s[n] : top;
       }

@@ -155,10 +155,9 @@ __global__ void __launch_bounds__(mma_threads)
   Range all = decode ? part_of_keys(e, BN, part, parts.count)
                      : range_of<true>(e, i0, i0 + mma_rows < e.L ? i0 + mma_rows : e.L);
   // Heads that share a block when decoding may have a mask each.
-  const int64_t end = i0 + mma_rows < e.L ? i0 + mma_rows : e.L;
-  const auto shown = [&](int tile0) {
-    return decode ? tile0 : shown_tile<true>(p, at.b, at.h, i0, end, tile0, all.high, BN);
-  };
+  const int64_t end = decode ? p.G * p.L : e.L;
+  const int count = static_cast<int>(i0 + mma_rows < end ? mma_rows : end - i0);
+  const auto shown = [&](int tile0) { return shown_keys<T>(p, e, rows, count, tile0, all.high, BN); };
   const int first = shown(all.low / BN * BN);
   // Without extras products stay as they are until their largest is subtracted, which a larger product must be.
   const bool extras = p.has_extras() || !(p.scale > 0.0f);
@@ -193,7 +192,7 @@ __global__ void __launch_bounds__(mma_threads)
         float& x = shared.scratch.at[n][threadIdx.x];
         const int64_t i = rows.query(row_of(n)), h = rows.head(row_of(n)), key = j0 + column_of(n);
         float slope;
-        x = e.sees(i, key) && i < e.L ? extra_score(p, e, at.b, h, i, key, x, slope) : -INFINITY;
+        x = e.sees(i, key) && i < e.L ? extra_score<T>(p, e, at.b, h, i, key, x, slope) : -INFINITY;
       }
       shared.scratch.get(s);
     }
@@ -311,7 +310,7 @@ __global__ void __launch_bounds__(mma_threads)
       }
     }
     const int64_t end = own0 + mma_rows < own_rows ? own0 + mma_rows : own_rows;
-    const auto shown = [&](int tile0) { return shown_tile<by_query>(p, at.b, h, own0, end, tile0, all.high, BN); };
+    const auto shown = [&](int tile0) { return shown_tile<T, by_query>(p, e, h, own0, end, tile0, all.high, BN); };
     for (int other0 = shown(all.low / BN * BN); other0 < all.high; other0 = shown(other0 + BN)) {
       load_tile(shared.first, by_query ? k : q, by_query ? p.k.row : p.q.row, other0, by_query ? e.S : e.L, D,
                 whole_vectors);
@@ -341,7 +340,7 @@ __global__ void __launch_bounds__(mma_threads)
           float& y = shared.ds.at[n][threadIdx.x];
           if (i < e.L && e.sees(i, key) && l != -INFINITY) {
             float slope;
-            const float weight = exp2_approx((extra_score(p, e, at.b, h, i, key, x, slope) - l) * log2_e);
+            const float weight = exp2_approx((extra_score<T>(p, e, at.b, h, i, key, x, slope) - l) * log2_e);
             const float factor = p.random != nullptr ? kept(p, at.b, h, i, key) : 1.0f;
             y = weight * (y * factor - d) * (p.scale * slope);
             x = weight * factor;
@@ -382,11 +381,11 @@ __global__ void __launch_bounds__(mma_threads)
     if (own >= kept_rows) continue;
     if constexpr (want_first) {
       T* row = by_query ? t.dq + at.b * p.q.batch + at.h * p.q.head + (e.q0 + own) * p.q.row
-                        : t.dk + at.b * p.k.batch + at.h * p.k.head + (e.k0 + own) * p.k.row;
+                        : t.dk + at.b * p.dk.batch + at.h * p.dk.head + (e.k0 + own) * p.dk.row;
       store_row<T, W>(row, D, sum_first, half, 1.0f);
     }
     if constexpr (want_second)
-      store_row<T, W>(t.dv + at.b * p.v.batch + at.h * p.v.head + (e.k0 + own) * p.v.row, E, sum_second, half, 1.0f);
+      store_row<T, W>(t.dv + at.b * p.dv.batch + at.h * p.dv.head + (e.k0 + own) * p.dv.row, E, sum_second, half, 1.0f);
   }
 }
 

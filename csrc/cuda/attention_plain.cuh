@@ -76,7 +76,10 @@ __global__ void __launch_bounds__(plain_threads)
   for (int m = 0; m < R / 16; ++m) most[m] = -T(INFINITY);
   load_plain<T, R, W>(shared.q, t.q + at.b * p.q.batch + at.h * p.q.head + e.q0 * p.q.row, p.q.row, i0, e.L, D);
 
-  for (int j0 = all.low / R * R; j0 < all.high; j0 += R) {
+  const QueryRows<false> rows{at.h, i0, p.L, p.G};
+  const int count = static_cast<int>(i0 + R < e.L ? R : e.L - i0);
+  const auto shown = [&](int tile0) { return shown_keys<T>(p, e, rows, count, tile0, all.high, R); };
+  for (int j0 = shown(all.low / R * R); j0 < all.high; j0 = shown(j0 + R)) {
     load_plain<T, R, W>(shared.k, k, p.k.row, j0, e.S, D);
     load_plain<T, R, W>(shared.v, v, p.v.row, j0, e.S, E);
     __syncthreads();
@@ -93,7 +96,7 @@ __global__ void __launch_bounds__(plain_threads)
         T slope;
         const bool seen = key >= range.low && key < range.high;
         s[m][n] = !seen    ? -T(INFINITY)
-                  : extras ? extra_score(p, e, at.b, at.h, i, key, s[m][n], slope)
+                  : extras ? extra_score<T>(p, e, at.b, at.h, i, key, s[m][n], slope)
                            : s[m][n] * p.scale;
         top = s[m][n] > top ? s[m][n] : top;
       }
@@ -161,7 +164,9 @@ __global__ void __launch_bounds__(plain_threads)
       load_plain<T, R, W>(shared.own_first, q, p.q.row, own0, e.L, D);
       load_plain<T, R, W>(shared.own_second, dy, p.o.row, own0, e.L, E);
     }
-    for (int other0 = all.low / R * R; other0 < all.high; other0 += R) {
+    const int64_t end = own0 + R < own_rows ? own0 + R : own_rows;
+    const auto shown = [&](int tile0) { return shown_tile<T, by_query>(p, e, h, own0, end, tile0, all.high, R); };
+    for (int other0 = shown(all.low / R * R); other0 < all.high; other0 = shown(other0 + R)) {
       load_plain<T, R, W>(shared.first, by_query ? k : q, by_query ? p.k.row : p.q.row, other0, by_query ? e.S : e.L,
                           D);
       load_plain<T, R, W>(shared.second, by_query ? v : dy, by_query ? p.v.row : p.o.row, other0, by_query ? e.S : e.L,
@@ -188,7 +193,7 @@ __global__ void __launch_bounds__(plain_threads)
           T weight = 0, gradient = 0;
           if (other >= range.low && other < range.high && l != -T(INFINITY)) {
             T slope = 1, factor = 1;
-            const T score = extras ? extra_score(p, e, at.b, h, i, key, s[m][n], slope) : s[m][n] * p.scale;
+            const T score = extras ? extra_score<T>(p, e, at.b, h, i, key, s[m][n], slope) : s[m][n] * p.scale;
             weight = exp(score - l);
             if (p.random != nullptr) factor = kept(p, at.b, h, i, key);
             gradient = weight * (ds[m][n] * factor - d) * (p.scale * slope);
@@ -211,8 +216,10 @@ __global__ void __launch_bounds__(plain_threads)
     if constexpr (by_query) {
       plain_store<T, R, W>(t.dq + at.b * p.q.batch + at.h * p.q.head + (e.q0 + own) * p.q.row, sum_first[m], D, T(1));
     } else {
-      plain_store<T, R, W>(t.dk + at.b * p.k.batch + at.h * p.k.head + (e.k0 + own) * p.k.row, sum_first[m], D, T(1));
-      plain_store<T, R, W>(t.dv + at.b * p.v.batch + at.h * p.v.head + (e.k0 + own) * p.v.row, sum_second[m], E, T(1));
+      plain_store<T, R, W>(t.dk + at.b * p.dk.batch + at.h * p.dk.head + (e.k0 + own) * p.dk.row, sum_first[m], D,
+                           T(1));
+      plain_store<T, R, W>(t.dv + at.b * p.dv.batch + at.h * p.dv.head + (e.k0 + own) * p.dv.row, sum_second[m], E,
+                           T(1));
     }
   }
 }

@@ -38,7 +38,8 @@ def _kept(state, group, word, dropout):
 
 
 def reference(
-    q, k, v, mask, lengths, cu_q, cu_k, slopes, state, scale, softcap, left, right, bottom_right, dropout, max_q, max_k
+    q, k, v, mask, mask_examples, lengths, cu_q, cu_k, slopes, state,
+    scale, softcap, left, right, bottom_right, dropout, max_q, max_k,
 ):  # fmt: skip
     """Output and log-sum-exp of the op attention_fwd, by its arguments."""
     packed = cu_q is not None
@@ -64,6 +65,8 @@ def reference(
         seen = seen & (j >= i + shift - left)
     if right >= 0:
         seen = seen & (j <= i + shift + right)
+    if mask_examples is not None:
+        mask = mask[mask_examples]
     if mask is not None and mask.dtype == torch.bool:
         seen = seen & mask
     elif mask is not None:

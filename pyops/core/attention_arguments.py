@@ -119,26 +119,34 @@ def checked_mask(op, mask, query, batch, heads, queries, keys):
     return mask if is_differentiated(mask) else _compact(mask)
 
 
-def examples_and_heads(mask: torch.Tensor | None, batch: torch.Size) -> int:
-    """How many of the leading dimensions are examples; the others, along which a mask of all heads repeats itself, can
-    count as heads, so that the mask need not be expanded."""
-    if mask is None or mask.shape[-3] != 1:
-        return len(batch)
-    there = [d for d in range(len(batch)) if mask.shape[d] != 1]
-    inner = there[-1] + 1 if there else len(batch)
-    return inner if all(mask.shape[d] == batch[d] for d in range(inner)) else len(batch)
-
-
-def folded_mask(mask: torch.Tensor | None, batch: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
-    """[B or 1, H or 1, L or 1, S or 1] from [..., H, L, S], bool or in the dtype of the sums."""
+def folded_mask(
+    mask: torch.Tensor | None, batch: torch.Size, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """[M, H or 1, L or 1, S or 1] from [..., H, L, S] as it lies in memory, and which of the M is that of an example:
+    None where M is 1 or the number of examples."""
     if mask is None:
-        return None
-    if any(n != 1 for n in mask.shape[:-3]):
-        mask = mask.expand(*batch, *mask.shape[-3:])
-        mask = mask.reshape(math.prod(batch), *mask.shape[-3:])
-    else:
-        mask = mask.reshape(1, *mask.shape[-3:])
-    return mask.contiguous() if mask.dtype == torch.bool else mask.to(check.accumulate_dtype(dtype)).contiguous()
+        return None, None
+    leading = mask.shape[:-3]
+    count, chosen = math.prod(leading), None
+    if count != 1 and tuple(leading) != tuple(batch):
+        chosen = torch.arange(count, device=mask.device).reshape(leading).expand(batch).reshape(-1)
+    mask = mask.reshape(count, *mask.shape[-3:])
+    wide = check.accumulate_dtype(dtype)
+    return mask if mask.dtype in (torch.bool, dtype, wide) else mask.to(wide), chosen
+
+
+def folded(t: torch.Tensor, batch: torch.Size, heads: int) -> torch.Tensor:
+    """[B, heads, rows, width], contiguous; the batch has stride 0 where the examples share it."""
+    if len(batch) > 0 and all(n == 1 for n in t.shape[:-3]):
+        t = t.contiguous()
+    t = t.expand(*batch, heads, *t.shape[-2:]).reshape(math.prod(batch), heads, *t.shape[-2:])
+    return dense_but_for_the_batch(t)
+
+
+def dense_but_for_the_batch(t: torch.Tensor) -> torch.Tensor:
+    """t [B, ...], contiguous, or such that its examples are one example in memory, which is contiguous."""
+    shared = t.shape[0] > 1 and t.stride(0) == 0 and t.narrow(0, 0, 1).is_contiguous()
+    return t if shared else t.contiguous()
 
 
 def is_differentiated(mask: torch.Tensor | None) -> bool:

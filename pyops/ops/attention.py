@@ -31,19 +31,19 @@ _VARLEN = "attention_varlen"
 
 _kernels = library.triton_kernels("attention")
 _ARGUMENTS = (
-    "Tensor? mask, Tensor? lengths, Tensor? cu_q, Tensor? cu_k, Tensor? slopes, Tensor? random, float scale, "
-    "float softcap, int left, int right, bool bottom_right, float dropout, int max_q, int max_k"
+    "Tensor? mask, Tensor? mask_examples, Tensor? lengths, Tensor? cu_q, Tensor? cu_k, Tensor? slopes, Tensor? random, "
+    "float scale, float softcap, int left, int right, bool bottom_right, float dropout, int max_q, int max_k"
 )
 
 
-def _fwd_fake(q, k, v, mask, lengths, cu_q, cu_k, *_):
+def _fwd_fake(q, k, v, mask, mask_examples, lengths, cu_q, cu_k, *_):
     o = q.new_empty((*q.shape[:-1], v.shape[-1]))
     rows = (q.shape[1], q.shape[0]) if cu_q is not None else q.shape[:-1]
     return o, q.new_empty(rows, dtype=check.accumulate_dtype(q.dtype))
 
 
 def _bwd_fake(dy, dlse, q, k, v, *_):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 _fwd = library.declare(
@@ -66,24 +66,35 @@ def _backward_arguments(dy, inputs: Tensors, kept: Tensors, constants: Tensors, 
 
 def _fold(forward, batch, dims, inputs, constants):
     """A batch of calls is one call with more examples; not with packed rows, nor with a dropout mask to be the same."""
-    q, k, v, mask, lengths, cu_q, _, slopes, state = inputs
-    if cu_q is not None or state is not None or (slopes is not None and dims[7] is not None):
+    q, k, v, mask, chosen, lengths, cu_q, _, slopes, state = inputs
+    if cu_q is not None or state is not None or dims[4] is not None or (slopes is not None and dims[8] is not None):
         return None
     examples = q.shape[0] if dims[0] is None else q.movedim(dims[0], 0).shape[1]
 
     def spread(t, dim):
-        if t is None or (dim is None and t is mask and t.shape[0] == 1):
+        if t is None:
             return t
         t = t[None] if dim is None else t.movedim(dim, 0)
-        return t.expand(batch, examples, *t.shape[2:]).reshape(batch * examples, *t.shape[2:]).contiguous()
+        return t.expand(batch, examples, *t.shape[2:]).reshape(batch * examples, *t.shape[2:])
 
+    if mask is not None:
+        masks = mask.shape[0] if dims[3] is None else mask.movedim(dims[3], 0).shape[1]
+        if dims[3] is not None:
+            mask = mask.movedim(dims[3], 0).flatten(0, 1)
+        if chosen is None and (dims[3] is None) != (masks == 1):
+            chosen = torch.arange(masks, device=q.device).expand(examples)
+        if chosen is not None:  # that of the call, and of all calls
+            calls = torch.arange(batch, device=q.device) * (0 if dims[3] is None else masks)
+            chosen = (calls[:, None] + chosen).flatten()
     per_example = slopes.repeat(batch, 1) if slopes is not None and slopes.dim() == 2 else slopes
-    given = (spread(t, dim) for t, dim in zip((q, k, v, mask, lengths), dims))
-    o, lse = forward(*given, None, None, per_example, None, *constants)
+    q, k, v, lengths = (spread(inputs[n], dims[n]) for n in (0, 1, 2, 5))
+    k, v = (arguments_of.dense_but_for_the_batch(t) for t in (k, v))
+    lengths = lengths if lengths is None else lengths.contiguous()
+    o, lse = forward(q.contiguous(), k, v, mask, chosen, lengths, None, None, per_example, None, *constants)
     return (o.reshape(batch, examples, *o.shape[1:]), lse.reshape(batch, examples, *lse.shape[1:])), (0, 0)
 
 
-_apply = differentiable(Formula(_fwd, _bwd, 9, 3, _backward_arguments, reference, _fold, outputs=2, keep=(0, 1)))
+_apply = differentiable(Formula(_fwd, _bwd, 10, 3, _backward_arguments, reference, _fold, outputs=2, keep=(0, 1)))
 
 
 def _attend(op: str, *arguments: Any) -> Tensors:
@@ -145,10 +156,11 @@ def scaled_dot_product_attention(
         NotImplementedError: complex numbers, and what torch computes on some device, which pyops.use() leaves to it:
             is_causal with attn_mask, key and value with different numbers of keys or of grouped heads, heads of size 0.
 
-    What is stored beside the result: a mask is not expanded over heads, queries, keys, nor over leading dimensions that
-    it repeats itself along, but over those where a later one is its own ([2, 1, H, L, S] for a batch of (2, 8), or
-    [8, 1, L, S] for (2, 8)), and beside key_lengths or alibi_slopes. It is copied if it is not contiguous, or has not
-    the dtype of the sums (float32; float64 for float64). Keys and values that broadcast over the batch are copied.
+    What is stored beside the result: a mask is read where it is, by its strides and in its dtype, and never expanded; it
+    is copied if it is float32 beside float64, or if several leading dimensions of it cannot be viewed as one. Keys and
+    values that broadcast over the whole batch are read where they are as well (on a GPU not by Hopper's warpgroup
+    products), and copied where they broadcast over some leading dimensions only. torch.compile makes mask, keys and
+    values contiguous before the kernel.
     The gradient takes weights from the log-sum-exp, whose digits a mask of 1e4 and more uses up, as torch's fused
     kernels do.
 
@@ -207,22 +219,11 @@ def _sdpa(
         if tuple(key_lengths.shape) != tuple(batch):
             check.fail(RuntimeError, _NAME, "key_lengths", f"shape {list(key_lengths.shape)}", f"{list(batch)}")
         lengths = key_lengths.reshape(count).long().contiguous()
-    examples = len(batch)
-    if lengths is None and slopes is None:
-        examples = arguments_of.examples_and_heads(mask, batch)
-    outer, more = math.prod(batch[:examples]), math.prod(batch[examples:])  # times as many heads of the mask's examples
-    if mask is not None and examples < len(batch):
-        mask = mask.reshape(*mask.shape[:examples], 1, *mask.shape[-2:])
-    mask = arguments_of.folded_mask(mask, batch[:examples], query.dtype)
-
-    def folded(t, n):
-        return t.expand(*batch, n, *t.shape[-2:]).reshape(outer, more * n, *t.shape[-2:]).contiguous()
-
+    mask, mask_examples = arguments_of.folded_mask(mask, batch, query.dtype)
+    q = arguments_of.folded(q, batch, heads).contiguous()
+    k, v = (arguments_of.folded(t, batch, key_heads) for t in (k, v))
     state = random.draw(query.device) if dropout_p > 0 else None
-    o, lse = attend(
-        _NAME, folded(q, heads), folded(k, key_heads), folded(v, key_heads), mask,
-        lengths, None, None, slopes, state, *constants, queries, keys,
-    )  # fmt: skip
+    o, lse = attend(_NAME, q, k, v, mask, mask_examples, lengths, None, None, slopes, state, *constants, queries, keys)
     shape = (*batch, heads, queries) if query.dim() > 2 or key.dim() > 2 or value.dim() > 2 else (queries,)
     o = o.reshape(*shape, value.shape[-1])
     return (o, lse.reshape(shape)) if return_lse else o
@@ -298,7 +299,7 @@ def attention_varlen(
     state = random.draw(query.device) if dropout_p > 0 else None
     o, lse = _attend(
         _VARLEN, query.contiguous(), key.contiguous(), value.contiguous(), None,
-        None, cu_q, cu_k, slopes, state, *constants, max_q, max_k,
+        None, None, cu_q, cu_k, slopes, state, *constants, max_q, max_k,
     )  # fmt: skip
     return (o, lse) if return_lse else o
 
