@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..core.intercept import table
+from ..nn import fuse_conv_bn
 from .packages import load_photo, package_folder
 from .times import comparison
 
@@ -46,21 +47,23 @@ def run(out: Path, device: torch.device, repeats: int) -> tuple[bool, dict[str, 
     batch = torch.stack([preprocess(photo) for photo in photos]).to(device)
     model = load_model().to(device)
     names = class_names()
+    fused = fuse_conv_bn(model)
     with torch.no_grad():
-        both = comparison(lambda: model(batch), device, repeats)
+        both = comparison(lambda: model(batch), device, repeats, fused=lambda: fused(batch))
 
-    by_torch, by_pyops = answers(both.by_torch, names), answers(both.by_pyops, names)
+    by_torch, by_pyops, by_fused = (answers(t, names) for t in (both.by_torch, both.by_pyops, both.by_fused))
     rows = [["photo", "torch", "pyops"]]
     rows += [[name, str(a), str(b)] for (name, *_), a, b in zip(PHOTOS, by_torch, by_pyops)]
     print(table(rows))
-    difference = (both.by_torch - both.by_pyops).abs().max().item()
+    difference = max((both.by_torch - t).abs().max().item() for t in (both.by_pyops, both.by_fused))
     print(f"\nlargest difference of a logit: {difference:.1e} (logits reach {both.by_torch.abs().max().item():.1f})\n")
     both.show(device, f"one pass over {len(photos)} photos")
     picture = out / "labels.png"
     draw(picture, photos, by_torch, by_pyops)
     print(f"picture: {picture}")
 
-    agreed = [a.labels for a in by_torch] == [b.labels for b in by_pyops] and difference < LARGEST_DIFFERENCE
+    labels = [[answer.labels for answer in found] for found in (by_torch, by_pyops, by_fused)]
+    agreed = labels[0] == labels[1] == labels[2] and difference < LARGEST_DIFFERENCE
     if not agreed:
         print("pyops demo: torch and pyops disagree about the photos", file=sys.stderr)
     return agreed and both.ran, {

@@ -61,6 +61,7 @@ class Comparison:
         torch_ops, pyops_ops: op -> its time in a run where nothing is routed, and in one where everything is.
         left: calls of torch's own kernels that remain under ``pyops.use()``, by kind and op.
         seconds_torch, seconds_pyops: of the whole call, without the clocks around each op.
+        by_fused, seconds_fused: of the call with batch norms folded, under ``pyops.use()``; None where there is none.
     """
 
     by_torch: Any
@@ -71,6 +72,8 @@ class Comparison:
     left: dict[str, Counter[str]]
     seconds_torch: float
     seconds_pyops: float
+    by_fused: Any = None
+    seconds_fused: float | None = None
 
     @property
     def ran(self) -> bool:
@@ -84,11 +87,13 @@ class Comparison:
         where = "GPU" if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         print(f"\nMedian times of {what} ({where}).")
         print(f"The whole: torch {milliseconds(self.seconds_torch)}, pyops {milliseconds(self.seconds_pyops)}.")
+        if self.seconds_fused is not None:
+            print(f"Batch norms folded into convolutions, fuse_conv_bn: pyops {milliseconds(self.seconds_fused)}.")
 
     def numbers(self) -> dict[str, Any]:
         """For demo.json."""
         return {
-            "seconds": {"torch": self.seconds_torch, "pyops": self.seconds_pyops},
+            "seconds": {"torch": self.seconds_torch, "pyops": self.seconds_pyops, "pyops_fused": self.seconds_fused},
             "ops": self.report.to_dict()["ops"],
             "left_to_torch": self.left,
             "seconds_by_op": {
@@ -98,10 +103,15 @@ class Comparison:
         }
 
 
-def comparison(call: Callable[[], Any], device: torch.device, repeats: int) -> Comparison:
-    """Runs the call with torch and with pyops, in turns: once for its answers, then with and without clocks."""
+def comparison(
+    call: Callable[[], Any], device: torch.device, repeats: int, fused: Callable[[], Any] | None = None
+) -> Comparison:
+    """Runs the call with torch and with pyops, in turns: once for its answers, then with and without clocks.
 
-    def with_pyops() -> Any:
+    ``fused`` is the call of the same model after ``fuse_conv_bn``, which runs with pyops alone.
+    """
+
+    def with_pyops(call: Callable[[], Any]) -> Any:
         with use():
             return call()
 
@@ -112,16 +122,22 @@ def comparison(call: Callable[[], Any], device: torch.device, repeats: int) -> C
         call()
     kept: list[Report] = []
     routed: list[Report] = []
-    whole: tuple[list[float], list[float]] = ([], [])
+    runs = [call, lambda: with_pyops(call), *([] if fused is None else [lambda: with_pyops(fused)])]
+    whole: list[list[float]] = [[] for _ in runs]
     for _ in bar(range(repeats), "time per op, and of the whole"):
         for reports, ops in ((kept, ()), (routed, None)):
             with use(ops, timing=True) as timed:
                 call()
             reports.append(timed)
-        for spent, run in zip(whole, (call, with_pyops)):
+        for spent, run in zip(whole, runs):
             spent.append(seconds_of(run, device))
-    medians = [statistics.median(spent) for spent in whole]
-    return Comparison(by_torch, by_pyops, report, median_entries(kept), median_entries(routed), kernels.calls, *medians)
+    found = Comparison(
+        by_torch, by_pyops, report, median_entries(kept), median_entries(routed), kernels.calls,
+        *(statistics.median(spent) for spent in whole[:2]),
+    )  # fmt: skip
+    if fused is not None:
+        found.by_fused, found.seconds_fused = with_pyops(fused), statistics.median(whole[2])
+    return found
 
 
 def median_entries(reports: list[Report]) -> dict[str, Entry]:
