@@ -32,7 +32,7 @@ from .ops.feature_pyramid import (
     SqueezeExcitation,
 )
 from .ops.focal_loss import sigmoid_focal_loss
-from .ops.nms import batched_nms, filter_proposals, nms, nms_padded, soft_nms
+from .ops.nms import batched_nms, filter_proposals, nms, nms_above, nms_padded, soft_nms
 from .ops.roi_align import MultiScaleRoIAlign, PSRoIAlign, RoIAlign, ps_roi_align, roi_align
 from .ops.roi_pool import PSRoIPool, RoIPool, ps_roi_pool, roi_pool
 from .ops.stochastic_depth import StochasticDepth, stochastic_depth
@@ -77,6 +77,7 @@ __all__ = [
     "generalized_box_iou_loss",
     "masks_to_boxes",
     "nms",
+    "nms_above",
     "nms_padded",
     "ps_roi_align",
     "ps_roi_pool",

@@ -33,9 +33,11 @@ def scene(n, kind="random", seed=0, dtype=torch.float32):
     return torch.cat((centre - side / 2, centre + side / 2), 1).to(dtype), rand(n).to(dtype)
 
 
-def slow(boxes, scores, threshold, idxs=None):
+def slow(boxes, scores, threshold, idxs=None, least=None, of_smaller=False):
     order = scores.argsort(descending=True, stable=True)
-    return order[room._reference(boxes[order], None if idxs is None else idxs[order], threshold)]
+    if least is not None:
+        order = order[~(scores[order].double() < least)]
+    return order[room._reference(boxes[order], None if idxs is None else idxs[order], threshold, of_smaller)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -58,6 +60,50 @@ def test_sizes_and_segments(backend, n):
         assert torch.equal(vision.batched_nms(boxes, scores, idxs, 0.4), slow(boxes, scores, 0.4, idxs))
         if n and backend != "triton":
             assert vision.soft_nms(boxes[:40], scores[:40], "linear")[0][0] == scores[:40].argmax()
+
+
+@pytest.mark.parametrize("kind", ["random", "clusters", "grid"])
+def test_overlap_of_the_smaller_box(backend, kind):
+    boxes, scores = scene(250, kind, seed=3)
+    boxes[::9, 2:] += 40  # which hold others
+    idxs = torch.arange(250) % 3
+    for threshold in (0.0, 0.4, 0.9, 1.0):
+        with forced(backend):
+            whole = vision.nms_above(boxes, scores, threshold, overlap="smaller")
+            by_class = vision.nms_above(boxes, scores, threshold, idxs=idxs, overlap="smaller")
+        assert torch.equal(whole, slow(boxes, scores, threshold, of_smaller=True)), threshold
+        assert torch.equal(by_class, slow(boxes, scores, threshold, idxs, of_smaller=True)), threshold
+    assert not torch.equal(slow(boxes, scores, 0.4), slow(boxes, scores, 0.4, of_smaller=True))
+
+
+@pytest.mark.parametrize("least", [-1.0, 0.5, 1.0, float("inf"), float("-inf")])
+def test_least_score(backend, least):
+    boxes, scores = scene(90, "clusters", seed=4)
+    scores[::7], scores[3::20] = 0.5, float("nan")
+    idxs = torch.arange(90) % 4
+    with forced(backend):
+        kept = vision.nms_above(boxes, scores, 0.4, least)
+        by_class = vision.nms_above(boxes, scores, 0.4, least, idxs.float())
+    assert torch.equal(kept, slow(boxes, scores, 0.4, least=least))
+    assert torch.equal(by_class, slow(boxes, scores, 0.4, idxs, least=least))
+    assert scores[kept].isnan().any() and not (scores[kept] < least).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [60, 3000])
+def test_order_of_scores_is_that_of_a_stable_sort(n, dtype):
+    """Of any sign and size, with ties, both zeros, infinities and NaN; no box overlaps another."""
+    g = torch.Generator().manual_seed(n)
+    scores = torch.randn(n, generator=g) * torch.tensor([1e-6, 1.0, 1e4])[torch.randint(0, 3, (n,), generator=g)]
+    special = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 0.25, -0.25])
+    scores = torch.where(torch.rand(n, generator=g) < 0.3, special[torch.randint(0, 7, (n,), generator=g)], scores)
+    scores = scores.to(dtype)
+    corner = torch.arange(n, dtype=torch.float64)[:, None] * 2
+    boxes = torch.cat((corner, corner, corner + 1, corner + 1), 1)
+    expected = scores.argsort(descending=True, stable=True)
+    assert torch.equal(vision.nms(boxes, scores, 0.5), expected)
+    idxs = torch.randint(-(2**62), 2**62, (n,), generator=g)
+    assert torch.equal(vision.batched_nms(boxes, scores, idxs, 0.5), expected)
 
 
 def test_more_than_one_panel(backend):
@@ -145,6 +191,8 @@ def test_any_boxes(n, threshold, classes, seed):
     scores = torch.randint(0, 9, (n,), generator=g).float()
     idxs = torch.randint(0, classes, (n,), generator=g)
     assert torch.equal(vision.batched_nms(boxes, scores, idxs, threshold), slow(boxes, scores, threshold, idxs))
+    smaller = vision.nms_above(boxes, scores, threshold, idxs=idxs, overlap="smaller")
+    assert torch.equal(smaller, slow(boxes, scores, threshold, idxs, of_smaller=True))
 
 
 def test_padded_has_a_fixed_shape(backend):
@@ -188,7 +236,10 @@ def test_opcheck(backend):
     namespace = library.NAMESPACE_OF[backend]
     library.load_emulator() if backend == "emulator" else None
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(room._mask.overloads[namespace], (boxes, torch.arange(40) // 9, 0.5), test_utils=tests)
+    torch.library.opcheck(room._mask.overloads[namespace], (boxes, torch.arange(40) // 9, 0.5, False), test_utils=tests)
+    if backend == "cpu":
+        arguments = (boxes, scores, torch.arange(40) // 9, 0.5, False, 0.1)
+        torch.library.opcheck(room._kept_in_one.overloads[namespace], arguments, test_utils=tests)
     if backend != "triton":
         arguments = (boxes, scores, 1, 0.5, 0.3, 0.01)
         torch.library.opcheck(room._pick.overloads[namespace], arguments, test_utils=tests)
@@ -288,6 +339,8 @@ def test_strips_lose_no_pair(kind):
         boxes[1::50, 2:] += 1490
     for threshold in (0.05, 0.6):
         assert torch.equal(vision.nms(boxes, scores, threshold), slow(boxes, scores, threshold)), threshold
+        smaller = vision.nms_above(boxes, scores, threshold, overlap="smaller")
+        assert torch.equal(smaller, slow(boxes, scores, threshold, of_smaller=True)), threshold
 
 
 def test_bad_input():
@@ -296,6 +349,9 @@ def test_bad_input():
     refuses(RuntimeError, ("nms", "'scores'", "[4]"), vision.nms, boxes, scores[:4], 0.5)
     refuses(ValueError, ("nms", "'iou_threshold'", "-1"), vision.nms, boxes, scores, -1.0)
     refuses(ValueError, ("nms", "'iou_threshold'"), vision.nms, boxes, scores, float("nan"))
+    refuses(ValueError, ("nms_above", "'overlap'", "'larger'"), vision.nms_above, boxes, scores, 0.5, overlap="larger")
+    refuses(ValueError, ("nms_above", "'score_threshold'"), vision.nms_above, boxes, scores, 0.5, float("nan"))
+    refuses(RuntimeError, ("nms_above", "'idxs'", "[2]"), vision.nms_above, boxes, scores, 0.5, idxs=torch.zeros(2))
     refuses(NotImplementedError, ("nms", "'boxes'", "int64"), vision.nms, boxes.long(), scores, 0.5)
     refuses(RuntimeError, ("batched_nms", "'idxs'", "[2]"), vision.batched_nms, boxes, scores, torch.zeros(2), 0.5)
     refuses(ValueError, ("nms_padded", "'max_out'"), vision.nms_padded, boxes, scores, 0.5, 0)

@@ -1,16 +1,18 @@
 // nms · CPU
 //   box j of a segment is kept when no kept box i < j of its segment overlaps it (common/nms.h)
+//   nms_pick sorts, groups and suppresses in one call, and returns the indices of what is kept
 // layout   boxes: [N, 4] as (x1, y1, x2, y2), segments contiguous, within a segment the best score first
 //          segments: [N], ascending · keep: [N]
 // mapping  threads over segments; lanes over boxes. In a long segment boxes are kept one by one while each removes
 //          many; what is left is sorted by x1 within strips of y1: overlap above the threshold t bounds x1_j to
 //          [x1_i - w_i (1 - t) / t, x1_i + w_i (1 - t)], a window found by binary search, and y1_j likewise
-// memory   O(N); soft_nms: O(N)
+// memory   O(N)
 // numerics acc_t, each operation rounded alone, so every backend keeps the same boxes
 #include "common/nms.h"
 
+#include <bit>
 #include <limits>
-#include <numeric>
+#include <utility>
 
 #include "common/registry.h"
 #include "cpu/parallel.h"
@@ -23,6 +25,13 @@ namespace pyops::PYOPS_CPU_CAPABILITY {
 // A mask as wide as the numbers it is computed from, so that lanes match.
 template <class acc_t>
 using flag_t = std::conditional_t<sizeof(acc_t) == 4, int32_t, int64_t>;
+
+// What counts as overlap: more than the threshold, of the union or of the smaller box.
+template <class acc_t>
+struct Limit {
+  acc_t threshold;
+  bool of_smaller;
+};
 
 // Segments up to this length are compared pair by pair.
 inline constexpr int64_t short_segment = 192;
@@ -43,19 +52,21 @@ struct Columns {
   }
 
   // Marks the boxes [begin, end) that box `at` overlaps by more than the threshold.
-  void suppress(int64_t at, int64_t begin, int64_t end, acc_t threshold) {
-    suppress_run(column(0) + begin, column(1) + begin, column(2) + begin, column(3) + begin, column(4) + begin,
-                 dead.get() + begin, end - begin, data[at], data[n + at], data[2 * n + at], data[3 * n + at],
-                 data[4 * n + at], threshold);
+  void suppress(int64_t at, int64_t begin, int64_t end, Limit<acc_t> limit) {
+    const auto run = limit.of_smaller ? suppress_run<true> : suppress_run<false>;
+    run(column(0) + begin, column(1) + begin, column(2) + begin, column(3) + begin, column(4) + begin,
+        dead.get() + begin, end - begin, data[at], data[n + at], data[2 * n + at], data[3 * n + at], data[4 * n + at],
+        limit.threshold);
   }
 
+  template <bool of_smaller>
   static void suppress_run(const acc_t* __restrict__ x1, const acc_t* __restrict__ y1, const acc_t* __restrict__ x2,
                            const acc_t* __restrict__ y2, const acc_t* __restrict__ area,
                            flag_t<acc_t>* __restrict__ dead, int64_t count, acc_t ax1, acc_t ay1, acc_t ax2, acc_t ay2,
                            acc_t aa, acc_t threshold) {
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
-      const acc_t q = suppression::quotient(ax1, ay1, ax2, ay2, aa, x1[j], y1[j], x2[j], y2[j], area[j]);
+      const acc_t q = suppression::quotient(ax1, ay1, ax2, ay2, aa, x1[j], y1[j], x2[j], y2[j], area[j], of_smaller);
       dead[j] |= q > threshold ? flag_t<acc_t>(1) : flag_t<acc_t>(0);
     }
   }
@@ -77,18 +88,18 @@ struct Undecided {
   }
 
   // Every kept box against all that follow.
-  void pairs(bool* keep, acc_t threshold) {
+  void pairs(bool* keep, Limit<acc_t> limit) {
     for (int64_t i = 0; i < count; ++i) {
       keep[index[i]] = columns.dead[i] == 0;
-      if (columns.dead[i] == 0) columns.suppress(i, i + 1, count, threshold);
+      if (columns.dead[i] == 0) columns.suppress(i, i + 1, count, limit);
     }
   }
 
   // The same, for as long as a kept box removes many: where nearly all boxes overlap, few are left to sort.
-  void thin(bool* keep, acc_t threshold) {
+  void thin(bool* keep, Limit<acc_t> limit) {
     for (int weak = 0; count > short_segment && weak < 2;) {
       keep[index[0]] = true;
-      columns.suppress(0, 1, count, threshold);
+      columns.suppress(0, 1, count, limit);
       int64_t left = 0;
       for (int64_t i = 1; i < count; ++i) {
         const bool kept = columns.dead[i] == 0;
@@ -126,7 +137,7 @@ class Strips {
 
 // Boxes of a long segment by strip and x1. The quotient is symmetric, so a kept box never marks an earlier kept one.
 template <class acc_t>
-void nms_sweep(Undecided<acc_t>& boxes, bool* keep, acc_t threshold) {
+void nms_sweep(Undecided<acc_t>& boxes, bool* keep, Limit<acc_t> limit) {
   struct Entry {
     int64_t strip, box;
     acc_t x1;
@@ -139,9 +150,12 @@ void nms_sweep(Undecided<acc_t>& boxes, bool* keep, acc_t threshold) {
   for (int64_t i = 0; i < boxes.count; ++i) {
     const acc_t x1 = corner(0, i), y1 = corner(1, i), x2 = corner(2, i), y2 = corner(3, i), size = corner(4, i);
     keep[boxes.index[i]] = true;  // and stays, where it is empty, crossed or not finite: such a box overlaps nothing
-    if (!(x2 > x1 && y2 > y1) || !(size <= std::numeric_limits<acc_t>::max())) continue;
-    // Below this the rounding of areas says nothing: such a segment is compared pair by pair.
-    if (size < tiny) return boxes.pairs(keep, threshold);
+    if (!(x2 > x1 && y2 > y1)) continue;
+    const bool finite = size <= std::numeric_limits<acc_t>::max();
+    if (!finite && !limit.of_smaller) continue;
+    // Below this the rounding of areas says nothing, and an infinite box may hold all the smaller ones: such a segment
+    // is compared pair by pair.
+    if (size < tiny || !finite) return boxes.pairs(keep, limit);
     const double height = double(y2) - double(y1);
     widest = std::max(widest, double(x2) - double(x1));
     tallest = std::max(tallest, height);
@@ -166,8 +180,8 @@ void nms_sweep(Undecided<acc_t>& boxes, bool* keep, acc_t threshold) {
     starts[e.strip + 1] = k + 1;
   }
   for (int64_t s = 0; s < strips.count(); ++s) starts[s + 1] = std::max(starts[s + 1], starts[s]);
-  // Room for the rounding of the quotient, which is far below 1e-5.
-  const double t = double(threshold) * (1 - 1e-5);
+  // Room for the rounding of the quotient, which is far below 1e-5. A small box may lie anywhere in a large one.
+  const double t = limit.of_smaller ? 0.0 : double(limit.threshold) * (1 - 1e-5);
   const auto back = [&](double side, double longest) {
     return std::min(longest, t > 0 ? side * (1 - t) / t : longest);
   };
@@ -186,25 +200,26 @@ void nms_sweep(Undecided<acc_t>& boxes, bool* keep, acc_t threshold) {
       const acc_t *from = x1 + starts[s], *to = x1 + starts[s + 1];
       const int64_t begin = std::partition_point(from, to, [&](acc_t v) { return double(v) < low; }) - x1;
       const int64_t end = std::partition_point(x1 + begin, to, [&](acc_t v) { return double(v) <= high; }) - x1;
-      columns.suppress(at, begin, end, threshold);
+      columns.suppress(at, begin, end, limit);
     }
   }
 }
 
 template <class acc_t, class scalar_t>
-void nms_segment(const scalar_t* boxes, bool* keep, int64_t n, acc_t threshold) {
+void nms_segment(const scalar_t* boxes, bool* keep, int64_t n, Limit<acc_t> limit) {
   Undecided<acc_t> undecided(boxes, n);
-  undecided.thin(keep, threshold);
+  undecided.thin(keep, limit);
   if (undecided.count <= short_segment)
-    undecided.pairs(keep, threshold);
+    undecided.pairs(keep, limit);
   else
-    nms_sweep(undecided, keep, threshold);
+    nms_sweep(undecided, keep, limit);
 }
 
 template <class scalar_t>
-void nms_segments(const scalar_t* boxes, const int64_t* segments, bool* keep, int64_t N, double limit) {
+void nms_segments(const scalar_t* boxes, const int64_t* segments, bool* keep, int64_t N, double threshold,
+                  bool of_smaller) {
   using acc_t = accumulate_t<scalar_t>;
-  const acc_t threshold = suppression::floor_to<acc_t>(limit);
+  const Limit<acc_t> limit{suppression::floor_to<acc_t>(threshold), of_smaller};
   std::vector<int64_t> starts{0};
   for (int64_t i = 1; segments != nullptr && i < N; ++i)
     if (segments[i] != segments[i - 1]) starts.push_back(i);
@@ -214,9 +229,83 @@ void nms_segments(const scalar_t* boxes, const int64_t* segments, bool* keep, in
                [&](int64_t begin, int64_t end) {
                  for (int64_t s = begin; s < end; ++s) {
                    const int64_t first = starts[size_t(s)], n = starts[size_t(s) + 1] - first;
-                   nms_segment(boxes + 4 * first, keep + first, n, threshold);
+                   nms_segment(boxes + 4 * first, keep + first, n, limit);
                  }
                });
+}
+
+// A box, or the place of one, by a key that is sorted by; where keys are equal, the earlier stays before.
+struct Ranked {
+  uint64_t key;
+  int64_t index;
+};
+
+// The greater the score the smaller its key; NaN first, and the zeros equal, as in torch.sort.
+inline uint64_t falling(double score) {
+  if (score != score) return 0;
+  const auto bits = std::bit_cast<uint64_t>(score + 0.0);
+  return bits >> 63 ? bits : ~(bits | uint64_t(1) << 63);
+}
+
+inline uint64_t rising(int64_t segment) { return uint64_t(segment) ^ uint64_t(1) << 63; }
+
+// Digits that all keys share, as the lower ones of float32 scores and the upper ones of class numbers, cost no pass.
+inline void sort_ranked(std::vector<Ranked>& items) {
+  constexpr int digit_bits = 11, digits = 6, values = 1 << digit_bits;
+  if (items.size() < 512) {
+    std::stable_sort(items.begin(), items.end(), [](const Ranked& a, const Ranked& b) { return a.key < b.key; });
+    return;
+  }
+  const auto digit = [](uint64_t key, int d) { return size_t(key >> (d * digit_bits)) % values; };
+  std::vector<size_t> counts(size_t(digits) * values, 0);
+  for (const Ranked& item : items)
+    for (int d = 0; d < digits; ++d) ++counts[size_t(d) * values + digit(item.key, d)];
+  std::vector<Ranked> other(items.size());
+  for (int d = 0; d < digits; ++d) {
+    size_t* place = counts.data() + size_t(d) * values;
+    if (place[digit(items[0].key, d)] == items.size()) continue;
+    for (size_t v = 0, before = 0; v < values; ++v) before += std::exchange(place[v], before);
+    for (const Ranked& item : items) other[place[digit(item.key, d)]++] = item;
+    items.swap(other);
+  }
+}
+
+template <class scalar_t>
+std::vector<Ranked> by_falling_score(const scalar_t* scores, int64_t N, double min_score) {
+  std::vector<Ranked> ranked;
+  ranked.reserve(size_t(N));
+  for (int64_t i = 0; i < N; ++i) {
+    const double score = double(accumulate_t<scalar_t>(scores[i]));
+    if (!(score < min_score)) ranked.push_back({falling(score), i});
+  }
+  sort_ranked(ranked);
+  return ranked;
+}
+
+// Leaves in `ranked`, best first, what is kept.
+template <class scalar_t>
+void nms_pick_run(const scalar_t* boxes, const int64_t* segments, std::vector<Ranked>& ranked, double threshold,
+                  bool of_smaller) {
+  const int64_t n = int64_t(ranked.size());
+  std::vector<Ranked> grouped;
+  if (segments != nullptr) {
+    grouped.reserve(ranked.size());
+    for (int64_t k = 0; k < n; ++k) grouped.push_back({rising(segments[ranked[size_t(k)].index]), k});
+    sort_ranked(grouped);
+  }
+  const auto place = [&](int64_t k) { return size_t(segments != nullptr ? grouped[size_t(k)].index : k); };
+  Buffer<scalar_t> sorted(4 * n);
+  Buffer<int64_t> segment(segments != nullptr ? n : 0);
+  Buffer<bool> keep(n);
+  for (int64_t k = 0; k < n; ++k) {
+    const int64_t i = ranked[place(k)].index;
+    std::copy_n(boxes + 4 * i, 4, sorted.get() + 4 * k);
+    if (segments != nullptr) segment[k] = segments[i];
+  }
+  nms_segments(sorted.get(), segments != nullptr ? segment.get() : nullptr, keep.get(), n, threshold, of_smaller);
+  for (int64_t k = 0; k < n; ++k)
+    if (!keep[k]) ranked[place(k)].index = -1;
+  std::erase_if(ranked, [](const Ranked& item) { return item.index < 0; });
 }
 
 // Picks the best remaining box, lowers the scores of those it overlaps, until the best is below min_score.
@@ -269,16 +358,35 @@ int64_t soft_nms_run(const scalar_t* boxes, const scalar_t* scores, int64_t* ord
 
 // ---- binding
 
-Tensor nms_mask(const Tensor& boxes, const OptionalTensor& segments, double threshold) {
+Tensor nms_mask(const Tensor& boxes, const OptionalTensor& segments, double threshold, bool of_smaller) {
   OpScope op("nms_mask", boxes);
   op.check(boxes.dim() == 2, "boxes must be [N, 4]");
   const int64_t N = boxes.size(0);
   Tensor keep = op.empty<bool>({N});
   dispatch_floating(op, boxes.scalar_type(), [&]<class scalar_t>() {
     nms_segments(op.in<scalar_t>(boxes, "boxes", {N, 4}), op.in_optional<int64_t>(segments, "segments", {N}),
-                 op.out<bool>(keep, "keep", {N}), N, threshold);
+                 op.out<bool>(keep, "keep", {N}), N, threshold, of_smaller);
   });
   return keep;
+}
+
+Tensor nms_pick(const Tensor& boxes, const Tensor& scores, const OptionalTensor& segments, double threshold,
+                bool of_smaller, double min_score) {
+  OpScope op("nms_pick", boxes);
+  op.check(boxes.dim() == 2, "boxes must be [N, 4]");
+  const int64_t N = boxes.size(0);
+  const int64_t* psegments = op.in_optional<int64_t>(segments, "segments", {N});
+  auto ranked = dispatch_floating(op, scores.scalar_type(), [&]<class score_t>() {
+    return by_falling_score(op.in<score_t>(scores, "scores", {N}), N, min_score);
+  });
+  dispatch_floating(op, boxes.scalar_type(), [&]<class scalar_t>() {
+    nms_pick_run(op.in<scalar_t>(boxes, "boxes", {N, 4}), psegments, ranked, threshold, of_smaller);
+  });
+  const int64_t count = int64_t(ranked.size());
+  Tensor kept = op.empty<int64_t>({count});
+  int64_t* index = op.out<int64_t>(kept, "kept", {count});
+  for (int64_t k = 0; k < count; ++k) index[k] = ranked[size_t(k)].index;
+  return kept;
 }
 
 std::tuple<Tensor, Tensor, Tensor> soft_nms_pick(const Tensor& boxes, const Tensor& scores, int64_t method,
@@ -299,6 +407,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_pick(const Tensor& boxes, const Tens
 
 PYOPS_LIBRARY(m) {
   PYOPS_IMPL(m, nms_mask);
+  PYOPS_IMPL(m, nms_pick);
   PYOPS_IMPL(m, soft_nms_pick);
 }
 

@@ -31,8 +31,8 @@ PYOPS_DEVICE Corners<accumulate_t<T>> load_corners(const T* boxes, int64_t i) {
 }
 
 template <class A>
-PYOPS_DEVICE A quotient(const Corners<A>& a, const Corners<A>& b) {
-  return suppression::quotient(a.x1, a.y1, a.x2, a.y2, a.area, b.x1, b.y1, b.x2, b.y2, b.area);
+PYOPS_DEVICE A quotient(const Corners<A>& a, const Corners<A>& b, bool of_smaller = false) {
+  return suppression::quotient(a.x1, a.y1, a.x2, a.y2, a.area, b.x1, b.y1, b.x2, b.y2, b.area, of_smaller);
 }
 
 __global__ void __launch_bounds__(256) nms_clear_kernel(unsigned char* __restrict__ removed, int64_t N) {
@@ -51,7 +51,7 @@ template <class T>
 __global__ void __launch_bounds__(tile)
     nms_mask_kernel(const T* __restrict__ boxes, const int64_t* __restrict__ segments,
                     const unsigned char* __restrict__ removed, unsigned* __restrict__ mask, int64_t first, int n,
-                    accumulate_t<T> threshold) {
+                    accumulate_t<T> threshold, bool of_smaller) {
   using A = accumulate_t<T>;
   auto& s = shared_storage<MaskShared<A>>();
   const int w = blockIdx.y, row = 32 * w, j = static_cast<int>(blockIdx.x) * tile + threadIdx.x;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(tile)
     const int64_t segment = segments != nullptr ? segments[first + j] : 0;
     for (int i = 0; i < count; ++i) {
       const bool same = segments == nullptr || s.segment[i] == segment;
-      if (same && quotient(s.box[i], box) > threshold) bits |= 1u << i;
+      if (same && quotient(s.box[i], box, of_smaller) > threshold) bits |= 1u << i;
     }
   }
   mask[w * panel + j] = bits;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(tile)
     nms_apply_kernel(const T* __restrict__ boxes, const int64_t* __restrict__ segments,
                      unsigned char* __restrict__ removed, const Corners<accumulate_t<T>>* __restrict__ kept_box,
                      const int64_t* __restrict__ kept_segment, const int* __restrict__ kept_count, int64_t first,
-                     int64_t N, accumulate_t<T> threshold) {
+                     int64_t N, accumulate_t<T> threshold, bool of_smaller) {
   using A = accumulate_t<T>;
   auto& s = shared_storage<ApplyShared<A>>();
   const int64_t j = first + static_cast<int64_t>(blockIdx.x) * tile + threadIdx.x;
@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(tile)
     __syncthreads();
     const int here = min(tile, count - from);
     for (int i = 0; i < here && open; ++i)
-      if ((segments == nullptr || s.segment[i] == segment) && quotient(s.box[i], box) > threshold) open = false;
+      if ((segments == nullptr || s.segment[i] == segment) && quotient(s.box[i], box, of_smaller) > threshold)
+        open = false;
   }
   if (was_open && !open) removed[j] = 1;
 }
@@ -256,7 +257,7 @@ __global__ void __launch_bounds__(pick_threads)
 namespace pyops {
 namespace {
 
-Tensor nms_mask(const Tensor& boxes, const OptionalTensor& segments, double limit) {
+Tensor nms_mask(const Tensor& boxes, const OptionalTensor& segments, double limit, bool of_smaller) {
   OpScope op("nms_mask", boxes);
   op.check(boxes.dim() == 2, "boxes must be [N, 4]");
   const int64_t N = boxes.size(0);
@@ -284,7 +285,7 @@ Tensor nms_mask(const Tensor& boxes, const OptionalTensor& segments, double limi
       const auto columns = static_cast<unsigned>(ceil_div(n, tile)), rows = static_cast<unsigned>(ceil_div(n, 32));
       launch(nms_mask_kernel<T>,
              {.grid = dim3(columns, rows), .block = dim3(tile), .smem = sizeof(MaskShared<A>), .stream = stream},
-             pboxes, psegments, premoved, pmask, first, n, threshold);
+             pboxes, psegments, premoved, pmask, first, n, threshold, of_smaller);
       launch(nms_solve_kernel<T>,
              {.grid = dim3(1), .block = dim3(rows * 32), .smem = sizeof(SolveShared<A>), .stream = stream}, pboxes,
              psegments, premoved, pmask, pkeep, pbox, psegment, pcount, first, n);
@@ -294,7 +295,7 @@ Tensor nms_mask(const Tensor& boxes, const OptionalTensor& segments, double limi
               .block = dim3(tile),
               .smem = sizeof(ApplyShared<A>),
               .stream = stream},
-             pboxes, psegments, premoved, pbox, psegment, pcount, first + n, N, threshold);
+             pboxes, psegments, premoved, pbox, psegment, pcount, first + n, N, threshold, of_smaller);
     }
   });
   return keep;

@@ -36,9 +36,10 @@ _emulator_lock = threading.Lock()
 class Op:
     """One declared op: call it with a namespace, or ask for its overload in one."""
 
-    def __init__(self, name: str, schema: str) -> None:
+    def __init__(self, name: str, schema: str, cpu_only: bool) -> None:
         self.name = name
         self.schema = schema
+        self.cpu_only = cpu_only
         self.overloads = {ns: getattr(getattr(torch.ops, ns), name).default for ns in NAMESPACES}
         # what an overload calls, for those who count its tenths of a microsecond; torch.compile knows overloads only
         self.direct = {ns: overload._op for ns, overload in self.overloads.items()}
@@ -47,13 +48,14 @@ class Op:
         return self.overloads[namespace](*args)
 
 
-def declare(schema: str, fake: Callable[..., Any], kernels: ModuleType | None) -> Op:
+def declare(schema: str, fake: Callable[..., Any], kernels: ModuleType | None, *, cpu_only: bool = False) -> Op:
     """Declares an op in every namespace.
 
     Args:
         schema: torch's schema language, ``name(Tensor x, float eps) -> Tensor``.
         fake: computes empty outputs of the right shape, stride and dtype from (possibly symbolic) inputs.
         kernels: the Triton module of the same stem, which holds a launcher named as the op; None without Triton.
+        cpu_only: csrc/cpu alone implements it; elsewhere the room puts the same together of other ops.
     """
     name = schema.split("(", 1)[0]
     for namespace, fragment in _fragments.items():
@@ -63,7 +65,7 @@ def declare(schema: str, fake: Callable[..., Any], kernels: ModuleType | None) -
         launcher = getattr(kernels, name)
         _fragments["pyops_triton"].impl(name, launcher, "CPU")
         _fragments["pyops_triton"].impl(name, _on_its_device(launcher), "CUDA")
-    _ops[name] = Op(name, schema)
+    _ops[name] = Op(name, schema, cpu_only)
     return _ops[name]
 
 

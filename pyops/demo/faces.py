@@ -1,7 +1,9 @@
 """MTCNN, a cascade of three small networks, finds the face in a photo of an astronaut.
 
-facenet-pytorch takes its box suppression from torchvision, whose compiled library may not load beside the installed
-torch; then pyops serves it (pyops.compat.torchvision). Neither package is edited.
+Twice: by facenet-pytorch as it is, with torch and under ``pyops.use()``, and by its networks in the cascade of
+``cascade.py``, which leaves torch no indexing between them; that one is timed and its table printed. facenet-pytorch
+takes its box suppression from torchvision, whose compiled library may not load beside the installed torch; then pyops
+serves it (pyops.compat.torchvision). Neither package is edited.
 """
 
 from __future__ import annotations
@@ -11,12 +13,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..compat import torchvision as compat
+from ..core.intercept import use
+from . import cascade
 from .packages import load_photo
 from .times import comparison
 
+Found = tuple[Any, Any, Any]  # boxes, probabilities and landmarks, or None, [None] and None
 PHOTO = ("skimage", "data/astronaut.png")
 LARGEST_DIFFERENCE = 1e-2  # pixels, of box sides some hundred pixels long
 
@@ -26,27 +32,46 @@ def run(out: Path, device: torch.device, repeats: int) -> tuple[bool, dict[str, 
     ours = compat.install()
     detector = load_detector(device)
     photo = load_photo(*PHOTO)
-    both = comparison(lambda: detector.detect(photo, landmarks=True), device, repeats)
+    planes = torch.from_numpy(np.ascontiguousarray(np.asarray(photo).transpose(2, 0, 1))).to(device)
+    found: dict[str, Found] = {"torch": detector.detect(photo, landmarks=True)}
+    with use():
+        found["pyops"] = detector.detect(photo, landmarks=True)
+    both = comparison(lambda: cascade.detect(detector, planes), device, repeats)
+    found["torch, own cascade"], found["pyops, own cascade"] = by_size(*both.by_torch), by_size(*both.by_pyops)
 
-    (boxes, scores, points), (boxes_pyops, scores_pyops, _) = both.by_torch, both.by_pyops
-    found = boxes is not None and boxes_pyops is not None and boxes.shape == boxes_pyops.shape
-    difference = float(abs(boxes - boxes_pyops).max()) if found else float("inf")
+    difference = max(largest_difference(found["torch"], other) for other in found.values())
     agreed = difference < LARGEST_DIFFERENCE
-    for name, own, sure in (("torch", boxes, scores), ("pyops", boxes_pyops, scores_pyops)):
-        for box, p in [] if own is None else zip(own, sure):
+    for name, (boxes, probabilities, _) in found.items():
+        for box, p in [] if boxes is None else zip(boxes, probabilities):
             print(f"{name}: face at {', '.join(f'{side:.1f}' for side in box)}, probability {p:.5f}")
-    print(f"\nlargest difference of a side: {difference:.1e} pixels")
-    print(f"suppression of overlapping boxes by {'pyops, through' if ours else ''} torchvision.ops.batched_nms\n")
-    both.show(device, "one photo")
-    if found:
+    print(f"\nlargest difference of a side or landmark: {difference:.1e} pixels")
+    print(f"suppression in facenet-pytorch by {'pyops, through ' if ours else ''}torchvision.ops.batched_nms\n")
+    both.show(device, "one photo, own cascade")
+    if agreed:
         picture = out / "faces.png"
-        draw(picture, photo, boxes_pyops, scores_pyops, points)
+        draw(picture, photo, *found["pyops"])
         print(f"picture: {picture}")
-    if not agreed:
+    else:
         print("pyops demo: torch and pyops disagree about the face, or found none", file=sys.stderr)
-    sides = {name: [] if own is None else own.tolist() for name, own in (("torch", boxes), ("pyops", boxes_pyops))}
+    sides = {name: [] if boxes is None else boxes.tolist() for name, (boxes, *_) in found.items()}
     numbers = {"largest_difference": difference, "boxes": sides, "nms_by_pyops": ours, **both.numbers()}
     return agreed and both.ran, numbers
+
+
+def by_size(boxes: torch.Tensor, probabilities: torch.Tensor, marks: torch.Tensor) -> Found:
+    """As facenet-pytorch hands out what it found: NumPy, the largest face first; None where there is none."""
+    corners, p, points = boxes.flatten(1).cpu().numpy(), probabilities.cpu().numpy(), marks.cpu().numpy()
+    if not len(corners):
+        return None, [None], None
+    order = np.argsort((corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1]))[::-1]
+    return corners[order], p[order], points[order]
+
+
+def largest_difference(one: Found, other: Found) -> float:
+    """Of a side or a coordinate of a landmark, in pixels; infinite where they did not find as many faces, or none."""
+    if one[0] is None or other[0] is None or len(one[0]) != len(other[0]):
+        return float("inf")
+    return max(float(abs(a.astype(float) - b.astype(float)).max()) for a, b in ((one[0], other[0]), (one[2], other[2])))
 
 
 def load_detector(device: torch.device) -> Any:

@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.intercept import Entry, Report, counts, milliseconds, table, use
 
-KINDS = ("views", "elementwise", "matrix products", "copies, picks, sorts, joins", "others")
+KINDS = ("views", "new tensors", "elementwise", "matrix products", "copies, picks, sorts, joins", "others")
 _PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
+_NEW = {"empty", "empty_like", "new_empty", "zeros", "arange"}  # made of nothing but sizes
 _MOVES = {
     *("clone", "copy_", "_to_copy", "lift_fresh", "index", "index_select", "nonzero", "cat", "stack", "flip", "repeat"),
-    *("empty", "empty_like", "zeros", "_local_scalar_dense", "sort", "argsort", "scatter_"),
+    *("_local_scalar_dense", "sort", "argsort", "scatter_"),
 }
 
 
@@ -35,14 +36,25 @@ class Kernels(TorchDispatchMode):
             name = op.overloadpacket.__name__
             if op.is_view or name == "detach":
                 kind = "views"
-            elif name in _MOVES:  # before the tag: torch calls clone pointwise
-                kind = KINDS[3]
-            elif torch.Tag.pointwise in op.tags:
+            elif name in _NEW:
+                kind = "new tensors"
+            elif _converts(name, args, kwargs or {}) or (torch.Tag.pointwise in op.tags and name not in _MOVES):
                 kind = "elementwise"
+            elif name in _MOVES:  # clone among them, which torch calls pointwise
+                kind = "copies, picks, sorts, joins"
             else:
                 kind = "matrix products" if name in _PRODUCTS else "others"
             self.calls[kind][name] += 1
         return op(*args, **(kwargs or {}))
+
+
+def _converts(name: str, args: Any, kwargs: Any) -> bool:
+    """Is this a change of dtype, where the numbers are?"""
+    return (
+        name == "_to_copy"
+        and kwargs.get("dtype", args[0].dtype) != args[0].dtype
+        and kwargs.get("device", args[0].device) == args[0].device
+    )
 
 
 def left_rows(left: dict[str, Counter[str]]) -> list[list[str]]:

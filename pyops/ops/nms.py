@@ -2,18 +2,20 @@
 
 In the order of falling scores a box is kept when no kept box of its segment overlaps it by more than the threshold:
 
-    keep[j]  <=>  no i < j with keep[i], segment[i] = segment[j] and IoU(i, j) > threshold
+    keep[j]  <=>  no i < j with keep[i], segment[i] = segment[j] and overlap(i, j) > threshold
 
     boxes: [N, 4] as (x1, y1, x2, y2)   scores: [N]   segments: [N]
 
-The IoU is computed in float32 (float64 for float64), each operation rounded alone, so every backend keeps the same
-boxes; equal scores go by index.
+The overlap is the intersection over the union, or over the smaller box, which also removes a box that lies in a large
+one (MTCNN's last step). It is computed in float32 (float64 for float64), each operation rounded alone, so every backend
+keeps the same boxes; equal scores go by index. On the CPU sorting, grouping by segment and suppression are one op.
 
 Source: torchvision.ops.nms, batched_nms; Bodla et al. 2017, https://arxiv.org/abs/1704.04503.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,10 +26,16 @@ from ..core.geometry import LARGEST_EXPONENT
 _kernels = library.triton_kernels("nms")
 
 METHODS = ("linear", "gaussian")
+OVERLAPS = ("union", "smaller")
+LARGEST_THRESHOLD = 2.0  # an overlap is at most 1
 
 
-def _mask_fake(boxes, segments, threshold):
+def _mask_fake(boxes, segments, threshold, of_smaller):
     return boxes.new_empty(boxes.shape[0], dtype=torch.bool)
+
+
+def _kept_fake(boxes, scores, segments, threshold, of_smaller, min_score):
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
 def _pick_fake(boxes, scores, method, sigma, threshold, min_score):
@@ -39,7 +47,17 @@ def _pick_fake(boxes, scores, method, sigma, threshold, min_score):
     )
 
 
-_mask = library.declare("nms_mask(Tensor boxes, Tensor? segments, float threshold) -> Tensor", _mask_fake, _kernels)
+_mask = library.declare(
+    "nms_mask(Tensor boxes, Tensor? segments, float threshold, bool of_smaller) -> Tensor", _mask_fake, _kernels
+)
+# elsewhere torch sorts and groups around nms_mask
+_kept_in_one = library.declare(
+    "nms_pick(Tensor boxes, Tensor scores, Tensor? segments, float threshold, bool of_smaller, float min_score)"
+    " -> Tensor",
+    _kept_fake,
+    None,
+    cpu_only=True,
+)
 _pick = library.declare(
     "soft_nms_pick(Tensor boxes, Tensor scores, int method, float sigma, float threshold, float min_score)"
     " -> (Tensor, Tensor, Tensor)",
@@ -48,7 +66,7 @@ _pick = library.declare(
 )
 
 
-def _reference(boxes, segments, threshold):
+def _reference(boxes, segments, threshold, of_smaller=False):
     """The slow truth behind ``nms_mask``: boxes in the order of falling scores within each segment."""
     wide = geometry.wide(boxes)
     sides = wide[:, 2:] - wide[:, :2]
@@ -59,7 +77,8 @@ def _reference(boxes, segments, threshold):
             continue
         common = (torch.minimum(wide[i, 2:], wide[:, 2:]) - torch.maximum(wide[i, :2], wide[:, :2])).clamp(min=0)
         inter = common[:, 0] * common[:, 1]
-        over = (inter / (area[i] + area - inter)).double() > threshold
+        whole = torch.minimum(area[i], area) if of_smaller else area[i] + area - inter
+        over = (inter / whole).double() > threshold
         if segments is not None:
             over &= segments == segments[i]
         over[: i + 1] = False
@@ -88,15 +107,20 @@ def _segments(op: str, boxes: torch.Tensor, idxs: torch.Tensor) -> torch.Tensor:
 
 
 def _kept(
-    op: str, boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor | None, threshold: float
+    op: str,
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    idxs: torch.Tensor | None,
+    threshold: float,
+    of_smaller: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(order, keep): indices of the boxes in order of falling scores, and which of them are kept."""
     boxes, scores = boxes.detach(), scores.detach()
     order = scores.argsort(dim=0, descending=True, stable=True)
     namespace = backend.namespace_for(op, boxes)
-    threshold = min(float(threshold), 2.0)  # an IoU is at most 1
+    threshold = min(float(threshold), LARGEST_THRESHOLD)
     if idxs is None:
-        return order, _mask(namespace, boxes.index_select(0, order), None, threshold)
+        return order, _mask(namespace, boxes.index_select(0, order), None, threshold, of_smaller)
     of_class = _segments(op, boxes, idxs)[order]
     sorted_class, grouped = of_class.sort(stable=True)
     if sorted_class.is_floating_point():
@@ -104,8 +128,38 @@ def _kept(
         sorted_class = torch.cat((sorted_class[:1] != sorted_class[:1], sorted_class[1:] != sorted_class[:-1])).cumsum(
             0
         )
-    kept = _mask(namespace, boxes.index_select(0, order[grouped]), sorted_class.contiguous(), threshold)
+    kept = _mask(namespace, boxes.index_select(0, order[grouped]), sorted_class.contiguous(), threshold, of_smaller)
     return order, torch.empty_like(kept).scatter_(0, grouped, kept)
+
+
+def _picked(
+    op: str,
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    idxs: torch.Tensor | None,
+    threshold: float,
+    of_smaller: bool = False,
+    least: float = -math.inf,
+) -> torch.Tensor:
+    """Indices of the boxes that are kept, best score first."""
+    namespace = backend.namespace_for(op, boxes)
+    segments = None if idxs is None else _segments(op, boxes, idxs)
+    if namespace == "pyops" and boxes.device.type == "cpu" and (segments is None or segments.dtype == torch.int64):
+        return _kept_in_one(
+            namespace,
+            boxes.detach().contiguous(),
+            scores.detach().contiguous(),
+            None if segments is None else segments.contiguous(),
+            min(float(threshold), LARGEST_THRESHOLD),
+            of_smaller,
+            least,
+        )
+    if least > -math.inf:
+        chosen = (~(scores.double() < least)).nonzero().squeeze(1)
+        of_chosen = None if segments is None else segments[chosen]
+        return chosen[_picked(op, boxes[chosen], scores[chosen], of_chosen, threshold, of_smaller)]
+    order, keep = _kept(op, boxes, scores, idxs, threshold, of_smaller)
+    return order[keep]
 
 
 def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
@@ -128,8 +182,7 @@ def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torc
     waits once, for the number of kept boxes. Memory grows with N, not with N².
     """
     _checked("nms", boxes, scores, iou_threshold)
-    order, keep = _kept("nms", boxes, scores, None, iou_threshold)
-    return order[keep]
+    return _picked("nms", boxes, scores, None, iou_threshold)
 
 
 def batched_nms(boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float) -> torch.Tensor:
@@ -145,8 +198,43 @@ def batched_nms(boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor, i
         int64 Tensor[K], indices of the kept boxes over all classes, sorted by falling score.
     """
     _checked("batched_nms", boxes, scores, iou_threshold)
-    order, keep = _kept("batched_nms", boxes, scores, idxs, iou_threshold)
-    return order[keep]
+    return _picked("batched_nms", boxes, scores, idxs, iou_threshold)
+
+
+def nms_above(
+    boxes: torch.Tensor,
+    scores: torch.Tensor,
+    iou_threshold: float,
+    score_threshold: float = -math.inf,
+    idxs: torch.Tensor | None = None,
+    overlap: str = "union",
+) -> torch.Tensor:
+    """``nms`` of the boxes with at least some score, by one of two measures of overlap: what follows a detector.
+
+    On the CPU one op compares the scores, sorts, groups and suppresses, with no mask and no indexing before or behind.
+
+    Args:
+        boxes, scores, iou_threshold: as in ``nms``.
+        score_threshold: boxes with a lower score are dropped.
+        idxs: Tensor[N] or None, classes as in ``batched_nms``.
+        overlap: the intersection over the ``"union"``, or over the ``"smaller"`` of the two boxes: then a box inside
+            another is removed however small it is. A box with one infinite side holds what lies in it.
+
+    Returns:
+        int64 Tensor[K], indices into boxes, sorted by falling score; equal scores by index.
+
+    Raises:
+        RuntimeError: shapes or devices that do not fit together.
+        ValueError: a negative threshold of overlap, a threshold that is no number, another word for overlap.
+    """
+    op = "nms_above"
+    _checked(op, boxes, scores, iou_threshold)
+    if overlap not in OVERLAPS:
+        check.fail(ValueError, op, "overlap", repr(overlap), "'union' or 'smaller'")
+    least = float(score_threshold)
+    if least != least:
+        check.fail(ValueError, op, "score_threshold", least, "a number")
+    return _picked(op, boxes, scores, idxs, iou_threshold, overlap == "smaller", least)
 
 
 def nms_padded(
