@@ -3,11 +3,15 @@
 import math
 from typing import Any
 
+import torch
+
 from .case import Case, Function, Provider, with_both_directions
 from .peers import standard_providers
 
 STEM = "grid_sample"
 OPS = ("grid_sample",)
+CENTRED = ("grid",)  # three quarters of the points lie in the image
+APART = "grid"
 
 
 def case_of(shape: tuple[int, ...], out: tuple[int, ...], mode: str, **more: Any) -> Case:
@@ -35,6 +39,15 @@ def tiny(device: str) -> list[Case]:
 def shapes(case: Case) -> dict[str, tuple[int, ...]]:
     out = case.args["out"]
     return {"grid": (case.shape[0], *out, len(out))}
+
+
+def apart(case: Case, grid: torch.Tensor) -> torch.Tensor:
+    """The nearest pixel jumps between two pixels, and the gradients of the others on one: every half pixel."""
+    sizes = torch.tensor(case.shape[:1:-1], device=grid.device)
+    halves = (grid.double() + 1) * sizes - 1
+    from_kink = halves - halves.round()
+    moved = grid + from_kink.sign().where(from_kink != 0, 1.0) * 4e-3 / sizes
+    return torch.where(from_kink.abs() < 2e-3, moved.to(grid.dtype), grid)
 
 
 def bytes(case: Case) -> int:

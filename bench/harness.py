@@ -94,14 +94,15 @@ def fresh_inputs(room: Room, case: Case) -> Tensors:
         return torch.randn(shape, dtype=torch.float32, device=case.device, generator=generator)
 
     tensors = {"x": (normal(case.shape) + 0.5).to(case.dtype)}
-    if apart := getattr(room, "apart", None):
-        tensors["x"] = apart(case, tensors["x"])
     shapes = room.shapes(case)
     # Beside running statistics, which are never in half precision, torch takes its fast path with float32 parameters.
     dtype = at_least_float32(case.dtype) if any(name in STATE for name in shapes) else case.dtype
     for name, shape in shapes.items():
         centred = name in getattr(room, "CENTRED", ())
         tensors[name] = (normal(shape) / shape[-1] ** 0.5 if centred else (normal(shape) * 0.2 + 1.0).abs()).to(dtype)
+    if apart := getattr(room, "apart", None):
+        name = getattr(room, "APART", "x")
+        tensors[name] = apart(case, tensors[name])
     tensors["dy"] = normal(case.shape if case.output is None else case.output).to(case.dtype)
     return in_layout(tensors, case.channels_last)
 
