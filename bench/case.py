@@ -99,9 +99,9 @@ class Room(Protocol):
     # A room may also state `traffic(case) -> (bytes, launches)`, what its CUDA kernels move and in how many launches,
     # where that is more than the least; `MATRIX = True` where its flops run on tensor cores; `CENTRED`, names of
     # weights that are drawn around zero and scaled by their row, so that gates do not saturate; `apart(case, x)`,
-    # which moves the numbers of x (or of the input that `APART` names) at which the op or its gradient jumps: what stands
-    # there is rounding's choice; and
-    # `algorithm(case, provider)`, which of its algorithms a provider of pyops takes, as `explain` says it.
+    # which moves the numbers of x, or of the input `APART` names, at which the op or its gradient jumps: what stands there
+    # is rounding's choice; and `algorithm(case, provider)`, which of its algorithms a provider of pyops takes, as
+    # `explain` says it.
 
     def bind(self, functional: Any, case: Case) -> Function:
         """The call of the case on a namespace with the signatures of ``torch.nn.functional``."""
