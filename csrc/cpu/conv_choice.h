@@ -12,8 +12,9 @@ namespace pyops::conv_choice {
 
 // Sums over taps ("gemm"): packed or shifted columns of a block of pixels for each thread, and packed weights.
 inline constexpr int64_t column_bytes = 512 << 10, weight_bytes = 16 << 20;
-// Winograd: transformed weights; transformed tiles of a block and their sums.
-inline constexpr int64_t winograd_weight_bytes = 12 << 20, winograd_block_bytes = 2 << 20;
+// Winograd: transformed weights, in all or near a core; transformed tiles of a block and their sums.
+inline constexpr int64_t winograd_weight_bytes = 12 << 20, winograd_near_bytes = 512 << 10;
+inline constexpr int64_t winograd_block_bytes = 2 << 20;
 
 // A filter of 3 x 3 neighbours that moves by one, over one plane.
 inline bool is_winograd_shape(const conv::Space& s) {

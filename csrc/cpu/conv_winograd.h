@@ -350,35 +350,47 @@ struct Winograd {
 
   void run() const {
     const int64_t tiles = p.N * grid.each(), unit = last ? R : L;
-    // whole panels of output channels whose U fits, and of tiles whose V and sums fit
-    const int64_t most = conv_choice::winograd_weight_bytes / 4 / points / std::max<int64_t>(C, 1), side = last ? L : R;
-    const int64_t portion = std::min(p.M, std::max<int64_t>(most / side, 1) * side);
-    const int64_t fits = conv_choice::winograd_block_bytes / 4 / points / (C + portion) / unit * unit;
-    const int64_t block = std::min(std::max(fits, unit), ceil_div(tiles, unit) * unit);
-    const int64_t channel_panels = weight_panels(portion), panels = tile_panels(block);
-    const int64_t v_step = step_of(panels * tile_panel()), sum_step = step_of(channel_panels * panels * R * L);
-    Buffer<float> u(points * step_of(channel_panels * weight_panel())), v(points * v_step), sums(points * sum_step);
+    // Panels of output channels whose U fits, and tiles whose V and sums fit.
+    const int64_t side = last ? L : R, all = weight_panels(p.M);
+    const auto panels_in = [&](int64_t bytes) {
+      return std::clamp<int64_t>(bytes / 4 / points / std::max<int64_t>(C, 1) / side, 1, all);
+    };
+    const auto tiles_beside = [&](int64_t portion) {
+      return conv_choice::winograd_block_bytes / 4 / points / (C + portion * side) / unit * unit;
+    };
+    // Where all tiles fit at once their V serves one portion of the channels after the other, whose U need not leave the
+    // second cache.
+    const int64_t near = panels_in(conv_choice::winograd_near_bytes * thread_count());
+    const bool once = tiles <= tiles_beside(near);
+    const int64_t portion = once ? near : panels_in(conv_choice::winograd_weight_bytes);
+    const int64_t block = std::min(std::max(tiles_beside(portion), unit), ceil_div(tiles, unit) * unit);
+    const int64_t panels = tile_panels(block);
+    const int64_t v_step = step_of(panels * tile_panel()), sum_step = step_of(portion * panels * R * L);
+    const auto portion_begin = [&](int64_t i) { return last ? std::min(i * L, p.M) : T::begin(p.M, std::min(i, all)); };
+    Buffer<float> u(points * step_of(portion * weight_panel())), v(points * v_step), sums(points * sum_step);
     for (int64_t g = 0; g < p.G; ++g)
-      for (int64_t m0 = 0; m0 < p.M; m0 += portion) {
-        const int64_t M = std::min(portion, p.M - m0), used_channels = weight_panels(M);
+      for (int64_t panel = 0; panel < all; panel += portion) {
+        const int64_t m0 = portion_begin(panel), M = portion_begin(panel + portion) - m0;
+        const int64_t used_channels = weight_panels(M);
         weights(g, m0, M, u.get());
         for (int64_t first = 0; first < tiles; first += block) {
           const int64_t count = std::min(block, tiles - first), used = tile_panels(count);
           const auto tile_begin = [&](int64_t i) { return last ? T::begin(count, i) : std::min(i * L, count); };
           const auto channel_begin = [&](int64_t i) { return last ? std::min(i * L, M) : T::begin(M, i); };
           const int64_t cut = last ? 1 : ceil_div(C, 16);  // lanes over tiles: 16 channels are a task
-          parallel_for(used * cut, task_grain(unit * (C / cut) * points), [&](int64_t begin, int64_t end) {
-            std::vector<Run> runs;
-            Buffer<float> room(last ? 0 : input_room);
-            for (int64_t task = begin; task < end; ++task) {
-              const int64_t i = task / cut, from = tile_begin(i), n = tile_begin(i + 1) - from, c = task % cut * 16;
-              float* to = v.get() + i * tile_panel();
-              if constexpr (last)
-                input_lanes_over_channels(g, first + from, n, to, v_step);
-              else
-                input_lanes_over_tiles(g, first + from, n, to, v_step, c, std::min(c + 16, C), runs, room.get());
-            }
-          });
+          if (panel == 0 || !once)
+            parallel_for(used * cut, task_grain(unit * (C / cut) * points), [&](int64_t begin, int64_t end) {
+              std::vector<Run> runs;
+              Buffer<float> room(last ? 0 : input_room);
+              for (int64_t task = begin; task < end; ++task) {
+                const int64_t i = task / cut, from = tile_begin(i), n = tile_begin(i + 1) - from, c = task % cut * 16;
+                float* to = v.get() + i * tile_panel();
+                if constexpr (last)
+                  input_lanes_over_channels(g, first + from, n, to, v_step);
+                else
+                  input_lanes_over_tiles(g, first + from, n, to, v_step, c, std::min(c + 16, C), runs, room.get());
+              }
+            });
           // a panel of U stays near while the tiles pass
           parallel_for(points * used_channels, task_grain(C * count * side), [&](int64_t begin, int64_t end) {
             for (int64_t task = begin; task < end; ++task) {
