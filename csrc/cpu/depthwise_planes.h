@@ -36,9 +36,11 @@ struct Scratch {
 // Least input coordinate that output o reads: taps may run backwards.
 inline int64_t low(const Axis& a, int64_t o) { return a.input(int32_t(o), a.tap_step < 0 ? a.taps - 1 : 0); }
 
+// What `width` outputs from (od, oh, ow) on read; what is computed beside them may read anything.
 template <class acc_t, class T>
-void fill(Scratch<acc_t>& t, const Space& s, const T* plane, int64_t od, int64_t oh, int64_t ow) {
-  const int64_t h0 = low(s.h, oh), w0 = low(s.w, ow), length = t.pitch;
+void fill(Scratch<acc_t>& t, const Space& s, const T* plane, int64_t od, int64_t oh, int64_t ow, int64_t width) {
+  const int64_t h0 = low(s.h, oh), w0 = low(s.w, ow);
+  const int64_t length = width + ceil_div(int64_t(s.w.taps - 1) * std::abs(s.w.tap_step) + 1, t.phases);
   for (int64_t jd = 0; jd < s.d.taps; ++jd) {
     const int64_t d = s.d.input(int32_t(od), int32_t(jd));
     for (int64_t r = 0; r < t.rows; ++r) {
@@ -68,23 +70,29 @@ void fill(Scratch<acc_t>& t, const Space& s, const T* plane, int64_t od, int64_t
 }
 
 // Offset of tap (jh, jw) from output (0, 0) in the scratch tile.
-template <class acc_t>
-struct Offsets {
-  const Scratch<acc_t>& t;
-  const Space& s;
-  int64_t row(int64_t jh) const { return (s.h.tap_step < 0 ? (s.h.taps - 1 - jh) : jh) * std::abs(s.h.tap_step); }
-  int64_t column(int64_t jw) const {
-    const int64_t at = (s.w.tap_step < 0 ? (s.w.taps - 1 - jw) : jw) * std::abs(s.w.tap_step);
-    return at % t.phases * t.pitch + at / t.phases;
+class Offsets {
+ public:
+  template <class acc_t>
+  Offsets(const Scratch<acc_t>& t, const Space& s) : s_(s), columns_(size_t(s.w.taps)) {
+    for (int64_t jw = 0; jw < s.w.taps; ++jw) {
+      const int64_t at = (s.w.tap_step < 0 ? (s.w.taps - 1 - jw) : jw) * std::abs(s.w.tap_step);
+      columns_[size_t(jw)] = at % t.phases * t.pitch + at / t.phases;
+    }
   }
+  int64_t row(int64_t jh) const { return (s_.h.tap_step < 0 ? (s_.h.taps - 1 - jh) : jh) * std::abs(s_.h.tap_step); }
+  int64_t column(int64_t jw) const { return columns_[size_t(jw)]; }
+
+ private:
+  const Space& s_;
+  std::vector<int64_t> columns_;
 };
 
 // `rows` output rows of the tile, from row o on, one or two vectors wide. TapsH > 0: filter rows with a step of one
 // input row known to the compiler, so that each vector of the input is loaded once for all of them.
 template <int rows, int vectors, int TapsH, class acc_t>
-void outputs(Scratch<acc_t>& t, const Space& s, const acc_t* w, int64_t o, int64_t column, acc_t* result) {
+void outputs(Scratch<acc_t>& t, const Space& s, const Offsets& at, const acc_t* w, int64_t o, int64_t column,
+             acc_t* result) {
   using V = Vec<acc_t>;
-  const Offsets<acc_t> at{t, s};
   const int64_t step = t.phases * t.pitch;
   V sum[rows][vectors];
   for (int64_t jd = 0; jd < s.d.taps; ++jd) {
@@ -127,12 +135,13 @@ void outputs(Scratch<acc_t>& t, const Space& s, const acc_t* w, int64_t o, int64
 
 // The same with the number of filter rows looked up; result: [rows][2 vectors].
 template <int rows, class acc_t>
-void outputs_of(Scratch<acc_t>& t, const Space& s, const acc_t* w, int64_t o, int64_t column, bool one, acc_t* result) {
+void outputs_of(Scratch<acc_t>& t, const Space& s, const Offsets& at, const acc_t* w, int64_t o, int64_t column,
+                bool one, acc_t* result) {
   const auto run = [&]<int TapsH>() {
     if (one)
-      outputs<rows, 1, TapsH>(t, s, w, o, column, result);
+      outputs<rows, 1, TapsH>(t, s, at, w, o, column, result);
     else
-      outputs<rows, 2, TapsH>(t, s, w, o, column, result);
+      outputs<rows, 2, TapsH>(t, s, at, w, o, column, result);
   };
   if constexpr (std::is_same_v<acc_t, float>) {
     if (s.h.in_step == 1 && std::abs(s.h.tap_step) == 1) {
@@ -161,6 +170,7 @@ void planes(const Space& s, int64_t N, int64_t C, int64_t multiplier, bool trans
   parallel_for(
       N * outer, ceil_div(1 << 15, std::max<int64_t>(s.positions() * taps * sums, 1)), [&](int64_t begin, int64_t end) {
         Scratch<acc_t> t(s, th, tw + V::width);
+        const Offsets at(t, s);
         Buffer<acc_t> totals(sums > 1 ? th * tw : 0);
         for (int64_t plane = begin; plane < end; ++plane) {
           const int64_t n = plane / outer, k = plane % outer;
@@ -174,19 +184,26 @@ void planes(const Space& s, int64_t N, int64_t C, int64_t multiplier, bool trans
                 for (int64_t part = 0; part < sums; ++part) {
                   const int64_t filter = transposed ? k * multiplier + part : k;
                   const int64_t source = transposed ? n * C * multiplier + filter : n * C + k / multiplier;
-                  if (taps > 0) fill(t, s, x + source * in_plane, od, oh, ow);
+                  if (taps > 0) fill(t, s, x + source * in_plane, od, oh, ow, width);
                   const acc_t* f = w + filter * taps;
                   alignas(64) acc_t result[group * 2 * V::width];
                   for (int64_t r = 0; r < height; r += group)
                     for (int64_t column = 0; column < width; column += 2 * V::width) {
                       const int64_t count = std::min<int64_t>(2 * V::width, width - column), step = s.w.out_step;
-                      outputs_of<group>(t, s, f, r, column, count <= V::width, result);
+                      outputs_of<group>(t, s, at, f, r, column, count <= V::width, result);
                       const int64_t used = std::min<int64_t>(group, height - r);
                       const auto target = [&](int64_t i) {
                         const int64_t h = s.h.out_base + (oh + r + i) * s.h.out_step;
                         return out + ((s.d.out_base + od * s.d.out_step) * s.h.out_size + h) * s.w.out_size +
                                s.w.out_base + (ow + column) * step;
                       };
+                      if (sums == 1 && step == 1 && epilogue.plain()) {
+                        for (int64_t i = 0; i < used; ++i)
+                          each_vector<acc_t>(count, [&, to = target(i)](int64_t e, auto lanes) {
+                            (V::load(result + i * 2 * V::width + e, lanes) + add).store(to + e, lanes);
+                          });
+                        continue;
+                      }
                       for (int64_t i = 0; i < used; ++i) {
                         acc_t* from = result + i * 2 * V::width;
                         acc_t* total = totals.get() + (r + i) * tw + column;  // of the parts before
@@ -228,7 +245,7 @@ void weight_gradient_planes(const Space& s, int64_t N, int64_t C, int64_t multip
   const int64_t work = ceil_div(N, parts) * positions * taps * multiplier;
   parallel_for(parts * C, ceil_div(1 << 15, std::max<int64_t>(work, 1)), [&](int64_t begin, int64_t end) {
     Scratch<acc_t> t(s, th, tw);
-    const Offsets<acc_t> at{t, s};
+    const Offsets at(t, s);
     Buffer<acc_t> rows(th * tw);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t p = task / C, c = task % C;
@@ -240,7 +257,7 @@ void weight_gradient_planes(const Space& s, int64_t N, int64_t C, int64_t multip
             for (int64_t ow = 0; ow < s.w.count; ow += tw) {
               const int64_t height = std::min<int64_t>(th, s.h.count - oh),
                             width = std::min<int64_t>(tw, s.w.count - ow);
-              fill(t, s, x + (n * C + c) * in_plane, od, oh, ow);
+              fill(t, s, x + (n * C + c) * in_plane, od, oh, ow, width);
               for (int64_t m = 0; m < multiplier; ++m) {
                 const scalar_t* from =
                     dy + (n * K + c * multiplier + m) * positions + (od * s.h.count + oh) * s.w.count + ow;
