@@ -85,3 +85,41 @@ def test_groups_of_four_take_a_fraction_of_the_tensor_core_products():
     # two units of four groups, nine taps, 64 pixels by 16 channels in 4 x 2 products of 16 x 8 x 16
     assert library.emulator_statistic("mma") == 2 * 9 * 4 * 2
     # a tile of 64 x 64 for each group, 36 summed channels in four steps of 16: 8 * 4 * 8 * 4 products
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "groups", "c", "k"),
+    [
+        (torch.bfloat16, 8, 34, 40),  # a tile for each group: two launches, and one split of the weight gradient
+        (torch.float32, 9, 33, 36),
+        (torch.bfloat16, 26, 2, 32),  # one group a unit, four units a block
+        (torch.bfloat16, 202, 2, 2),  # eight groups a unit
+        (torch.float64, 70, 3, 2),
+        (torch.bfloat16, 26, 34, 2),  # in units the one way, in tiles of their own the other
+    ],
+)
+def test_more_groups_than_an_axis_of_a_grid_counts(dtype, groups, c, k, channels_last):
+    """The device counts to 6 in place of 65535: groups beyond come in launches of their own."""
+    g = torch.Generator().manual_seed(0)
+    whole = lambda *shape: torch.randint(-2, 3, shape, generator=g).to(dtype)  # whose sums are exact
+    x, w, b = whole(2, groups * c, 3, 4), whole(groups * k, c, 1, 2), whole(groups * k)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    r = whole(2, groups * k, 3, 3).contiguous(
+        memory_format=torch.channels_last if channels_last else torch.preserve_format
+    )
+    results = []
+    with backends.backend("emulator"):
+        library.configure_emulator(grid_axis=6)
+        try:
+            plain = F.conv2d_act(x, w, b, r, activation="relu", groups=groups)
+            for f, t in ((F, dtype), (torch.nn.functional, torch.float64)):
+                leaves = [v.detach().to(t).requires_grad_() for v in (x, w, b)]
+                y = f.conv2d(*leaves, groups=groups)
+                results.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y))))
+        finally:
+            library.configure_emulator(grid_axis=65535)
+    for ours, exact in zip(*results):
+        assert torch.equal(ours.double(), exact.to(dtype).double())
+    assert torch.equal(plain, (results[1][0] + r).relu().to(dtype))

@@ -32,8 +32,17 @@ CASES = {
     ),
     "132 taps": ((1, 8, 13, 12), (8, 8, 12, 11), {}),
     "volume": ((2, 24, 5, 4, 6), (72, 24, 3, 2, 3), {"stride": (1, 2, 1), "padding": (1, 0, 1)}),
+    "groups of one block each": ((2, 192, 7, 6), (192, 64, 3, 3), {"groups": 3, "padding": 1}),
+    "groups, more filters than a tile": ((2, 128, 5, 6), (384, 64, 3, 2), {"groups": 2, "stride": 2, "padding": 1}),
+    "groups, more channels than a tile": ((1, 384, 6, 5), (128, 192, 1, 3), {"groups": 2, "padding": (0, 1)}),
+    "groups, blocks of a tile in two taps": ((1, 256, 9, 4), (256, 128, 3, 1), {"groups": 2}),
+    "groups in one dimension": ((2, 128, 23), (128, 64, 5), {"groups": 2, "dilation": 2, "padding": 3}),
+    "groups of a volume": ((1, 128, 3, 4, 5), (128, 64, 2, 1, 3), {"groups": 2, "stride": (1, 2, 1)}),
 }
-RACE = ("one small tile, 1x1", "batch of 3, stride 2", "one dimension", "volume", "1x1 with stride")
+RACE = (
+    *("one small tile, 1x1", "batch of 3, stride 2", "one dimension", "volume", "1x1 with stride"),
+    *("groups, more filters than a tile", "groups, more channels than a tile"),
+)
 
 
 def inputs(shape, filters, dtype=torch.bfloat16, bias=True):
@@ -131,6 +140,8 @@ def test_switched_off():
         ((1, 12, 6, 6), (16, 12, 3, 3), {}),  # channels that are no whole 16 bytes
         ((1, 16, 6, 6), (12, 16, 3, 3), {}),  # filters that are none
         ((1, 16, 6, 6), (16, 8, 3, 3), {"groups": 2}),
+        ((1, 144, 6, 6), (128, 72, 3, 3), {"groups": 2}),  # a block of 64 channels would reach into the next group
+        ((1, 128, 6, 6), (144, 64, 3, 3), {"groups": 2}),  # in the gradient of the input
         ((1, 8, 4, 3), (8, 8, 2, 2), {"padding": 130, "dilation": 131}),  # the corners of an image have 8 bits
         ((1, 8, 2, 2, 2), (8, 8, 2, 1, 1), {"padding": (17, 0, 0), "dilation": (33, 1, 1)}),  # those of a volume 5
         ((1, 8, 19, 1), (8, 8, 1, 1), {"stride": (9, 1)}),  # steps are at most 8
@@ -149,6 +160,8 @@ def test_explain_tells_who_is_served():
     assert "algorithm wgmma" in notes((2, 64, 9, 9), (64, 64, 3, 3))
     assert "algorithm gemm" in notes((2, 12, 9, 9), (64, 12, 3, 3))
     assert "algorithm grouped" in notes((2, 64, 9, 9), (64, 32, 3, 3))
+    assert notes((2, 128, 9, 9), (128, 64, 3, 3)).count("algorithm wgmma") == 3
+    assert "algorithm gemm" in notes((2, 144, 9, 9), (128, 72, 3, 3))
     assert "algorithm direct" in notes((2, 64, 9, 9), (64, 1, 3, 3))
 
 
@@ -162,3 +175,35 @@ def test_nan_and_inf_stay_where_they_belong(value):
         y = F.conv2d(x, w, b)
     exact = torch.nn.functional.conv2d(x.double(), w.double(), b.double())
     assert torch.equal(y.isnan(), exact.isnan()) and torch.equal(y.isinf(), exact.isinf())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_stay_in_their_group(value):
+    x, w, b = inputs((1, 128, 6, 5), (256, 64, 3, 3))
+    x[0, 64, 2, 2] = value
+    with backends.backend("emulator"), products(True):
+        y = F.conv2d(x, w, b, padding=1, groups=2)
+        x.requires_grad_(), w.requires_grad_()
+        dx, dw = torch.autograd.grad(F.conv2d(x, w, b, padding=1, groups=2), (x, w), torch.ones_like(y))
+    assert y[:, :128].isfinite().all() and not y[:, 128:].isfinite().all()
+    assert dx.isfinite().all() and dw[:128].isfinite().all() and not dw[128:, 0].isfinite().any()
+    assert dw[128:, 1:].isfinite().all()
+
+
+def test_planes_in_large_groups_pass_through_channels_last():
+    x, w = (t.contiguous() for t in inputs((2, 128, 6, 5), (128, 64, 3, 3), bias=False))
+    with backends.backend("emulator"), products(True):
+        y = F.conv2d(x, w, groups=2)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, torch.nn.functional.conv2d(x, w, groups=2), rtol=2e-2, atol=0.1)
+
+
+def test_products_of_groups_are_those_of_one_group_each():
+    x, w = inputs((1, 256, 9, 9), (256, 64, 3, 3), bias=False)
+    with backends.backend("emulator"):
+        counts = []
+        for call in (lambda: F.conv2d(x, w, groups=4), lambda: F.conv2d(x[:, :64], w[:64])):
+            library.configure_emulator(statistics="reset")
+            call()
+            counts.append(library.emulator_statistic("wgmma"))
+    assert counts[0] == 4 * counts[1] > 0

@@ -6,15 +6,16 @@
 // layout   x: [N, C, D, H, W] · w: [K, C/G, taps] · y: [N, K, space]
 //          channels last: x: [N, D, H, W, C] · w: [K, taps, C/G]
 // mapping  implicit GEMM (conv_gemm.cuh; for half types on sm_90a conv_hopper.cu), small groups several to a tile
-//          (conv_grouped.cuh), others on grid.z; forwards of at most four channels from a part of the image in shared
-//          memory (conv_few.cuh); filters are read as [G, K/G, taps, C/G], from a copy where they stand otherwise; dgrad
-//          is one launch for each residue of the position modulo the stride; wgrad splits the pixels and adds partial
-//          sums
+//          (conv_grouped.cuh), others on grid.z; forward and filter gradient of at most four channels from a part of the
+//          image in shared memory (conv_few.cuh); filters are read as [G, K/G, taps, C/G], from a copy where they stand
+//          otherwise; dgrad is one launch for each residue of the position modulo the stride; wgrad splits the pixels
+//          and adds partial sums
 // memory   x once from DRAM where a tile's taps stay in cache, filters once for each tile of pixels from L2
 // numerics sums in fp32 (fp64 for fp64); algorithm: "tf32", "3xtf32", else fp32 products on CUDA cores
 #include "cuda/conv_few.cuh"
 #include "cuda/conv_grouped.cuh"
 #include "cuda/conv_hopper.cuh"
+#include "cuda/device/grid_axis.cuh"
 
 // binding
 
@@ -77,6 +78,12 @@ Tensor arranged_weights(const OpScope& op, const T* w, const Sizes& s, bool tran
   return arranged;
 }
 
+// Calls f(first, count) for slices of the groups, each of which an axis of a grid holds.
+template <class F>
+void each_slice(int64_t groups, int64_t most, F&& f) {
+  for (int64_t first = 0; first < groups; first += most) f(first, std::min(most, groups - first));
+}
+
 // Do groups share tiles? A tile has room for 64 output channels.
 bool are_packed(int64_t G, int64_t M) { return G > 1 && M <= unit_columns; }
 
@@ -122,6 +129,13 @@ void product(const OpScope& op, const Sizes& s, const Space& space, const T* x, 
     const int64_t count = std::min(portion, s.N - n), pixels = count * space.positions();
     Epilogue<T> portion_end = end;
     if (end.residual != nullptr) portion_end.residual += n * out.example;
+    // bias and residual of the groups from `first` on
+    const auto end_of = [&](int64_t first) {
+      Epilogue<T> slice = portion_end;
+      if (slice.bias != nullptr) slice.bias += first * M;
+      if (slice.residual != nullptr) slice.residual += first * M * out.channel;
+      return slice;
+    };
     if constexpr (hopper_built && is_half<T>)
       if (on_hopper<T>(s, space, C, M, last, algorithm, x, filters.given, end.residual)) {
         hopper::product(
@@ -131,6 +145,7 @@ void product(const OpScope& op, const Sizes& s, const Space& space, const T* x, 
                                y + n * out.example,
                                space,
                                count,
+                               static_cast<int>(s.G),
                                static_cast<int>(C),
                                static_cast<int>(M),
                                {static_cast<int>(s.r[0]), static_cast<int>(s.r[1]), static_cast<int>(s.r[2])},
@@ -139,28 +154,34 @@ void product(const OpScope& op, const Sizes& s, const Space& space, const T* x, 
         continue;
       }
     if (are_packed(s.G, M)) {
-      const Packing pack = packing_of<T>(s.G, C, M);
-      const GroupedArguments<T> p{x + n * in.example,
-                                  filters.packed(op, s, pack),
-                                  portion_end,
-                                  y + n * out.example,
-                                  space,
-                                  in,
-                                  out,
-                                  static_cast<unsigned>(pixels),
-                                  pack,
-                                  static_cast<int>(s.taps()),
-                                  static_cast<int>(s.r[1]),
-                                  static_cast<int>(s.r[2]),
-                                  is_vector(last, x, pack.groups * C, s.G * C)};
-      dispatch_product<T>(algorithm, [&]<Product P>() {
-        launch(grouped_kernel<T, P>,
-               {.grid = dim3(static_cast<unsigned>(ceil_div(pixels, tile)),
-                             static_cast<unsigned>(ceil_div(pack.count, units))),
-                .block = dim3(threads),
-                .smem = sizeof(GroupedShared<T>),
-                .stream = static_cast<cudaStream_t>(op.stream())},
-               p);
+      const Packing all = packing_of<T>(s.G, C, M);
+      const T* w = filters.packed(op, s, all);
+      each_slice(all.count, grid_axis_limit() * units, [&](int64_t unit, int64_t count) {
+        const int64_t first = unit * all.groups;
+        Packing pack = all;
+        pack.G = static_cast<int>(std::min(s.G - first, count * all.groups)), pack.count = static_cast<int>(count);
+        const GroupedArguments<T> p{x + n * in.example + first * C * in.channel,
+                                    w + unit * s.taps() * pack.chunks * pack.columns * unit_depth<T>,
+                                    end_of(first),
+                                    y + n * out.example + first * M * out.channel,
+                                    space,
+                                    in,
+                                    out,
+                                    static_cast<unsigned>(pixels),
+                                    pack,
+                                    static_cast<int>(s.taps()),
+                                    static_cast<int>(s.r[1]),
+                                    static_cast<int>(s.r[2]),
+                                    is_vector(last, x, pack.groups * C, s.G * C)};
+        dispatch_product<T>(algorithm, [&]<Product P>() {
+          launch(grouped_kernel<T, P>,
+                 {.grid = dim3(static_cast<unsigned>(ceil_div(pixels, tile)),
+                               static_cast<unsigned>(ceil_div(count, units))),
+                  .block = dim3(threads),
+                  .smem = sizeof(GroupedShared<T>),
+                  .stream = static_cast<cudaStream_t>(op.stream())},
+                 p);
+        });
       });
       continue;
     }
@@ -194,29 +215,31 @@ void product(const OpScope& op, const Sizes& s, const Space& space, const T* x, 
         });
         continue;
       }
-    ConvArguments<T> p{x + n * in.example,
-                       w,
-                       portion_end,
-                       y + n * out.example,
-                       space,
-                       in,
-                       out,
-                       static_cast<unsigned>(pixels),
-                       static_cast<int>(C),
-                       static_cast<int>(M),
-                       static_cast<int>(s.taps()),
-                       static_cast<int>(s.r[1]),
-                       static_cast<int>(s.r[2]),
-                       is_vector(last, x, C, s.G * C),
-                       is_vector(true, w, C, C)};
-    dispatch_product<T>(algorithm, [&]<Product P>() {
-      launch(conv_kernel<T, P>,
-             {.grid = dim3(static_cast<unsigned>(ceil_div(pixels, tile)), static_cast<unsigned>(ceil_div(M, tile)),
-                           static_cast<unsigned>(s.G)),
-              .block = dim3(threads),
-              .smem = sizeof(ConvShared<T>),
-              .stream = static_cast<cudaStream_t>(op.stream())},
-             p);
+    each_slice(s.G, grid_axis_limit(), [&](int64_t first, int64_t groups) {
+      const ConvArguments<T> p{x + n * in.example + first * C * in.channel,
+                               w + first * M * s.taps() * C,
+                               end_of(first),
+                               y + n * out.example + first * M * out.channel,
+                               space,
+                               in,
+                               out,
+                               static_cast<unsigned>(pixels),
+                               static_cast<int>(C),
+                               static_cast<int>(M),
+                               static_cast<int>(s.taps()),
+                               static_cast<int>(s.r[1]),
+                               static_cast<int>(s.r[2]),
+                               is_vector(last, x, C, s.G * C),
+                               is_vector(true, w, C, C)};
+      dispatch_product<T>(algorithm, [&]<Product P>() {
+        launch(conv_kernel<T, P>,
+               {.grid = dim3(static_cast<unsigned>(ceil_div(pixels, tile)), static_cast<unsigned>(ceil_div(M, tile)),
+                             static_cast<unsigned>(groups)),
+                .block = dim3(threads),
+                .smem = sizeof(ConvShared<T>),
+                .stream = static_cast<cudaStream_t>(op.stream())},
+               p);
+      });
     });
   }
 }
@@ -296,30 +319,69 @@ Tensor conv_wgrad(const Tensor& dy, const Tensor& x, Ints taps, Ints stride, Int
     };
     if constexpr (hopper_built && is_half<T>)
       if (pixels > 0 && on_hopper<T>(s, space, C, K, channels_last, algorithm, px, pdy)) {
-        const hopper::Shares shares = hopper::wgrad_shares(space, s.N, C, K);
+        const hopper::Shares shares = hopper::wgrad_shares(space, s.N, s.G, C, K);
         Tensor part = op.empty<A>({shares.count, s.K, columns});
         auto* to = op.out<A>(part, "workspace", {shares.count, s.K, columns});
-        hopper::wgrad(hopper::Wgrad<T>{pdy, px, to, space, s.N, static_cast<int>(C), static_cast<int>(K)}, shares,
-                      stream);
+        hopper::wgrad(
+            hopper::Wgrad<T>{pdy, px, to, space, s.N, static_cast<int>(s.G), static_cast<int>(C), static_cast<int>(K)},
+            shares, stream);
         sum(to, shares.count);
         return dw;
       }
-    // Enough blocks for the machine, each with at least eight steps of the reduction; capped by 64 MiB of partials.
+    // Parts of dw that 64 MiB hold.
+    const int64_t room = (int64_t(64) << 20) / int64_t(sizeof(A)) / std::max<int64_t>(s.K * columns, 1);
+    const Strides in = strides_of(s.C, s.x_plane(), channels_last), out = strides_of(s.K, s.y_plane(), channels_last);
+    if constexpr (sizeof(T) <= 4)
+      if (pixels > 0 && few_serves<T>(space, C, s.G)) {
+        // Enough blocks for the machine, each with at least eight tiles.
+        const FewTiles shape = few_tiles(space, static_cast<int>(C));
+        const int64_t tiles = s.N * space.d.count * shape.down * shape.across, width = columns <= tile ? 1 : 2;
+        const int64_t blocks = ceil_div(K, tile) * ceil_div(columns, width * tile);
+        const int64_t wanted = std::min({ceil_div(4 * multiprocessor_count(), blocks), ceil_div(tiles, 8), room});
+        const int64_t range = ceil_div(tiles, std::max<int64_t>(wanted, 1)), splits = ceil_div(tiles, range);
+        Tensor part = op.empty<A>({splits, s.K, columns});
+        auto* to = op.out<A>(part, "workspace", {splits, s.K, columns});
+        const FewWgradArguments<T> p{pdy,
+                                     px,
+                                     to,
+                                     space,
+                                     in,
+                                     out,
+                                     static_cast<unsigned>(tiles),
+                                     static_cast<unsigned>(range),
+                                     static_cast<int>(C),
+                                     static_cast<int>(K),
+                                     shape,
+                                     is_vector(channels_last, pdy, K, s.K)};
+        dispatch_product<T>(algorithm, [&]<Product P>() {
+          const auto run = [&]<int Blocks>() {
+            launch(few_wgrad_kernel<T, P, Blocks>,
+                   {.grid = dim3(static_cast<unsigned>(splits), static_cast<unsigned>(ceil_div(K, tile)),
+                                 static_cast<unsigned>(ceil_div(columns, Blocks * tile))),
+                    .block = dim3(threads),
+                    .smem = sizeof(FewWgradShared<T, Blocks>),
+                    .stream = stream},
+                   p);
+          };
+          width == 1 ? run.template operator()<1>() : run.template operator()<2>();
+        });
+        sum(to, splits);
+        return dw;
+      }
+    // Enough blocks for the machine, each with at least eight steps of the reduction.
     const bool packed = are_packed(s.G, K);
     const Packing pack = packed ? packing_of<T>(s.G, C, K) : Packing{};
     const int64_t tiles = packed ? ceil_div(pack.count, units) * s.taps() * pack.chunks
                                  : ceil_div(K, tile) * ceil_div(columns, tile) * s.G;
-    const int64_t most = std::min<int64_t>(
-        {ceil_div(pixels, 8 * depth<T>), (int64_t(64) << 20) / int64_t(sizeof(A)) / std::max<int64_t>(s.K * columns, 1),
-         65535 / (packed ? 1 : s.G)});
+    const int64_t most =
+        std::min<int64_t>({ceil_div(pixels, 8 * depth<T>), room, grid_axis_limit() / (packed ? 1 : s.G)});
     const int64_t splits =
         std::clamp<int64_t>(ceil_div(4 * multiprocessor_count(), tiles), 1, std::max<int64_t>(most, 1));
     const int64_t range = ceil_div(ceil_div(std::max<int64_t>(pixels, 1), splits), depth<T>) * depth<T>;
     Tensor part = op.empty<A>({splits, s.K, columns});
     auto* to = op.out<A>(part, "workspace", {splits, s.K, columns});
-    const Strides in = strides_of(s.C, s.x_plane(), channels_last), out = strides_of(s.K, s.y_plane(), channels_last);
     if (packed) {
-      op.check(s.taps() * pack.chunks <= 65535, "too many taps");
+      op.check(s.taps() * pack.chunks <= grid_axis_limit(), "too many taps");
       const GroupedWgradArguments<T> p{pdy,
                                        px,
                                        to,
@@ -343,30 +405,32 @@ Tensor conv_wgrad(const Tensor& dy, const Tensor& x, Ints taps, Ints stride, Int
       sum(to, splits);
       return dw;
     }
-    op.check(splits * s.G <= 65535, "too many groups");
-    const WgradArguments<T> p{pdy,
-                              px,
-                              to,
-                              space,
-                              in,
-                              out,
-                              static_cast<unsigned>(pixels),
-                              static_cast<unsigned>(range),
-                              static_cast<int>(C),
-                              static_cast<int>(K),
-                              static_cast<int>(s.G),
-                              is_vector(channels_last, pdy, K, s.K),
-                              is_vector(channels_last, px, C, s.C)};
-    dispatch_product<T>(algorithm, [&]<Product P>() {
-      launch(wgrad_kernel<T, P>,
-             {.grid = dim3(static_cast<unsigned>(ceil_div(K, tile)), static_cast<unsigned>(ceil_div(columns, tile)),
-                           static_cast<unsigned>(s.G * splits)),
-              .block = dim3(threads),
-              .smem = sizeof(WgradShared<T>),
-              .stream = stream},
-             p);
+    // several slices of groups have one split: parts of a split are not those of a slice
+    each_slice(s.G, grid_axis_limit() / splits, [&](int64_t first, int64_t groups) {
+      const WgradArguments<T> p{pdy + first * K * out.channel,
+                                px + first * C * in.channel,
+                                to + first * K * columns,
+                                space,
+                                in,
+                                out,
+                                static_cast<unsigned>(pixels),
+                                static_cast<unsigned>(range),
+                                static_cast<int>(C),
+                                static_cast<int>(K),
+                                static_cast<int>(groups),
+                                is_vector(channels_last, pdy, K, s.K),
+                                is_vector(channels_last, px, C, s.C)};
+      dispatch_product<T>(algorithm, [&]<Product P>() {
+        launch(wgrad_kernel<T, P>,
+               {.grid = dim3(static_cast<unsigned>(ceil_div(K, tile)), static_cast<unsigned>(ceil_div(columns, tile)),
+                             static_cast<unsigned>(groups * splits)),
+                .block = dim3(threads),
+                .smem = sizeof(WgradShared<T>),
+                .stream = stream},
+               p);
+      });
     });
-    sum(p.part, splits);
+    sum(to, splits);
     return dw;
   });
 }

@@ -2,11 +2,12 @@
 //   product  y[n,k,o] = f(r[n,k,o] + bias[k] + sum over (tap, c) of w[k,tap,c] * x[n,c, o at the tap]), f and r optional:
 //            forward and input gradient
 //   wgrad    part[i,k,tap,c] = sum over the i-th share of the pixels of dy[k,o] * x[c, o at the tap]
-// layout   channels last; w: [K, taps, C]
+// layout   channels last; w: [G, K, taps, C]; C and K are those of a group
 // mapping  implicit GEMM by wgmma: one producer warp feeds a ring of tiles in shared memory by TMA im2col, two consumer
 //          warpgroups multiply. The product's block takes tile after tile, and loads the next one while it stores.
 //          A tile of the product is Filters x Pixels, the sum runs over taps and blocks of 64 channels; one of wgrad is
-//          Filters x (Blocks of 64 channels at one tap each), the sum runs over 64 pixels at a time
+//          Filters x (Blocks of 64 channels at one tap each), the sum runs over 64 pixels at a time. A tile is in one
+//          group: its channels and filters are coordinates in the maps of all
 // memory   tiles from L2; each block of 64 channels of a tile of x once for every tap
 // numerics fp32 sums in a fixed order, rounded to T before residual and activation; wgrad's parts are added by
 //          wgrad_sum_kernel (conv_gemm.cuh)
@@ -73,10 +74,19 @@ PYOPS_DEVICE void load_image(T* to, const TensorMap& map, uint64_t* full, const 
 
 struct ProductArguments {
   Geometry geometry;
-  int64_t example, position;  // strides of y
-  unsigned pixels, tiles, filter_tiles;
-  int C, K, taps_h, taps_w;
-  bool dense;  // the positions are all of y, in order
+  int64_t example, position;                          // strides of y
+  unsigned pixels, tiles, filter_tiles, group_tiles;  // filter_tiles: of all groups
+  int C, K, taps_h, taps_w;                           // C and K of one group
+  bool dense;                                         // the positions are all of y, in order
+};
+// Where a tile of filters lies.
+struct FilterTile {
+  int group, k0;  // k0: in the group
+  PYOPS_DEVICE FilterTile(const ProductArguments& p, unsigned tile, int filters) {
+    const unsigned index = tile % p.filter_tiles;
+    group = static_cast<int>(index / p.group_tiles);
+    k0 = static_cast<int>(index % p.group_tiles) * filters;
+  }
 };
 
 // Filters are read as they are stored. With Major::k, [K, taps, C], a line of w holds the channels of one filter; with
@@ -100,7 +110,7 @@ PYOPS_DEVICE void produce(ProductShared<T, Filters, Pixels>& s, const TensorMap&
   const Space& space = p.geometry.space;
   Turn turn;
   for (unsigned tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
-    const int k0 = static_cast<int>(tile % p.filter_tiles) * Filters;
+    const FilterTile at(p, tile, Filters);
     const Position first = position(space, tile / p.filter_tiles * Pixels);
     for (int j = 0; j < space.taps(); ++j) {
       const Tap t = tap_of(space, j);
@@ -112,12 +122,13 @@ PYOPS_DEVICE void produce(ProductShared<T, Filters, Pixels>& s, const TensorMap&
         uint64_t* full = &s.ring.full[turn.stage];
         mbarrier_wait(&s.ring.empty[turn.stage], turn.parity ^ 1);
         mbarrier_arrive_expect_tx(full, sizeof to.w + sizeof to.x);
-        load_image(to.x[0], map_x, full, p.geometry, first, t, c);
+        load_image(to.x[0], map_x, full, p.geometry, first, t, at.group * p.C + c);
         if constexpr (W == Major::k) {
-          tma_load_im2col(to.w[0], map_w, full, {c, 0, k0}, {static_cast<uint16_t>(filter_tap)});
+          tma_load_im2col(to.w[0], map_w, full, {c, 0, at.group * p.K + at.k0}, {static_cast<uint16_t>(filter_tap)});
         } else {
           for (int i = 0; i < Filters; i += 64)
-            tma_load_im2col(to.w[i], map_w, full, {k0 + i, 0, c}, {static_cast<uint16_t>(filter_tap)});
+            tma_load_im2col(to.w[i], map_w, full, {at.k0 + i, 0, at.group * p.C + c},
+                            {static_cast<uint16_t>(filter_tap)});
         }
         turn.next<stages>();
       }
@@ -156,13 +167,15 @@ PYOPS_DEVICE void consume(ProductShared<T, Filters, Pixels>& s, const Epilogue<T
     wgmma_wait<0>();
     if (lane == 0) mbarrier_arrive(&s.ring.empty[previous]);
 
-    const int k0 = static_cast<int>(tile % p.filter_tiles) * Filters + filter0;
+    const FilterTile place(p, tile, Filters);
+    const int before = place.group * p.K;  // filters of the groups before
+    const int k0 = before + place.k0 + filter0, K = before + p.K;
     const unsigned first = tile / p.filter_tiles * Pixels + pixel0;
     float add[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int k = k0 + warp * 16 + lane / 4 + i * 8;
-      add[i] = end.bias != nullptr && k < p.K ? to_float(__ldg(end.bias + k)) : 0.0f;
+      add[i] = end.bias != nullptr && k < K ? to_float(__ldg(end.bias + k)) : 0.0f;
     }
 #pragma unroll
     for (int q = 0; q < Columns / 64; ++q) {
@@ -180,7 +193,7 @@ PYOPS_DEVICE void consume(ProductShared<T, Filters, Pixels>& s, const Epilogue<T
       }
       named_barrier_sync(1 + group, 128);  // once for each of two buffers: nobody still reads the other one
       const int chunk = t % 8, k = k0 + chunk * 8;
-      const auto place = [&](unsigned pixel) {
+      const auto offset = [&](unsigned pixel) {
         if (p.dense) return pixel * p.position;
         const Position o = position(p.geometry.space, pixel);
         return o.n * p.example + p.geometry.space.output(o) * p.position;
@@ -190,8 +203,8 @@ PYOPS_DEVICE void consume(ProductShared<T, Filters, Pixels>& s, const Epilogue<T
 #pragma unroll 1
           for (int row = t / 8; row < 64; row += 16) {
             const unsigned pixel = first + q * 64 + row;
-            if (pixel >= p.pixels || k >= p.K) continue;
-            const int64_t at = place(pixel) + k;
+            if (pixel >= p.pixels || k >= K) continue;
+            const int64_t at = offset(pixel) + k;
             Vec<T, 8> v = load_vec<8>(&staged[row][(chunk ^ row % 8) * 8]), r{};
             if (end.residual != nullptr) r = load_vec_readonly<8>(end.residual + at);
 #pragma unroll
@@ -203,7 +216,7 @@ PYOPS_DEVICE void consume(ProductShared<T, Filters, Pixels>& s, const Epilogue<T
       }
       const auto store = [&](int row, const auto& where) {
         const unsigned pixel = first + q * 64 + row;
-        if (pixel < p.pixels && k < p.K)
+        if (pixel < p.pixels && k < K)
           store_vec(y + where(pixel) + k, load_vec<8>(&staged[row][(chunk ^ row % 8) * 8]));
       };
       if (p.dense) {
@@ -211,7 +224,7 @@ PYOPS_DEVICE void consume(ProductShared<T, Filters, Pixels>& s, const Epilogue<T
         for (int row = t / 8; row < 64; row += 16) store(row, [&](unsigned pixel) { return pixel * p.position; });
       } else {
 #pragma unroll 1
-        for (int row = t / 8; row < 64; row += 16) store(row, place);
+        for (int row = t / 8; row < 64; row += 16) store(row, offset);
       }
     }
   }
@@ -238,7 +251,7 @@ __global__ void __launch_bounds__(threads, 1)
 struct WgradArguments {
   Geometry geometry;
   unsigned pixels, range;  // all; those of one block
-  int C, K, columns, channel_blocks, blocks;
+  int G, C, K, columns, channel_blocks, blocks;
 };
 template <class T, int Filters, int Blocks>
 struct WgradTile {
@@ -251,8 +264,8 @@ using WgradShared = Ring<WgradTile<T, Filters, Blocks>,
 
 template <class T, int Filters, int Blocks, int Stages>
 PYOPS_DEVICE void produce(Ring<WgradTile<T, Filters, Blocks>, Stages>& ring, const TensorMap& map_dy,
-                          const TensorMap& map_x, const WgradArguments& p, unsigned first, unsigned last, int k0,
-                          int block0) {
+                          const TensorMap& map_x, const WgradArguments& p, unsigned first, unsigned last, int group,
+                          int k0, int block0) {
   const Space& space = p.geometry.space;
   Turn turn;
   for (unsigned pixel = first; pixel < last; pixel += depth) {
@@ -262,13 +275,14 @@ PYOPS_DEVICE void produce(Ring<WgradTile<T, Filters, Blocks>, Stages>& ring, con
     mbarrier_wait(&ring.empty[turn.stage], turn.parity ^ 1);
     mbarrier_arrive_expect_tx(full, sizeof to.dy + sizeof to.x);
     for (int i = 0; i < Filters / 64; ++i)
-      tma_load_im2col(to.dy[i][0], map_dy, full, {k0 + i * 64, static_cast<int>(pixel), 0}, {uint16_t(0)});
+      tma_load_im2col(to.dy[i][0], map_dy, full, {group * p.K + k0 + i * 64, static_cast<int>(pixel), 0},
+                      {uint16_t(0)});
     for (int i = 0; i < Blocks; ++i) {
       // past the last block: zeros, from behind the last channel
       const bool valid = block0 + i < p.blocks;
       const int block = valid ? block0 + i : 0;
       load_image(to.x[i][0], map_x, full, p.geometry, o, tap_of(space, block / p.channel_blocks),
-                 valid ? block % p.channel_blocks * 64 : p.channel_blocks * 64);
+                 valid ? group * p.C + block % p.channel_blocks * 64 : p.G * p.channel_blocks * 64);
     }
     turn.next<Stages>();
   }
@@ -276,12 +290,12 @@ PYOPS_DEVICE void produce(Ring<WgradTile<T, Filters, Blocks>, Stages>& ring, con
 
 template <class T, int Filters, int Blocks, int Stages>
 PYOPS_DEVICE void consume(Ring<WgradTile<T, Filters, Blocks>, Stages>& ring, float* __restrict__ part,
-                          const WgradArguments& p, unsigned first, unsigned last, int k0, int block0) {
+                          const WgradArguments& p, unsigned first, unsigned last, int group, int k0, int block0) {
   // Warpgroups share the filters of a tile where it has 128, else its pixels: each then writes a part of its own.
   constexpr bool by_pixels = Filters == 64;
   constexpr int span = by_pixels ? depth / consumers : depth;
-  const int group = threadIdx.x / 128 - 1, t = threadIdx.x % 128, warp = t / 32, lane = t % 32;
-  const int filters = by_pixels ? 0 : group, line0 = by_pixels ? group * span : 0;
+  const int consumer = threadIdx.x / 128 - 1, t = threadIdx.x % 128, warp = t / 32, lane = t % 32;
+  const int filters = by_pixels ? 0 : consumer, line0 = by_pixels ? consumer * span : 0;
   float sum[Blocks * 32];
   Turn turn;
   int previous = 0;
@@ -302,8 +316,8 @@ PYOPS_DEVICE void consume(Ring<WgradTile<T, Filters, Blocks>, Stages>& ring, flo
   }
   wgmma_wait<0>();
 
-  const int index = by_pixels ? blockIdx.y * consumers + group : blockIdx.y;
-  float* to = part + static_cast<int64_t>(index) * p.K * p.columns;
+  const int index = by_pixels ? blockIdx.y * consumers + consumer : blockIdx.y;
+  float* to = part + (static_cast<int64_t>(index) * p.G + group) * p.K * p.columns;
 #pragma unroll
   for (int i = 0; i < Blocks * 32; i += 2) {
     const int k = k0 + filters * 64 + warp * 16 + lane / 4 + i / 2 % 2 * 8;
@@ -320,16 +334,16 @@ __global__ void __launch_bounds__(threads, 1)
     wgrad_wgmma_kernel(const __grid_constant__ TensorMap map_dy, const __grid_constant__ TensorMap map_x,
                        float* __restrict__ part, const __grid_constant__ WgradArguments p) {
   auto& ring = shared_storage<WgradShared<T, Filters, Blocks>>();
-  const int filter_tiles = static_cast<int>(ceil_div(p.K, Filters));
-  const int k0 = blockIdx.x % filter_tiles * Filters, block0 = blockIdx.x / filter_tiles * Blocks;
+  const int filter_tiles = static_cast<int>(ceil_div(p.K, Filters)), group = blockIdx.x % p.G, tile = blockIdx.x / p.G;
+  const int k0 = tile % filter_tiles * Filters, block0 = tile / filter_tiles * Blocks;
   const unsigned first = blockIdx.y * p.range, last = min(first + p.range, p.pixels);
   open_ring(ring);
   if (threadIdx.x < 128) {
     setmaxnreg_dec<40>();
-    if (threadIdx.x == 0) produce(ring, map_dy, map_x, p, first, last, k0, block0);
+    if (threadIdx.x == 0) produce(ring, map_dy, map_x, p, first, last, group, k0, block0);
   } else {
     setmaxnreg_inc<232>();
-    consume(ring, part, p, first, last, k0, block0);
+    consume(ring, part, p, first, last, group, k0, block0);
   }
 }
 
@@ -378,14 +392,16 @@ TensorMap filter_map(const T* w, int64_t rows, int width, int C, unsigned count)
 template <class T, Major W, int Filters, int Pixels>
 void launch_product(const Product<T>& p, cudaStream_t stream) {
   const Space& s = p.space;
-  const int64_t pixels = p.examples * s.positions(), filter_tiles = ceil_div(p.K, Filters),
-                tiles = ceil_div(pixels, Pixels) * filter_tiles;
+  const int64_t pixels = p.examples * s.positions(), group_tiles = ceil_div(p.K, Filters),
+                filter_tiles = p.G * group_tiles, tiles = ceil_div(pixels, Pixels) * filter_tiles,
+                channels = int64_t(p.G) * p.K;
   const ProductArguments arguments{geometry_of(s),
-                                   s.out_plane() * p.K,
-                                   p.K,
+                                   s.out_plane() * channels,
+                                   channels,
                                    static_cast<unsigned>(pixels),
                                    static_cast<unsigned>(tiles),
                                    static_cast<unsigned>(filter_tiles),
+                                   static_cast<unsigned>(group_tiles),
                                    p.C,
                                    p.K,
                                    p.filter_taps[1],
@@ -398,9 +414,10 @@ void launch_product(const Product<T>& p, cudaStream_t stream) {
           .block = dim3(threads),
           .smem = sizeof(ProductShared<T, Filters, Pixels>),
           .stream = stream},
-         image_map(p.x, s, p.examples, p.C, Pixels),
-         filter_map(p.w, by_filter ? p.K : p.C, width, by_filter ? p.C : p.K, by_filter ? Filters : depth), p.end, p.y,
-         arguments);
+         image_map(p.x, s, p.examples, p.G * p.C, Pixels),
+         filter_map(p.w, int64_t(p.G) * (by_filter ? p.K : p.C), width, by_filter ? p.C : p.K,
+                    by_filter ? Filters : depth),
+         p.end, p.y, arguments);
 }
 
 template <class T, int Filters, int Blocks>
@@ -411,23 +428,24 @@ void launch_wgrad(const Wgrad<T>& p, const Shares& shares, cudaStream_t stream) 
   const WgradArguments arguments{geometry_of(s),
                                  static_cast<unsigned>(pixels),
                                  static_cast<unsigned>(shares.pixels),
+                                 p.G,
                                  p.C,
                                  p.K,
                                  s.taps() * p.C,
                                  channel_blocks,
                                  blocks};
   // dy as one line of pixels
-  const TensorMap map_dy =
-      make_tensor_map_im2col(p.dy, {uint64_t(p.K), uint64_t(pixels), uint64_t(1)},
-                             {sizeof(T), uint64_t(p.K) * sizeof(T), uint64_t(pixels) * p.K * sizeof(T)},
-                             Im2col{{0}, {0}, 64, depth, {1}}, Swizzle::b128);
+  const uint64_t filters = uint64_t(p.G) * p.K;
+  const TensorMap map_dy = make_tensor_map_im2col(p.dy, {filters, uint64_t(pixels), uint64_t(1)},
+                                                  {sizeof(T), filters * sizeof(T), pixels * filters * sizeof(T)},
+                                                  Im2col{{0}, {0}, 64, depth, {1}}, Swizzle::b128);
   launch(wgrad_wgmma_kernel<T, Filters, Blocks>,
-         {.grid = dim3(static_cast<unsigned>(ceil_div(p.K, Filters) * ceil_div(blocks, Blocks)),
+         {.grid = dim3(static_cast<unsigned>(p.G * ceil_div(p.K, Filters) * ceil_div(blocks, Blocks)),
                        static_cast<unsigned>(shares.splits)),
           .block = dim3(threads),
           .smem = sizeof(WgradShared<T, Filters, Blocks>),
           .stream = stream},
-         map_dy, image_map(p.x, s, p.examples, p.C, depth), p.part, arguments);
+         map_dy, image_map(p.x, s, p.examples, p.G * p.C, depth), p.part, arguments);
 }
 
 // Blocks of 64 channels in a tile of wgrad: few tiles, and little of the last one for nothing.
@@ -445,7 +463,7 @@ template <class T>
 void product(const Product<T>& p, cudaStream_t stream) {
   // Rounds of the machine, times the products of a tile and its loads: one row is worth some 48 products.
   const auto cost = [&](int filters, int pixels) {
-    const int64_t tiles = ceil_div(p.K, filters) * ceil_div(p.examples * p.space.positions(), pixels);
+    const int64_t tiles = p.G * ceil_div(p.K, filters) * ceil_div(p.examples * p.space.positions(), pixels);
     return ceil_div(tiles, multiprocessor_count()) * (filters * pixels + 48 * (filters + pixels));
   };
   const int64_t large = cost(128, 256), square = cost(128, 128), flat = cost(64, 256);
@@ -462,12 +480,13 @@ template void product(const Product<fp16>&, cudaStream_t);
 
 // At least eight steps of the sum for each block, and at most 64 MiB of parts. Counted in steps, a round of the machine
 // takes those of one block and some 16 to fill and empty its ring; 1.25 MB of parts are written and read in one.
-Shares wgrad_shares(const Space& space, int64_t examples, int64_t C, int64_t K) {
+Shares wgrad_shares(const Space& space, int64_t examples, int64_t G, int64_t C, int64_t K) {
   const int64_t pixels = examples * space.positions(), steps = ceil_div(pixels, depth);
   const int64_t blocks = ceil_div(C, 64) * space.taps(), filters = wgrad_filters(K);
-  const int64_t tiles = ceil_div(K, filters) * ceil_div(blocks, wgrad_blocks(blocks)), machine = multiprocessor_count();
+  const int64_t tiles = G * ceil_div(K, filters) * ceil_div(blocks, wgrad_blocks(blocks)),
+                machine = multiprocessor_count();
   const int64_t parts = filters == 64 ? consumers : 1;
-  const int64_t bytes = K * space.taps() * C * static_cast<int64_t>(sizeof(float)) * parts;
+  const int64_t bytes = G * K * space.taps() * C * static_cast<int64_t>(sizeof(float)) * parts;
   const auto cost = [&](int64_t splits) {
     return ceil_div(tiles * splits, machine) * (ceil_div(steps, splits) + 16) + splits * bytes / 1250000;
   };

@@ -1,5 +1,7 @@
 // Convolutions on the warpgroup tensor cores of sm_90a: which calls they serve, and what conv.cu launches (kernels in
-// conv_hopper.cu). Images are channels last, bfloat16 or float16, in one group.
+// conv_hopper.cu). Images are channels last, bfloat16 or float16. Groups are slices of the channels, of which each tile
+// is in one: TMA takes 64 channels at a time, so those of a group come in 64s where there are several, or a slice would
+// reach into the next group, whose NaN the zeros of the filters would not undo.
 //
 // TMA's im2col mode walks the positions of a bounding box in the image, in steps, and adds to each the offset of a tap;
 // what lies outside the image arrives as zeros. Its fields are narrow, so not every geometry fits: docs/math/convolution.md.
@@ -46,44 +48,44 @@ inline bool fits_tensor_map(const Space& s) {
   return true;
 }
 
-// The rule: which products of an image with C channels and K filters run here.
+// The rule: which products of an image with C channels and K filters, of each group, run here.
 template <class T>
 bool serves(const Space& s, int64_t C, int64_t K, int64_t G, bool channels_last, int64_t filter_taps) {
   if constexpr (hopper_built && (std::is_same_v<T, bf16> || std::is_same_v<T, fp16>))
-    return compute_capability() == 90 && channels_last && G == 1 && C % 8 == 0 && K % 8 == 0 && s.taps() > 0 &&
-           filter_taps <= 1 << 15 && fits_tensor_map(s);
+    return compute_capability() == 90 && channels_last && C % (G == 1 ? 8 : 64) == 0 && K % (G == 1 ? 8 : 64) == 0 &&
+           s.taps() > 0 && filter_taps <= 1 << 15 && fits_tensor_map(s);
   return false;
 }
 
 // y[n, k, o] = f(r[n, k, o] + bias[k] + sum over taps and c of w[k, tap, c] * x[n, c, o at the tap])
 template <class T>
 struct Product {
-  const T *x, *w;  // w: [K, taps of the whole filter, C], transposed [C, taps, K]
+  const T *x, *w;  // w: [G, K, taps of the whole filter, C], transposed [G, C, taps, K]
   Epilogue<T> end;
   T* y;
   Space space;
   int64_t examples;
-  int C, K;
+  int G, C, K;  // C and K of one group
   int filter_taps[3];
   bool transposed;
 };
 template <class T>
 void product(const Product<T>& p, cudaStream_t stream);
 
-// part[i, k, tap, c] = sum over the i-th share of the positions of dy[k, o] * x[c, o at the tap]
+// part[i, g, k, tap, c] = sum over the i-th share of the positions of dy[g, k, o] * x[g, c, o at the tap]
 template <class T>
 struct Wgrad {
   const T *dy, *x;
   float* part;
   Space space;
   int64_t examples;
-  int C, K;
+  int G, C, K;
 };
 struct Shares {
   int count, splits;  // parts that are written; blocks along the pixels
   int64_t pixels;     // of one block
 };
-Shares wgrad_shares(const Space& space, int64_t examples, int64_t C, int64_t K);
+Shares wgrad_shares(const Space& space, int64_t examples, int64_t G, int64_t C, int64_t K);
 template <class T>
 void wgrad(const Wgrad<T>& p, const Shares& shares, cudaStream_t stream);
 

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "cuda/device/grid_axis.cuh"
 #include "emulator/memory.h"
 #include "emulator/statistics.h"
 
@@ -42,6 +43,9 @@ bool set(Configuration& c, const std::string& key, const std::string& value) {
   } else if (key == "multiprocessors") {
     if (number() < 1) return false;
     c.multiprocessors = static_cast<int>(number());
+  } else if (key == "grid_axis") {
+    if (number() < 1 || number() > 65535) return false;
+    c.grid_axis = static_cast<int>(number());
   } else if (key == "l2_bytes") {
     if (number() < 1) return false;
     c.l2_bytes = static_cast<int>(number());
@@ -69,8 +73,8 @@ bool set(Configuration& c, const std::string& key, const std::string& value) {
 
 Configuration from_environment() {
   Configuration c;
-  for (const char* key :
-       {"schedule", "race", "poison", "threads", "multiprocessors", "capability", "l2_bytes", "stack_bytes"}) {
+  for (const char* key : {"schedule", "race", "poison", "threads", "multiprocessors", "grid_axis", "capability",
+                          "l2_bytes", "stack_bytes"}) {
     std::string name = "PYOPS_EMULATOR_";
     for (const char* k = key; *k; ++k) name += static_cast<char>(*k >= 'a' && *k <= 'z' ? *k - 32 : *k);
     const char* value = std::getenv(name.c_str());
@@ -92,6 +96,7 @@ bool enabled(Detector detector) { return (configuration().silenced >> static_cas
 int multiprocessor_count() { return configuration().multiprocessors; }
 int resident_blocks() { return configuration().resident_blocks; }
 int l2_cache_bytes() { return configuration().l2_bytes; }
+int grid_axis_limit() { return configuration().grid_axis; }
 int compute_capability() { return configuration().capability; }
 // CUDA C++ programming guide, table of technical specifications: the architecture's maximum less the 1 KB it reserves.
 int shared_memory_limit() {

@@ -36,6 +36,7 @@ struct Configuration {
   bool one_mapping = true;  // all stacks, where the kernel can guard pages within one
   int multiprocessors = 2;
   int resident_blocks = 2;
+  int grid_axis = 65535;  // blocks along axes 1 and 2 of a grid
   int l2_bytes = 50 << 20;
   int capability = 90;    // 10 * major + minor
   uint64_t silenced = 0;  // detectors switched off, for the tests that prove them

@@ -154,7 +154,8 @@ void check_canary(Engine* e) {
 void check_launch(const Launch& launch) {
   const auto fail_launch = [&](const std::string& why) { throw std::runtime_error("kernel launch: " + why); };
   if (launch.block.volume() < 1 || launch.block.volume() > 1024) fail_launch("blocks have 1 to 1024 threads");
-  if (launch.grid.y > 65535 || launch.grid.z > 65535 || launch.grid.x > 0x7fffffffu) fail_launch("grid too large");
+  const auto axis = static_cast<unsigned>(configuration().grid_axis);
+  if (launch.grid.y > axis || launch.grid.z > axis || launch.grid.x > 0x7fffffffu) fail_launch("grid too large");
   if (launch.shared_bytes > static_cast<size_t>(shared_memory_limit())) {
     fail_launch("more than " + std::to_string(shared_memory_limit() >> 10) + " KB of shared memory");
   }

@@ -364,7 +364,7 @@ ALGORITHMS = {
     "tf32": "products of float32 rounded to 10 bits on tensor cores",
     "3xtf32": "float32 split in two TF32 parts, three products on tensor cores",
     "wgmma": "implicit GEMM by warpgroup products and TMA where the call allows it: bfloat16 or float16, channels last,"
-    " one group, channels in eights, compute capability 9.0; else gemm",
+    " channels in eights (those of a group in 64s), compute capability 9.0; else gemm",
 }
 _ON_CPU = ("gemm", "columns", "winograd2", "winograd4")
 _algorithm = os.environ.get("PYOPS_CONV_ALGORITHM", "")

@@ -171,6 +171,18 @@ def _capability(name: str) -> int | None:
     return 10 * torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else None
 
 
+def _few_channels(p: _Problem) -> bool:
+    """few_serves of csrc/cuda/conv_few.cuh: taps and the rectangle under a tile of 64 outputs fit."""
+    if p.groups != 1 or p.C > 4 or math.prod(p.taps) * p.C > 224 or max(*p.stride, *p.dilation) > 64:
+        return False
+
+    def rectangle(width: int) -> int:
+        sides = zip((64 // width, width), p.stride[1:], p.taps[1:], p.dilation[1:])
+        return p.C * p.taps[0] * math.prod((n - 1) * s + (t - 1) * d + 1 for n, s, t, d in sides)
+
+    return any(rectangle(width) <= 4096 for width in (64, 32, 16, 8))
+
+
 def _on_gpu(p: _Problem, op: str, label: str, stem: str) -> Pass:
     """csrc/cuda/conv.cu and kernels/conv.py."""
     taps, itemsize, triton = math.prod(p.taps), p.dtype.itemsize, p.backend == "triton"
@@ -196,13 +208,15 @@ def _on_gpu(p: _Problem, op: str, label: str, stem: str) -> Pass:
         why = f"({asked} was asked for, which does not serve {_short(p.dtype)} on {p.backend})"
     if algorithm == "wgmma":
         capability = _capability(p.backend)
-        fits = p.last and p.groups == 1 and p.C % 8 == 0 and p.K % 8 == 0
+        whole = 8 if p.groups == 1 else 64
+        fits = p.last and p.C // p.groups % whole == 0 and p.K // p.groups % whole == 0
         if fits and capability in (90, None):
             where = "" if capability else "; where the capability is 9.0, else gemm"
-            why = f"(half types, channels last, channels in eights{where})"
+            channels = "channels in eights" if p.groups == 1 else "channels of a group in 64s"
+            why = f"(half types, channels last, {channels}{where})"
             return Pass(label, "wgmma", why, workspace if op == "wgrad" else 0)
         algorithm = "gemm"
-        missing = "channels last, one group and channels in eights" if not fits else "compute capability 9.0"
+        missing = "channels last and channels in eights, those of a group in 64s" if not fits else "capability 9.0"
         why = f"(wgmma needs {missing})"
     if not triton and p.groups > 1 and computed <= 32:
         depth = 32 // itemsize
@@ -211,7 +225,7 @@ def _on_gpu(p: _Problem, op: str, label: str, stem: str) -> Pass:
         packed = -(-p.groups // together) * taps * chunks * columns * depth * itemsize
         why = f"(up to 32 filters a group: groups share tiles, block-diagonal), products as {algorithm}"
         return Pass(label, "grouped", why, workspace if op == "wgrad" else packed)
-    if not triton and op != "wgrad" and p.groups == 1 and summed <= 4 and p.dtype != torch.float64:
+    if not triton and op != "dgrad" and p.dtype != torch.float64 and _few_channels(p):
         why = f"(one to four channels: the image under a tile in shared memory), products as {algorithm}"
         return Pass(label, "few channels", why, workspace)
     return Pass(label, algorithm, why, workspace)
