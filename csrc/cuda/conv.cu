@@ -7,14 +7,15 @@
 //          channels last: x: [N, D, H, W, C] · w: [K, taps, C/G]
 // mapping  implicit GEMM (conv_gemm.cuh; for half types on sm_90a conv_hopper.cu), small groups several to a tile
 //          (conv_grouped.cuh), others on grid.z; forward and filter gradient of at most four channels from a part of the
-//          image in shared memory (conv_few.cuh); filters are read as [G, K/G, taps, C/G], from a copy where they stand
-//          otherwise; dgrad is one launch for each residue of the position modulo the stride; wgrad splits the pixels
-//          and adds partial sums
+//          image in shared memory (conv_few.cuh), products with at most eight output channels as well (conv_narrow.cuh);
+//          filters are read as [G, K/G, taps, C/G], from a copy where they stand otherwise; dgrad is one launch for each
+//          residue of the position modulo the stride; wgrad splits the pixels and adds partial sums
 // memory   x once from DRAM where a tile's taps stay in cache, filters once for each tile of pixels from L2
 // numerics sums in fp32 (fp64 for fp64); algorithm: "tf32", "3xtf32", else fp32 products on CUDA cores
 #include "cuda/conv_few.cuh"
 #include "cuda/conv_grouped.cuh"
 #include "cuda/conv_hopper.cuh"
+#include "cuda/conv_narrow.cuh"
 #include "cuda/device/grid_axis.cuh"
 
 // binding
@@ -212,6 +213,38 @@ void product(const OpScope& op, const Sizes& s, const Space& space, const T* x, 
                    p);
           };
           s.taps() * C > few_columns<false> ? run.template operator()<true>() : run.template operator()<false>();
+        });
+        continue;
+      }
+    if constexpr (sizeof(T) <= 4)
+      if (narrow_serves<T>(space, C, M, s.G)) {
+        const FewTiles shape = narrow_tiles(space);
+        const NarrowArguments<T> p{x + n * in.example,
+                                   w,
+                                   portion_end,
+                                   y + n * out.example,
+                                   space,
+                                   in,
+                                   out,
+                                   static_cast<int>(C),
+                                   static_cast<int>(M),
+                                   static_cast<int>(s.taps()),
+                                   static_cast<int>(s.r[1]),
+                                   static_cast<int>(s.r[2]),
+                                   shape,
+                                   is_vector(last, x, C, C),
+                                   is_vector(true, w, C, C)};
+        const int64_t tiles = count * space.d.count * shape.down * shape.across;
+        dispatch_product<T>(algorithm, [&]<Product P>() {
+          const auto run = [&]<bool Wide>() {
+            launch(narrow_kernel<T, P, Wide>,
+                   {.grid = dim3(static_cast<unsigned>(tiles)),
+                    .block = dim3(threads),
+                    .smem = sizeof(NarrowShared<T, Wide>),
+                    .stream = static_cast<cudaStream_t>(op.stream())},
+                   p);
+          };
+          space.taps() > narrow_taps<false> ? run.template operator()<true>() : run.template operator()<false>();
         });
         continue;
       }

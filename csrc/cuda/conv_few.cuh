@@ -13,10 +13,7 @@
 // 0.49 GB, 0.15 ms; the products, 60 GFLOP, less. wgrad_kernel gathers each of 3.2 million x 192 elements by some 40
 // instructions (tap, bounds, address), 0.8 ms; from the rectangle it is some 6, of 3.2 million x 256 padded columns,
 // 0.2 ms.
-// The gradient in the input sums over many channels and has few output channels, which conv_kernel pads to 64 columns.
-// Narrower tiles would gain little, for that is not its bound: each of some 12 taps in each of four phases reads dy again
-// from L2, 20 GB or 3.6 ms at 5.5 TB/s, where the padded tiles take 2.7 ms of shared memory's time. It would take
-// rectangles of dy with all of its channels, a kernel of its own for what few networks ask: nobody trains the pixels.
+// The gradient in the input has few output channels: conv_narrow.cuh.
 #pragma once
 
 #include <algorithm>

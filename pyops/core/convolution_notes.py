@@ -26,7 +26,7 @@ class Pass:
 
     Attributes:
         name: forward, gradient in the input, or in the weight.
-        algorithm: a name of ``conv_algorithm``, or ``"direct"``, ``"few channels"``, ``"grouped"``.
+        algorithm: a name of ``conv_algorithm``, or ``"direct"``, ``"few channels"``, ``"few filters"``, ``"grouped"``.
         why: the reason.
         workspace: temporary memory at most, in bytes; None where it is not known.
     """
@@ -183,6 +183,26 @@ def _few_channels(p: _Problem) -> bool:
     return any(rectangle(width) <= 4096 for width in (64, 32, 16, 8))
 
 
+def _few_filters(p: _Problem, op: str) -> bool:
+    """narrow_serves of csrc/cuda/conv_narrow.cuh; of the residues of a gradient, for those with most taps."""
+    summed, computed = (p.K, p.C) if op == "dgrad" else (p.C, p.K)
+    if op == "wgrad" or p.groups != 1 or computed > 8 or summed * p.dtype.itemsize < 32 or p.dtype == torch.float64:
+        return False
+    taps, steps, strides = list(p.taps), list(p.dilation), list(p.stride)
+    if op == "dgrad":
+        common = [math.gcd(s, d) for s, d in zip(p.stride, p.dilation)]
+        taps = [-(-t // (s // c)) for t, s, c in zip(p.taps, p.stride, common)]
+        steps, strides = [d // c for d, c in zip(p.dilation, common)], [1, 1, 1]
+    if not 1 < math.prod(taps) <= 49 or max(*steps, *strides) > 64:
+        return False
+
+    def positions(width: int) -> int:
+        sides = zip((128 // width, width), strides[1:], taps[1:], steps[1:])
+        return taps[0] * math.prod((n - 1) * s + (t - 1) * d + 1 for n, s, t, d in sides)
+
+    return any(positions(width) <= 320 for width in (128, 64, 32, 16, 8))
+
+
 def _on_gpu(p: _Problem, op: str, label: str, stem: str) -> Pass:
     """csrc/cuda/conv.cu and kernels/conv.py."""
     taps, itemsize, triton = math.prod(p.taps), p.dtype.itemsize, p.backend == "triton"
@@ -228,6 +248,9 @@ def _on_gpu(p: _Problem, op: str, label: str, stem: str) -> Pass:
     if not triton and op != "dgrad" and p.dtype != torch.float64 and _few_channels(p):
         why = f"(one to four channels: the image under a tile in shared memory), products as {algorithm}"
         return Pass(label, "few channels", why, workspace)
+    if not triton and _few_filters(p, op):
+        why = f"(up to eight output channels: the input under a tile in shared memory), products as {algorithm}"
+        return Pass(label, "few filters", why, workspace)
     return Pass(label, algorithm, why, workspace)
 
 
