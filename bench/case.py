@@ -99,7 +99,7 @@ class Room(Protocol):
     # A room may also state `traffic(case) -> (bytes, launches)`, what its CUDA kernels move and in how many launches,
     # where that is more than the least; `MATRIX = True` where its flops run on tensor cores; `CENTRED`, names of
     # weights that are drawn around zero and scaled by their row, so that gates do not saturate; `apart(case, x)`,
-    # which moves the numbers of x, or of the input `APART` names, at which the op or its gradient jumps: what stands there
+    # which moves the numbers of x, or of the input `APART` names, where the op or its gradient jumps: what stands there
     # is rounding's choice; and `algorithm(case, provider)`, which of its algorithms a provider of pyops takes, as
     # `explain` says it.
 

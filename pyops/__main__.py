@@ -47,9 +47,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def public_ops() -> dict[str, str]:
-    """Every public function and the stem of the room that holds it."""
+    """Every public function and the stem of the room that holds it; no types, and no context managers."""
     found = {name: getattr(facade, name) for facade in (functional, vision) for name in facade.__all__}
-    functions = {name: f for name, f in found.items() if hasattr(functional, name) or not isinstance(f, type)}
+    functions = {name: f for name, f in found.items() if not isinstance(f, type)}
     return {name: f.__module__.rsplit(".", 1)[-1] for name, f in functions.items()}
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import pyops
-from pyops.__main__ import Exit, check_table, main, shape
-from pyops.core import library
+from pyops.__main__ import Exit, check_table, main, public_ops, shape
+from pyops.core import backend, library
+from pyops.core.explain import explain
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -110,6 +115,36 @@ def test_explain_json(capsys):
     assert found["shapes"] == [[2, 3, 4]] and found["dtype"] == "bfloat16"
     assert found["backend"] == "cpu" and found["namespace"] == "pyops"
     assert found["source"] == "csrc/cpu/group_norm.cpp"
+
+
+SHAPES = (  # for one of these every op has an explanation
+    [(1, 4, 8, 8), (4, 4, 3, 3)],
+    [(1, 4, 8), (4, 4, 3)],
+    [(1, 4, 8, 8, 8), (4, 4, 3, 3, 3)],
+    [(8, 8)],
+    [(5, 3, 8), (1, 3, 8)],
+    [(1, 2, 8, 16), (1, 2, 8, 16), (1, 2, 8, 16)],
+)
+
+
+@pytest.mark.parametrize("name", backend.NAMES)
+def test_explain_names_sources_that_exist(name):
+    for op, stem in public_ops().items():
+        found = []
+        for shapes in SHAPES:
+            with contextlib.suppress(ValueError):
+                found.append(explain(op, shapes, wanted=name, stem=stem))
+        assert found, op
+        for answer in found:
+            if answer.source is None:
+                assert (
+                    name == "triton" and answer.why_not == f"{op} has no Triton kernel" and "source" not in str(answer)
+                )
+            else:
+                assert (ROOT / answer.source).is_file(), (op, answer.source)
+    composite = explain("pca", [(8, 4)], wanted=name, stem="pca")
+    assert composite.source == "pyops/ops/pca.py" and composite.cpu_capability is None and composite.notes
+    assert explain("knn", [(8, 4), (9, 4)], wanted=name, stem="distance").source != "pyops/ops/distance.py"
 
 
 def test_explain_shows_the_backend_that_is_forced(capsys):

@@ -30,6 +30,8 @@ _SOURCE = {
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cpu", "cuda"), "emulator": ("cpu",)}
 _explainers: dict[str, Explainer] = {}
 _stems: dict[str, Stems] = {}
+_composite: set[str] = set()
+_without_triton: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Explanation:
         reason: why this one.
         why_not: None, or why it cannot run on this machine.
         namespace: where its ops live under torch.ops.
-        source: kernel source, as a path in the repository.
+        source: kernel source, as a path in the repository; the room of a composite op, None where there is none.
         cpu_capability: instruction set of the kernels, for the CPU backend only.
         notes: what the room says about its choice of kernel; empty where it has no choice to explain.
     """
@@ -58,7 +60,7 @@ class Explanation:
     reason: str
     why_not: str | None
     namespace: str
-    source: str
+    source: str | None
     cpu_capability: str | None
     notes: tuple[str, ...]
 
@@ -68,8 +70,9 @@ class Explanation:
             f"{self.op} {shapes} {self.dtype} on {self.device}",
             f"  backend     {self.backend} ({self.reason})",
             f"  ops         torch.ops.{self.namespace}",
-            f"  source      {self.source}",
         ]
+        if self.source is not None:
+            lines.append(f"  source      {self.source}")
         if self.cpu_capability:
             lines.append(f"  compiled    {self.cpu_capability}")
         if self.why_not is not None:
@@ -86,6 +89,16 @@ def explains(op: str, function: Explainer, stem: Stems | None = None) -> None:
     _explainers[op] = function
     if stem is not None:
         _stems[op] = stem
+
+
+def composite(*ops: str) -> None:
+    """A room says which of its functions have no kernel of their own: torch's ops and those of other functions."""
+    _composite.update(ops)
+
+
+def without_triton(*ops: str) -> None:
+    """A room says which of its functions have no Triton kernel."""
+    _without_triton.update(ops)
 
 
 def explain(
@@ -130,6 +143,13 @@ def explain(
         notes = tuple(explainer(shapes, dtype, name, **(geometry or {}))) if explainer is not None else ()
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ValueError(str(error)) from error
+    stem = stem or op
+    own = op not in _composite
+    source: str | None = _SOURCE[name].format(stem) if own else f"pyops/ops/{stem}.py"
+    if not own:
+        notes = ("none of its own: put together of torch's ops and other functions", *notes)
+    elif name == "triton" and op in _without_triton:
+        source, why_not = None, f"{op} has no Triton kernel"
     return Explanation(
         op=op,
         shapes=tuple(tuple(shape) for shape in shapes),
@@ -139,7 +159,7 @@ def explain(
         reason=reason,
         why_not=why_not,
         namespace=library.NAMESPACE_OF[name],
-        source=_SOURCE[name].format(stem or op),
-        cpu_capability=(library.cpu_capability() or None) if name == "cpu" else None,
+        source=source,
+        cpu_capability=(library.cpu_capability() or None) if name == "cpu" and own else None,
         notes=notes,
     )

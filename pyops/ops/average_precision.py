@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import torch
 
 from ..core import check, geometry
+from ..core.explain import composite
 
 COCO_THRESHOLDS = tuple(0.5 + 0.05 * i for i in range(10))
 _POINTS = {"voc11": 11, "coco": 101}
@@ -123,3 +124,6 @@ def average_precision(
         )
         found[int(k)] = sum(_area(right, int(true.sum()), method) for right in matched) / len(thresholds)
     return (sum(found.values()) / len(found) if found else float("nan")), found
+
+
+composite("average_precision")

@@ -20,6 +20,7 @@ import torch
 
 from ..core import backend, check, geometry, library
 from ..core.autograd import Formula, Tensors, differentiable
+from ..core.explain import composite
 from ..core.geometry import LARGEST_EXPONENT, wide
 from ..core.samples import Maker, Sample, checked
 
@@ -388,3 +389,9 @@ for _op, _kind in (
     # The α of complete IoU is a constant for its gradient: numerical derivatives know nothing of that.
     _few = Sample("a few pairs", _sample(3, 4), derivatives=_kind != COMPLETE)
     checked(_op.__name__, _op, _truth, _few, *_samples)
+
+
+composite(
+    *("box_area", "box_convert", "clip_boxes_to_image", "decode_boxes", "encode_boxes", "masks_to_boxes"),
+    *("remove_small_boxes", "generalized_box_iou_loss", "distance_box_iou_loss", "complete_box_iou_loss"),
+)

@@ -22,6 +22,7 @@ import torch
 from ..core import autocast, backend, check, library
 from ..core.autocast import HALF
 from ..core.autograd import Formula, Tensors, differentiable
+from ..core.explain import without_triton
 from ..core.layout import is_channels_last
 from ..core.samples import Maker, Sample, checked
 
@@ -269,3 +270,6 @@ checked(
     Sample("one tap", _sample(1, 40, 3, (9, 9), (1, 1))),
     Sample("no image", _sample(0, 2, 2, (4, 4), (2, 2))),
 )
+
+
+without_triton("deform_conv2d")

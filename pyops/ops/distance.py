@@ -20,6 +20,7 @@ import torch
 
 from ..core import autocast, backend, check, library
 from ..core.autograd import Formula, Tensors, differentiable
+from ..core.explain import composite
 from ..core.intercept import route
 from ..core.samples import Maker, Sample, checked
 
@@ -433,3 +434,6 @@ checked(
     Sample("no rows", _pair((0, 3), (4, 3))),
     Sample("one column", _pair((3, 1), (2, 1))),
 )
+
+
+composite("pairwise_distance", "cosine_similarity", "gram_matrix")

@@ -15,6 +15,7 @@ import math
 import torch
 
 from ..core import check
+from ..core.explain import composite
 
 
 def _drop_block(
@@ -93,3 +94,6 @@ class DropBlock3d(DropBlock2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return drop_block3d(input, self.p, self.block_size, self.inplace, self.eps, self.training)
+
+
+composite("drop_block2d", "drop_block3d")

@@ -17,6 +17,7 @@ import torch
 
 from ..core import autocast, backend, check, layout, library
 from ..core.autograd import Formula, Tensors, differentiable
+from ..core.explain import composite
 from ..core.intercept import route
 from ..core.samples import Maker, Sample, checked
 
@@ -282,3 +283,6 @@ checked(
     Sample("two dimensions", lambda t: ((t.input((2, 2, 3)), (2, 3, 4, 5), False), {}), derivatives=True),
     Sample("three dimensions", lambda t: ((t.input((1, 3, 4)), (1, 1, 2, 3, 4), True), {})),
 )
+
+
+composite("affine_grid")

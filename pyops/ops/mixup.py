@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 
 from ..core import check
+from ..core.explain import composite
 
 
 def _share(op: str, input: torch.Tensor, alpha: float, generator: torch.Generator | None) -> torch.Tensor:
@@ -124,3 +125,6 @@ def cutmix(
     box = inside[0][:, None] & inside[1]
     share = 1 - box.sum() / (box.numel() or 1)
     return torch.where(box, input.roll(1, 0), input), _mixed(labels, share)
+
+
+composite("mixup", "cutmix")

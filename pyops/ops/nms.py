@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 
 from ..core import backend, check, geometry, library
+from ..core.explain import composite, without_triton
 from ..core.geometry import LARGEST_EXPONENT
 
 _kernels = library.triton_kernels("nms")
@@ -379,3 +380,7 @@ def filter_proposals(
     kept = batched_nms(box, score, image * len(anchors) + level_of, nms_threshold)
     per_image = [kept[image[kept] == i][:post_nms_top_n] for i in range(batch)]
     return [box[k] for k in per_image], [score[k] for k in per_image]
+
+
+composite("filter_proposals")
+without_triton("soft_nms")

@@ -17,6 +17,7 @@ import torch
 
 from ..core import check
 from ..core.autograd import derivative_levels_active
+from ..core.explain import composite
 
 
 class PCA(NamedTuple):
@@ -134,3 +135,6 @@ def _deviations(model: PCA) -> torch.Tensor:
     deviations = model.variances.sqrt()
     least = deviations.amax(-1, keepdim=True) * torch.finfo(deviations.dtype).eps * model.mean.shape[-1]
     return torch.where(deviations > least, deviations, 1.0).unsqueeze(-2)
+
+
+composite("pca", "pca_transform", "pca_inverse")

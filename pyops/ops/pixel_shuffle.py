@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..core import backend, check, layout, library
+from ..core.explain import composite
 from ..core.intercept import route
 from ..core.multilinear import Multilinear, differentiable
 from ..core.samples import Sample, checked
@@ -210,3 +211,6 @@ checked(
     Sample("channels last", _sample((2, 5, 6, 3), 3, True)),
     Sample("no batch dimension", _sample((3, 10, 20), 5)),
 )
+
+
+composite("channel_shuffle")

@@ -21,6 +21,7 @@ import torch
 
 from ..core import backend, check, geometry, library
 from ..core.autograd import Formula, Tensors, differentiable
+from ..core.explain import without_triton
 from ..core.layout import is_channels_last
 from ..core.samples import Maker, Sample, checked
 
@@ -233,3 +234,6 @@ checked(
     Sample("channels last, one channel a bin", _sample((2, 6, 9, 5), _FEW, (3, 2), channels_last=True)),
     Sample("every kind of RoI", _sample((2, 18, 6, 7), _MORE, (3, 2), 0.5)),
 )
+
+
+without_triton("roi_pool", "ps_roi_pool")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..core import check
+from ..core.explain import composite
 from ..core.masking import check_probability
 
 
@@ -56,3 +57,6 @@ class StochasticDepth(torch.nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(p={self.p}, mode={self.mode})"
+
+
+composite("stochastic_depth")
