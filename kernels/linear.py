@@ -1,8 +1,7 @@
 """linear · Triton
   bias_act     y = f(x + b),  dx = dy * f'(x + b),  db[c] = sum of dx over n, s;  f by number, as in csrc/common
   bias_rows    y[m,n] = b[n]
-  column_sum   y[n] = sum over m of x[m,n]
-  channel_sum  y[c] = sum over n, s of x[n,c,s]
+  channel_sum  y[c] = sum over n, s of x[n,c,s]; x: [N, C, S] or [N, C]
 layout   bias_act: x, y [N, C, S], b [C] · rows [M, N]
 mapping  forward: a program takes BLOCK elements; sums: BLOCK_R of the N * S elements of each of BLOCK_C channels
 memory   every input read once, every output written once; a program leaves one line of partial sums
@@ -106,14 +105,10 @@ def bias_rows(bias: torch.Tensor, rows: int) -> torch.Tensor:
     return y
 
 
-def column_sum(x: torch.Tensor) -> torch.Tensor:
-    return channel_sum(x.unsqueeze(-1))
-
-
 def channel_sum(x: torch.Tensor) -> torch.Tensor:
     total = x.new_zeros(x.shape[1])
     if x.numel():
-        _sums(None, x, None, None, total, 0, 0.0, 0.0, 0.0)
+        _sums(None, x if x.dim() == 3 else x.unsqueeze(-1), None, None, total, 0, 0.0, 0.0, 0.0)
     return total
 
 

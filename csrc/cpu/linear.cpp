@@ -1,8 +1,7 @@
 // linear · CPU
 //   bias_act     y = f(x + b),  dx = dy * f'(x + b),  db[c] = sum of dx over n, s;  f by number, common/activation.h
 //   bias_rows    y[m,n] = b[n]
-//   column_sum   y[n] = sum over m of x[m,n]
-//   channel_sum  y[c] = sum over n, s of x[n,c,s]
+//   channel_sum  y[c] = sum over n, s of x[n,c,s]; x: [N, C, S] or [N, C]
 // layout   bias_act: x, y [N, C, S], b [C] · rows [M, N]
 // mapping  a line is a row of C where S = 1 and a plane of S otherwise; a thread takes blocks of whole lines, or pieces
 //          of long ones, of at most 1024 numbers, lanes over neighbouring elements
@@ -244,32 +243,16 @@ Tensor bias_rows(const Tensor& bias, int64_t rows) {
   });
 }
 
-Tensor column_sum(const Tensor& x) {
-  OpScope op("column_sum", x);
-  op.check(x.dim() == 2, "x must be [M, N]");
-  const int64_t M = x.size(0), N = x.size(1);
-  return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
-    using acc_t = accumulate_t<scalar_t>;
-    Tensor y = op.empty<scalar_t>({N});
-    Buffer<double> sums(N, 0.0);
-    const scalar_t* from = op.in<scalar_t>(x, "x", {M, N});
-    const Lines lines(M, N, 1);
-    if (x.numel() > 0) sum_rows<acc_t>(lines, Plain<scalar_t, acc_t>{lines, from}, sums.get());
-    write_sums<scalar_t, acc_t>(op.out<scalar_t>(y, "y", {N}), sums.get(), N);
-    return y;
-  });
-}
-
 Tensor channel_sum(const Tensor& x) {
   OpScope op("channel_sum", x);
-  op.check(x.dim() == 3, "x must be [N, C, S]");
-  const int64_t N = x.size(0), C = x.size(1), S = x.size(2);
+  op.check(x.dim() == 2 || x.dim() == 3, "x must be [N, C] or [N, C, S]");
+  const int64_t N = x.size(0), C = x.size(1), S = x.dim() == 3 ? x.size(2) : 1;
   return dispatch_floating(op, x.scalar_type(), [&]<class scalar_t>() {
     using acc_t = accumulate_t<scalar_t>;
     Tensor y = op.empty<scalar_t>({C});
     Buffer<double> sums(C, 0.0);
     const Lines lines(N, C, S);
-    const Plain<scalar_t, acc_t> values{lines, op.in<scalar_t>(x, "x", {N, C, S})};
+    const Plain<scalar_t, acc_t> values{lines, op.in<scalar_t>(x, "x", ShapeRef(x))};
     if (x.numel() > 0)
       lines.along ? sum_rows<acc_t>(lines, values, sums.get()) : sum_planes<acc_t>(lines, values, sums.get());
     write_sums<scalar_t, acc_t>(op.out<scalar_t>(y, "y", {C}), sums.get(), C);
@@ -282,7 +265,6 @@ PYOPS_LIBRARY(m) {
   PYOPS_IMPL(m, bias_act_inplace);
   PYOPS_IMPL(m, bias_act_bwd);
   PYOPS_IMPL(m, bias_rows);
-  PYOPS_IMPL(m, column_sum);
   PYOPS_IMPL(m, channel_sum);
 }
 

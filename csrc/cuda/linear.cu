@@ -1,8 +1,7 @@
 // linear · CUDA
 //   bias_act     y = f(x + b),  dx = dy * f'(x + b),  db[c] = sum of dx over n, s;  f by number, common/activation.h
 //   bias_rows    y[m,n] = b[n]
-//   column_sum   y[n] = sum over m of x[m,n]
-//   channel_sum  y[c] = sum over n, s of x[n,c,s]
+//   channel_sum  y[c] = sum over n, s of x[n,c,s]; x: [N, C, S] or [N, C]
 // layout   bias_act: x, y [N, C, S], b [C] · rows [M, N]
 // mapping  forward: a thread takes a 16-byte vector of neighbours that share a bias or a row, else an element
 //          sums, S = 1: a block takes 32 columns and a chunk of rows, lane l a column, its 8 warps the rows in turn
@@ -245,34 +244,16 @@ Tensor bias_rows(const Tensor& bias, int64_t rows) {
   });
 }
 
-Tensor column_sum(const Tensor& x) {
-  OpScope op("column_sum", x);
-  op.check(x.dim() == 2, "x must be [M, N]");
-  const int64_t M = x.size(0), N = x.size(1);
-  const Chunks chunks = chunks_of_rows(M);
-  return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
-    using A = accumulate_t<T>;
-    Tensor y = op.empty<T>({N}), part = op.empty<A>({chunks.count, N});
-    const auto stream = static_cast<cudaStream_t>(op.stream());
-    const T* px = op.in<T>(x, "x", {M, N});
-    T* py = op.out<T>(y, "y", {N});
-    A* sums = op.out<A>(part, "part", {chunks.count, N});
-    launch(column_sum_kernel<T>, column_grid<T>(N, chunks.count, stream), px, sums, M, N, chunks.size);
-    norm::sum_columns(static_cast<const A*>(sums), py, chunks.count, N, stream);
-    return y;
-  });
-}
-
 Tensor channel_sum(const Tensor& x) {
   OpScope op("channel_sum", x);
-  op.check(x.dim() == 3, "x must be [N, C, S]");
-  const int64_t N = x.size(0), C = x.size(1), S = x.size(2);
+  op.check(x.dim() == 2 || x.dim() == 3, "x must be [N, C] or [N, C, S]");
+  const int64_t N = x.size(0), C = x.size(1), S = x.dim() == 3 ? x.size(2) : 1;
   const Chunks chunks = S == 1 ? chunks_of_rows(N) : chunks_of_pieces(N * ceil_div(S, piece_elements));
   return dispatch_floating(op, x.scalar_type(), [&]<class T>() {
     using A = accumulate_t<T>;
     Tensor y = op.empty<T>({C}), part = op.empty<A>({chunks.count, C});
     const auto stream = static_cast<cudaStream_t>(op.stream());
-    const T* px = op.in<T>(x, "x", {N, C, S});
+    const T* px = op.in<T>(x, "x", ShapeRef(x));
     T* py = op.out<T>(y, "y", {C});
     A* sums = op.out<A>(part, "part", {chunks.count, C});
     constexpr int W = 16 / sizeof(T);
@@ -300,6 +281,5 @@ PYOPS_LIBRARY(m) {
   PYOPS_IMPL(m, bias_act_inplace);
   PYOPS_IMPL(m, bias_act_bwd);
   PYOPS_IMPL(m, bias_rows);
-  PYOPS_IMPL(m, column_sum);
   PYOPS_IMPL(m, channel_sum);
 }

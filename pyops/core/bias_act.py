@@ -49,16 +49,17 @@ _sum = library.declare("channel_sum(Tensor x) -> Tensor", lambda x: x.new_empty(
 
 
 def _sum_gradient(namespace, dy, inputs, constants, needs):
-    return (dy.view(1, -1, 1).expand(inputs[0].shape),)
+    x = inputs[0]
+    return (dy.view(-1, *(1,) * (x.dim() - 2)).expand(x.shape),)
 
 
 def _sum_fold(namespace, batch, dims, inputs, constants):
     x = multilinear.first(batch, dims[0], inputs[0]).movedim(0, 1)
-    n, _, c, s = x.shape
-    return channel_sum(namespace, x.reshape(n, batch * c, s)).view(batch, c), 0
+    n, _, c, *s = x.shape
+    return channel_sum(namespace, x.reshape(n, batch * c, *s)).view(batch, c), 0
 
 
-# (namespace, x [N, C, S]) -> [C], in an order that the shape fixes
+# (namespace, x [N, C, S] or [N, C]) -> [C], in an order that the shape fixes
 channel_sum: Callable[..., torch.Tensor] = multilinear.differentiable(
     Multilinear(
         _sum,

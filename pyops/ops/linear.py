@@ -23,7 +23,7 @@ import torch
 
 from ..core import activations, autocast, backend, check, library, multilinear, product
 from ..core.bias_act import apply as _bias_act
-from ..core.bias_act import apply_inplace, recorded
+from ..core.bias_act import apply_inplace, channel_sum, recorded
 from ..core.explain import explains
 from ..core.intercept import Unsupported, route
 from ..core.layout import channels, restore
@@ -36,10 +36,9 @@ _torch = torch.nn.functional
 _rows_op = library.declare(
     "bias_rows(Tensor bias, int rows) -> Tensor", lambda bias, rows: bias.new_empty(rows, bias.shape[0]), _kernels
 )
-_sum_op = library.declare("column_sum(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape[1]), _kernels)
 
 
-# Rows of a bias and sums of columns are each other's gradients.
+# The gradient of a bias that stands in each row is the sum of the columns.
 
 
 def _rows_fold(namespace, batch, dims, inputs, constants):
@@ -47,31 +46,16 @@ def _rows_fold(namespace, batch, dims, inputs, constants):
     return _rows(namespace, bias.reshape(-1), *constants).view(constants[0], *bias.shape).movedim(0, 1), 0
 
 
-def _sum_fold(namespace, batch, dims, inputs, constants):
-    x = inputs[0].movedim(dims[0], 1)
-    return _column_sum(namespace, x.reshape(x.shape[0], -1)).view(x.shape[1:]), 0
-
-
 _rows: Callable[..., torch.Tensor] = multilinear.differentiable(
     Multilinear(
         _rows_op,
         1,
-        lambda namespace, dy, inputs, constants, needs: (_column_sum(namespace, dy),),
+        lambda namespace, dy, inputs, constants, needs: (channel_sum(namespace, dy),),
         lambda namespace, inputs, tangents, constants: _rows(namespace, tangents[0], *constants),
         _rows_fold,
         kept=(),
     )
 )
-_column_sum: Callable[..., torch.Tensor] = multilinear.differentiable(
-    Multilinear(
-        _sum_op,
-        1,
-        lambda namespace, dy, inputs, constants, needs: (_rows(namespace, dy, inputs[0].shape[0]),),
-        lambda namespace, inputs, tangents, constants: _column_sum(namespace, tangents[0]),
-        _sum_fold,
-    )
-)
-
 
 # The checks
 
