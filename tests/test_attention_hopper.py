@@ -1,4 +1,4 @@
-"""Attention on the warpgroup tensor cores of sm_90a (csrc/cuda/attention_hopper.cu), on the emulator."""
+"""Attention on the warpgroup tensor cores of sm_90a (csrc/cuda/attention_*hopper.cu), on the emulator."""
 
 import math
 from collections.abc import Iterator
@@ -31,8 +31,84 @@ CASES = {
     "window": (1, 1, 1, 150, 300, 128, 128, {"window": (40, 20)}),
     "keys that do not count": (3, 2, 1, 70, 300, 64, 64, {"key_lengths": (0, 130, 300)}),
     "keys that do not count, 128 columns": (3, 1, 1, 20, 260, 128, 128, {"key_lengths": (7, 130, 259)}),
-}
-RACE = ("fewer than a tile", "causal from the end, grouped heads", "window", "keys that do not count, 128 columns")
+    "136 columns": (1, 1, 1, 70, 90, 136, 136, {}),
+    "160 columns, causal": (1, 1, 1, 140, 140, 160, 160, {"is_causal": True}),
+    "192 columns, window, grouped heads": (1, 2, 1, 40, 200, 192, 192, {"window": (30, 10)}),
+    "256 columns": (1, 2, 2, 150, 260, 256, 256, {}),
+    "256 columns, keys that do not count": (2, 2, 1, 20, 170, 256, 256, {"key_lengths": (90, 169)}),
+    "wide keys, narrow values": (1, 1, 1, 70, 130, 192, 128, {"is_causal": True}),
+    "narrow keys, wide values": (1, 2, 1, 70, 130, 8, 256, {}),
+    "keys of one line, values of two": (1, 1, 1, 70, 130, 64, 72, {}),
+    "a mask of tiles": (2, 2, 2, 200, 300, 64, 64, {"mask": ("boolean", (1, 1, 200, 300))}),
+    "a mask of tiles, 8 columns, causal": (
+        1, 1, 1, 200, 200, 8, 8, {"mask": ("boolean", (200, 200)), "causal": "top_left"},
+    ),
+    "a mask of each head, grouped": (1, 4, 2, 70, 150, 40, 40, {"mask": ("boolean", (4, 70, 150))}),
+    "a mask of each example, 128 columns": (2, 2, 2, 140, 200, 128, 128, {"mask": ("boolean", (2, 1, 140, 200))}),
+    "a mask of keys": (2, 2, 1, 70, 300, 72, 72, {"mask": ("boolean", (2, 1, 1, 300))}),
+    "a mask of queries": (1, 1, 1, 200, 130, 64, 64, {"mask": ("boolean", (200, 1))}),
+    "a mask, 256 columns": (1, 2, 1, 130, 170, 256, 192, {"mask": ("boolean", (2, 130, 170))}),
+    "a mask of all": (1, 1, 1, 70, 130, 64, 64, {"mask": ("none", (70, 130))}),
+    "a mask of nothing, and lengths": (2, 1, 1, 70, 140, 64, 64, {"mask": ("all", (70, 140)), "key_lengths": (0, 77)}),
+    "numbers": (1, 2, 2, 140, 260, 64, 64, {"mask": ("numbers", (140, 260))}),
+    "numbers of each head, 128 columns": (1, 2, 1, 70, 200, 128, 128, {"mask": ("numbers", (2, 70, 200))}),
+    "numbers and window, 136 columns": (
+        1, 1, 1, 70, 130, 136, 136, {"mask": ("numbers", (70, 130)), "window": (40, 20)},
+    ),
+    "tiles of -inf, 0 and numbers": (1, 2, 2, 200, 300, 64, 64, {"mask": ("tiles of numbers", (200, 300))}),
+    "slopes": (1, 2, 1, 140, 260, 64, 64, {"slopes": (2,)}),
+    "slopes of each example, from the end": (2, 2, 2, 40, 200, 128, 128, {"slopes": (2, 2), "causal": "bottom_right"}),
+    "slopes, 256 columns": (1, 1, 1, 70, 90, 256, 256, {"slopes": (1,)}),
+    "a cap": (1, 1, 1, 140, 260, 64, 64, {"softcap": 2.0}),
+    "a cap, 128 columns, causal": (1, 1, 1, 140, 140, 128, 128, {"softcap": 1.5, "is_causal": True}),
+    "a cap, 160 columns": (1, 1, 1, 70, 100, 160, 160, {"softcap": 3.0}),
+    "dropout": (2, 2, 1, 140, 262, 64, 64, {"dropout_p": 0.3}),
+    "dropout, 128 columns, causal": (1, 2, 2, 140, 143, 128, 128, {"dropout_p": 0.5, "is_causal": True}),
+    "dropout, 256 columns": (1, 2, 1, 70, 97, 256, 256, {"dropout_p": 0.3}),
+    "dropout of all": (1, 1, 1, 70, 90, 64, 64, {"dropout_p": 1.0}),
+    "a negative scale": (1, 1, 1, 70, 150, 64, 64, {"scale": -0.2}),
+    "no scale, 256 columns": (1, 1, 1, 20, 90, 256, 256, {"scale": 0.0}),
+    "everything": (
+        2, 4, 2, 140, 230, 128, 64,
+        {"mask": ("tiles of numbers", (2, 4, 140, 230)), "slopes": (4,), "softcap": 2.0, "dropout_p": 0.2,
+         "key_lengths": (200, 230), "causal": "bottom_right", "window": (150, 3)},
+    ),
+    "everything, 256 columns": (
+        2, 2, 1, 70, 130, 256, 256,
+        {"mask": ("boolean", (2, 70, 130)), "slopes": (2, 2), "softcap": 2.0, "dropout_p": 0.2,
+         "key_lengths": (99, 130)},
+    ),
+}  # fmt: skip
+RACE = (
+    "fewer than a tile", "causal from the end, grouped heads", "window", "keys that do not count, 128 columns",
+    "136 columns", "256 columns, keys that do not count", "narrow keys, wide values", "a mask of each head, grouped",
+    "a mask, 256 columns", "a mask of all", "numbers and window, 136 columns", "a cap, 160 columns",
+    "dropout, 256 columns", "everything",
+)  # fmt: skip
+
+
+def mask_of(kind, shape):
+    """Tiles that are hidden, left alone, or some of both, and a query that sees nothing; `numbers` have none."""
+    g = torch.Generator().manual_seed(2)
+    if kind in ("all", "none"):
+        return torch.full(shape, kind == "all")
+    queries, keys = shape[-2:]
+    if kind == "numbers":
+        return torch.randn(shape, generator=g)
+    seen = torch.ones(shape, dtype=torch.bool)
+    seen[..., : queries // 2, keys // 2 :] = False
+    seen[..., queries // 2 :, : keys // 4] = (
+        torch.rand((*shape[:-2], queries - queries // 2, keys // 4), generator=g) > 0.4
+    )
+    seen[..., queries // 3, :] = False if queries > 1 else seen[..., 0, :]
+    if len(shape) > 2:
+        seen[0, ..., 0, :] = False if queries > 1 else seen[0, ..., 0, :]
+        seen[-1, ..., 64:128] = False  # of the last head or example
+    if kind == "boolean":
+        return seen
+    numbers = torch.where(torch.rand(shape, generator=g) > 0.5, torch.randn(shape, generator=g), 0.0)
+    numbers[..., : queries // 2, : keys // 2] = 0.0
+    return numbers.masked_fill(~seen, -math.inf)
 
 
 @contextmanager
@@ -45,6 +121,7 @@ def products(expected: bool) -> Iterator[None]:
 
 def results(function, q, k, v, options):
     """Output, log-sum-exp and the gradients of both."""
+    torch.manual_seed(3)  # of dropout
     o, lse = function(q, k, v, **options, enable_gqa=True, return_lse=True)
     seen = lse.isfinite()
     g = torch.Generator().manual_seed(1)
@@ -60,13 +137,19 @@ def passes(case, dtype, capability=90):
     shapes = (heads, queries, width), (key_heads, keys, width), (key_heads, keys, value_width)
     q, k, v = (torch.randn(batch, *s, generator=g).to(dtype).requires_grad_() for s in shapes)
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    multiplies = capability == 90 and options.get("mask", ("",))[0] != "none"
+    if "mask" in options:
+        options["attn_mask"] = mask_of(*options.pop("mask"))
+    if "slopes" in options:
+        options["alibi_slopes"] = torch.rand(options.pop("slopes"), generator=g) * 0.1
     if "key_lengths" in options:
         options["key_lengths"] = torch.tensor(options["key_lengths"])
         with torch.no_grad():  # nobody looks at what does not count
             for b, n in enumerate(options["key_lengths"]):
                 k[b, :, n:], v[b, :, n:] = math.nan, math.inf
-    with backends.backend("emulator"), emulated_device("emulator", capability), products(capability == 90):
+    with backends.backend("emulator"), emulated_device("emulator", capability), products(multiplies):
         ours = results(F.scaled_dot_product_attention, q, k, v, options)
+    assert all(bool(t.isfinite().all()) for t in ours)
     for a, b in zip(ours, results(attention._oracle, *exact, options)):
         allowed = 4 * torch.finfo(dtype).eps * max(1.0, b.abs().max().item())
         torch.testing.assert_close(a.detach().double(), b.detach(), rtol=0, atol=allowed)
@@ -125,24 +208,48 @@ def test_is_deterministic():
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"softcap": 2.0},
-        {"alibi_slopes": torch.ones(2)},
-        {"dropout_p": 0.5},
-        {"attn_mask": torch.zeros(9, 9)},
-        {"scale": -1.0},
-        {"width": 12},
-        {"width": 136},
-        {"value_width": 72},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [{"width": 12}, {"value_width": 20}], ids=str)
 def test_leaves_the_rest_to_mma(options):
     options = dict(options)
     width = options.pop("width", 64)
-    q, v = torch.randn(1, 2, 9, width), torch.randn(1, 2, 9, options.pop("value_width", width))
+    q, v = torch.randn(1, 2, 20, width), torch.randn(1, 2, 20, options.pop("value_width", width))
     q, v = q.to(torch.bfloat16), v.to(torch.bfloat16)
     with backends.backend("emulator"), products(False):
         F.scaled_dot_product_attention(q, q, v, **options)
+
+
+def multiplied(width, mask):
+    """Warpgroup products of one forward and one backward pass over 256 queries and 384 keys."""
+    q, k = (torch.randn(1, 2, n, width).to(torch.bfloat16).requires_grad_() for n in (256, 384))
+    library.configure_emulator(statistics="reset")
+    with backends.backend("emulator"):
+        F.scaled_dot_product_attention(q, k, k, mask).sum().backward()
+    return library.emulator_statistic("wgmma")
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_tiles_that_a_mask_hides_are_not_multiplied(width, kind):
+    """Keys from 192 on are hidden: whole tiles of every kernel's size that lie there are left out."""
+    mask = torch.ones(256, 384, dtype=torch.bool)
+    mask[:, 192:] = False
+    as_kind = lambda m: m if kind == torch.bool else torch.zeros(m.shape).masked_fill(~m, -math.inf)
+    everything, some = (multiplied(width, as_kind(m)) for m in (torch.ones_like(mask), mask))
+    assert everything == multiplied(width, None)
+    # Forward tiles have 128 or 80 keys, of which 256 or 240 are visited; those of dq 128, 96 or 48; keys own 128.
+    assert 0.5 <= some / everything <= 0.7
+    assert multiplied(width, as_kind(torch.zeros_like(mask))) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [64, 256])
+def test_masks_near_the_largest_float(width, dtype):
+    """What the least float hides has weight 0 beside the rest, and equal weights where there is nothing else."""
+    least = torch.finfo(torch.float32).min
+    q, k = (torch.randn(1, 1, n, width).to(dtype) for n in (40, 200))
+    mask = torch.zeros(40, 200)
+    mask[:, 100:], mask[7] = least, least
+    expected = ((q.float() @ k.float().mT) / math.sqrt(width) + mask).softmax(-1) @ k.float()
+    with backends.backend("emulator"), products(True):
+        o = F.scaled_dot_product_attention(q, k, k, mask)
+    torch.testing.assert_close(o.float(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)

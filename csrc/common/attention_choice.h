@@ -15,7 +15,7 @@ inline bool may_decode(int64_t L, int64_t S) { return L > 0 && L <= decode_queri
 
 // CUDA, bf16 and fp16: head sizes that the warpgroup products of Hopper take.
 inline bool suits_hopper_heads(int64_t D, int64_t E) {
-  return D % 8 == 0 && E % 8 == 0 && D <= 128 && (D + 63) / 64 == (E + 63) / 64;
+  return D % 8 == 0 && E % 8 == 0 && D <= 256 && E <= 256;
 }
 
 }  // namespace pyops::attention

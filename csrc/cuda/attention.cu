@@ -14,6 +14,10 @@
 namespace pyops::attention {
 namespace {
 
+uint8_t* mask_state(const OpScope& op, const Problem<float>& p, const Tensor& state) {
+  return p.has_mask() ? op.out<uint8_t>(state, "state of tiles", {state_bytes(p)}) : nullptr;
+}
+
 // The one choice between the kernels.
 template <class T>
 void forward(const OpScope& op, const Problem<accumulate_t<T>>& p, const Tensors<T>& t, cudaStream_t stream) {
@@ -27,17 +31,23 @@ void forward(const OpScope& op, const Problem<accumulate_t<T>>& p, const Tensors
     }
   if constexpr (sizeof(T) == 2) {
     if constexpr (hopper_built)
-      if (suits_hopper(p, t)) return forward_hopper(p, t, stream);
+      if (suits_hopper(p, t)) {
+        const Tensor state = op.empty<uint8_t>({state_bytes(p)});
+        return forward_hopper(p, t, mask_state(op, p, state), stream);
+      }
     forward_mma(p, t, stream);
   } else {
     forward_plain(p, t, stream);
   }
 }
 template <class T>
-void backward(const Problem<accumulate_t<T>>& p, const Tensors<T>& t, cudaStream_t stream) {
+void backward(const OpScope& op, const Problem<accumulate_t<T>>& p, const Tensors<T>& t, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
     if constexpr (hopper_built)
-      if (suits_hopper(p, t)) return backward_hopper(p, t, stream);
+      if (suits_hopper(p, t)) {
+        const Tensor state = op.empty<uint8_t>({state_bytes(p)});
+        return backward_hopper(p, t, mask_state(op, p, state), stream);
+      }
     backward_mma(p, t, stream);
   } else {
     backward_plain(p, t, stream);
@@ -114,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(const Tensor& dy, const Optiona
     const auto stream = static_cast<cudaStream_t>(op.stream());
     launch(attention::attention_delta_kernel<T>,
            {.grid = static_cast<unsigned>(ceil_div(p.B * p.H * p.L, 4)), .block = 128, .stream = stream}, p, t);
-    attention::backward(p, t, stream);
+    attention::backward(op, p, t, stream);
     return std::make_tuple(dq, dk, dv);
   });
 }

@@ -159,19 +159,24 @@ PYOPS_DEVICE A kept(const Problem<A>& p, int64_t b, int64_t h, int64_t i, int64_
   return dropped(p, b, h, i, j) ? A(0) : p.keep_scale;
 }
 
-// The kernels of attention_hopper.cu, and what they can do; attention_mma.cuh does the rest of bf16 and fp16. They read
-// vectors of 8 and lines of 64 columns, and assume that a larger product is a larger score.
-// Keys that examples share are no matrix of all examples' rows, as they fetch one.
+// What the kernels of attention_hopper.cu and attention_backward_hopper.cu can do; attention_mma.cuh does the rest of bf16
+// and fp16. They read vectors of 8 and lines of 64 columns.
 template <class T>
 bool suits_hopper(const Problem<float>& p, const Tensors<T>& t) {
-  return hopper_built && compute_capability() == 90 && !p.has_extras() && p.scale > 0 && p.B * p.H > 0 && p.L > 0 &&
-         p.S > 0 && p.rows_q > 0 && p.rows_k > 0 && p.k.batch == p.dk.batch && p.v.batch == p.dv.batch &&
-         suits_hopper_heads(p.D, p.E) && is_aligned(t.q, t.k, t.v, t.dy);
+  return hopper_built && compute_capability() == 90 && p.B * p.H > 0 && p.L > 0 && p.S > 0 && p.rows_q > 0 &&
+         p.rows_k > 0 && suits_hopper_heads(p.D, p.E) && is_aligned(t.q, t.k, t.v, t.dy);
+}
+// Those without extras multiply a largest product by the scale, which must be a largest score.
+inline bool needs_extras(const Problem<float>& p) { return p.has_extras() || !(p.scale > 0.0f); }
+// Bytes of what these kernels find out about the tiles of a mask before they begin, `state`: none have less than 32 rows.
+inline int64_t state_bytes(const Problem<float>& p) {
+  if (!p.has_mask()) return 0;
+  return (p.mask_batch != 0 ? p.B : 1) * (p.mask_head != 0 ? p.H : 1) * ceil_div(p.L, 32) * ceil_div(p.S, 32);
 }
 template <class T>
-void forward_hopper(const Problem<float>& p, const Tensors<T>& t, cudaStream_t stream);
+void forward_hopper(const Problem<float>& p, const Tensors<T>& t, uint8_t* state, cudaStream_t stream);
 template <class T>
-void backward_hopper(const Problem<float>& p, const Tensors<T>& t, cudaStream_t stream);
+void backward_hopper(const Problem<float>& p, const Tensors<T>& t, uint8_t* state, cudaStream_t stream);
 
 // delta[i] = do[i].o[i] - dlse[i]: one warp per row.
 template <class T>
