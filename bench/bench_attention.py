@@ -1,13 +1,27 @@
 """attention: scaled dot-product attention, forward and backward.
 
 Floors. CPU, one core at 115 GFLOP/s: 1×8×1024×64 takes 18.7 ms forward, 46.7 ms more backward, half of both with a
-causal mask. GPU at 790 TFLOP/s in bf16: 4×32×4096×128 takes 1.39 ms forward, 3.48 ms backward. Predictions, of which
-none is measured yet: wgmma kernels (Hopper, no masks but causal, window, lengths) forward 550 TFLOP/s, 2.0 ms, for the
-exponentials hide behind products but for the first and the last tile; backward 7 products for the 5 that count at 500,
-350 of those that count, 7.9 ms. mma.sync kernels, which reach half of the matrix unit there: 350 and 200.
+causal mask. GPU at 790 TFLOP/s in bf16: 4×32×4096×128 and 4×16×4096×256
+take 1.39 ms forward, 3.48 ms backward. Predictions, of which none is measured yet:
+
+- wgmma kernels (Hopper), D to 128: forward 550 TFLOP/s, 2.0 ms, for the exponentials hide behind products but for the
+  first and the last tile; backward 7 products for the 5 that count at 500, 350 of those that count, 7.9 ms.
+- D of 256: forward the same 2.0 ms: a product of scores, 64 × 80 × 16 a step, takes 40 cycles and reads shared memory
+  for 36. Backward 8 products for the 5, as dk and dv have a kernel each, 4 of them in steps of 64 × 48 × 16, which read
+  for 28 of 24 cycles: 8.7 for 5 at 480, 275 of those that count, 10 ms. D to 192: as with 256, 8 for 5, at 500.
+- With a mask, ALiBi, a soft cap or dropout products hide only behind the scores of the other warpgroup. At D = 128 the
+  forward products of a score take 1/8 cycle; its softmax takes 8 instructions of 128 a cycle and 1/16 for the
+  exponential, 0.1 to 0.13 in all; ALiBi 2 more, a tile that a mask hides in part 10, a soft cap 10 and 2/16, dropout
+  28. The time is half of products and scores together, and at least 1/8: the rate of the first line with ALiBi, and
+  0.85, 0.65 and 0.6 of it. Looking at a boolean mask of 4096 × 4096 beforehand takes 16 MB, 5 µs; tiles that it hides
+  take nothing.
+- mma.sync kernels, which take head sizes not in eights there: half of the matrix unit, 350 and 200.
 """
 
-from functools import partial
+import importlib.util
+import os
+import sys
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -50,6 +64,8 @@ def cases(device: str) -> list[Case]:
     found = [attention((4, 32, 4096, 128), causal, quick=True, **half) for causal in (False, True)]
     found += [attention((16, 16, 2048, 64), causal, **half) for causal in (False, True)]
     found += [attention((1, 64, length, 128), True, 8, **half) for length in (2048, 8192, 16384)]
+    found += [attention((4, 16, 4096, 256), causal, **half) for causal in (False, True)]
+    found += [attention((4, 32, 4096, 128), True, dtype=torch.float16, device=device)]
     found += [attention((4, 16, 1024, 64), False, device=device)]
     few = [decoding((B, 64, 1, 128), keys, 8, **half) for B, keys in ((1, 131072), (16, 8192))]
     few.append(decoding((1, 64, 1, 128), 131072, 8, device=device))
@@ -114,6 +130,46 @@ def flex_attention(case: Case) -> Function:
     return lambda t: flex(t["x"], t["key"], t["value"], block_mask=mask, enable_gqa=grouped)
 
 
+def triton_tutorial(case: Case) -> Function:
+    """Triton's tutorial on fused attention, from the file that PYOPS_TRITON_TUTORIAL names; Triton's package lacks it.
+
+    It takes equal lengths and heads, one head size, and, in many versions, float16 alone whatever it is given.
+    """
+    attend = tutorial_attention(os.environ.get("PYOPS_TRITON_TUTORIAL", ""))
+    B, H, L, D = case.shape
+    if "kv_heads" in case.args or case.args.get("keys", L) != L or (case.backward and L % 128):
+        raise Unavailable("triton tutorial: as many keys and key heads as queries, in 128s for a gradient")
+    causal, scale = case.args["causal"], D**-0.5
+    function = lambda t: attend(t["x"], t["key"], t["value"], causal, scale)
+    few = torch.Generator(case.device).manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 256, D, generator=few, device=case.device).to(case.dtype) for _ in range(3))
+    try:
+        o = function({"x": q, "key": k, "value": v})
+    except Exception as error:  # shapes and dtypes differ between versions, and so do their refusals
+        raise Unavailable(f"triton tutorial: {type(error).__name__}: {error}") from error
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    if o.dtype != case.dtype or not torch.allclose(o.float(), expected.float(), atol=0.03):
+        raise Unavailable(f"triton tutorial: wrong in {case.dtype}")
+    return function
+
+
+@cache
+def tutorial_attention(path: str) -> Any:
+    """`attention` of the tutorial, which measures nothing when it is imported."""
+    if not path:
+        raise Unavailable("triton tutorial: PYOPS_TRITON_TUTORIAL does not name its 06-fused-attention.py")
+    try:
+        spec = importlib.util.spec_from_file_location("triton_tutorial_attention", path)
+        if spec is None or spec.loader is None:
+            raise ImportError("no Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where Triton looks for the globals of its kernels
+        spec.loader.exec_module(module)
+        return module.attention
+    except Exception as error:  # somebody else's file may fail in any way
+        raise Unavailable(f"triton tutorial: {path}: {type(error).__name__}: {error}") from error
+
+
 def providers(case: Case) -> dict[str, Provider]:
     found = standard_providers(bind, case)
     found.pop("torch channels_last")
@@ -121,4 +177,5 @@ def providers(case: Case) -> dict[str, Provider]:
         for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
             found[f"torch {name.split('_')[0].lower()}"] = Provider(partial(torch_backend, case, name))
         found["flex_attention"] = Provider(lambda: flex_attention(case))
+        found["triton tutorial"] = Provider(lambda: triton_tutorial(case))
     return found

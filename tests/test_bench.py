@@ -13,7 +13,7 @@ import pyops.bench.report as report
 import pyops.bench.runner as runner
 import pytest
 import torch
-from pyops.bench import gpu, machine
+from pyops.bench import bench_attention, gpu, machine
 from pyops.bench.case import Case, Provider, Unavailable
 from pyops.bench.machine import Ceilings, ceilings_of, slug
 
@@ -413,3 +413,46 @@ def test_gpu_engine_hands_unused_time_on(tmp_path: Path) -> None:
         step.why_not = ""
     gpu.run_plan(steps, tmp_path, total_s=100, execute=quick)
     assert limits[-1] > 99 and 0 < limits[0] < 50
+
+
+TUTORIAL = """
+import torch
+
+def attention(q, k, v, causal, sm_scale, warp_specialize=True):
+    if q.dtype == torch.float64:
+        raise AssertionError("only half")
+    scale = sm_scale if q.dtype == torch.float16 else 2 * sm_scale
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+
+if __name__ == "__main__":
+    raise SystemExit("measures")
+"""
+
+
+def test_the_triton_tutorial_is_read_from_the_file_that_the_user_names(monkeypatch, tmp_path):
+    case = bench_attention.attention((1, 2, 128, 16), True, dtype=torch.float16, backward=True)
+    t = {name: torch.randn(1, 2, 128, 16, dtype=torch.float16) for name in ("x", "key", "value")}
+    monkeypatch.delenv("PYOPS_TRITON_TUTORIAL", raising=False)
+    with pytest.raises(Unavailable, match="PYOPS_TRITON_TUTORIAL does not name"):
+        bench_attention.triton_tutorial(case)
+    monkeypatch.setenv("PYOPS_TRITON_TUTORIAL", str(tmp_path / "missing.py"))
+    with pytest.raises(Unavailable, match=r"missing\.py: FileNotFoundError"):
+        bench_attention.triton_tutorial(case)
+    path = tmp_path / "06-fused-attention.py"
+    path.write_text(TUTORIAL)
+    monkeypatch.setenv("PYOPS_TRITON_TUTORIAL", str(path))
+    y = bench_attention.triton_tutorial(case)(t)
+    torch.testing.assert_close(y, bench_attention.bind(torch.nn.functional, case)(t))
+    for change, reason in (
+        ({"dtype": torch.bfloat16}, "wrong in torch.bfloat16"),
+        ({"dtype": torch.float64}, "AssertionError: only half"),
+        ({"args": {"causal": False, "kv_heads": 1}}, "as many keys and key heads"),
+        ({"shape": (1, 2, 100, 16)}, "in 128s"),
+    ):
+        with pytest.raises(Unavailable, match=reason):
+            bench_attention.triton_tutorial(dataclasses.replace(case, **change))
+
+
+def test_the_triton_tutorial_is_a_peer_on_a_gpu():
+    case = bench_attention.cases("cuda")[0]
+    assert "triton tutorial" in bench_attention.providers(case)

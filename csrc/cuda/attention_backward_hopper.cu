@@ -343,6 +343,8 @@ void launch_width(const Problem<float>& p, const Tensors<T>& t, uint8_t* state, 
     launch_all<T, 64, 128, 64, 64, Extras>(p, t, state, stream);
   else if (width <= 128)
     launch_all<T, 128, 96, 64, 64, Extras>(p, t, state, stream);
+  else if (width <= 192)
+    launch_all<T, 192, 64, 64, 80, Extras>(p, t, state, stream);
   else
     launch_all<T, 256, 48, 48, 64, Extras>(p, t, state, stream);
 }

@@ -256,6 +256,8 @@ void launch_width(const Problem<float>& p, const Tensors<T>& t, uint8_t* state, 
     launch_forward<T, 64, 128, Extras>(p, t, state, stream);
   else if (width <= 128)
     launch_forward<T, 128, 128, Extras>(p, t, state, stream);
+  else if (width <= 192)
+    launch_forward<T, 192, 96, Extras>(p, t, state, stream);
   else
     launch_forward<T, 256, 80, Extras>(p, t, state, stream);
 }

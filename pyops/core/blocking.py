@@ -93,9 +93,7 @@ def attention(shapes: Sequence[Sequence[int]], dtype: torch.dtype, backend: str)
     half = dtype != torch.float32
     notes = ["tensor cores (mma)" if half else "CUDA cores"]
     if half and plan["hopper"]:
-        notes.insert(
-            0, "on compute capability 9.0 without mask, ALiBi, soft cap and dropout: warpgroup products fed by TMA"
-        )
+        notes.insert(0, "on compute capability 9.0: warpgroup products fed by TMA")
     if plan["decode"]:
         notes.insert(
             0, "forward: keys in parts for a few blocks per processor, merged in order, where that is more than one"
