@@ -275,6 +275,7 @@ def test_explains_its_kernel():
     assert notes(torch.float32, "emulator", long, long, long) == "CUDA cores"
     assert "parts" in notes(torch.float32, "emulator", few, cache, cache)
     assert "warpgroup" in notes(torch.bfloat16, "emulator", long, long, long)
+    assert "warpgroup" in notes(torch.bfloat16, "emulator", (2, 8, 512, 192), (2, 8, 512, 192), (2, 8, 512, 256))
     odd = (2, 8, 512, 65)
     assert notes(torch.bfloat16, "emulator", odd, odd, odd) == "tensor cores (mma)"
     assert "give the shapes" in notes(torch.float32, "cpu", long)

@@ -241,6 +241,42 @@ def test_tiles_that_a_mask_hides_are_not_multiplied(width, kind):
     assert multiplied(width, as_kind(torch.zeros_like(mask))) == 0
 
 
+def agrees_with_the_oracle(q, k, v, **options):
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    with backends.backend("emulator"), products(True):
+        ours = results(F.scaled_dot_product_attention, q, k, v, options)
+    if options.get("attn_mask") is not None and options["attn_mask"].dtype == q.dtype:
+        options["attn_mask"] = options["attn_mask"].double()
+    for a, b in zip(ours, results(attention._oracle, *exact, options)):
+        allowed = 4 * torch.finfo(q.dtype).eps * max(1.0, b.abs().max().item())
+        torch.testing.assert_close(a.detach().double(), b.detach(), rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("width", [64, 192])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_mask_of_numbers_in_the_dtype_of_the_query_and_with_strides_of_its_own(dtype, width):
+    q, k, v = (torch.randn(2, 2, n, width).to(dtype).requires_grad_() for n in (70, 150, 150))
+    numbers = mask_of("tiles of numbers", (2, 1, 70, 150)).to(dtype)
+    agrees_with_the_oracle(q, k, v, attn_mask=numbers.mT.contiguous().mT)
+    agrees_with_the_oracle(q, k, v, attn_mask=numbers.repeat_interleave(2, -1)[..., ::2].isfinite())
+
+
+@pytest.mark.parametrize("shared", ["keys", "values", "both"])
+def test_keys_that_examples_share(shared):
+    q, k, v = (torch.randn(b, 2, n, 64).to(torch.bfloat16).requires_grad_() for b, n in ((3, 70), (3, 150), (3, 150)))
+    with torch.no_grad():
+        k = k[:1].expand(3, -1, -1, -1) if shared != "values" else k
+        v = v[:1].expand(3, -1, -1, -1) if shared != "keys" else v
+    agrees_with_the_oracle(q, k.requires_grad_(), v.requires_grad_(), is_causal=True)
+
+
+def test_masks_that_examples_share():
+    """Two batch dimensions, of which a mask has the outer or the inner one."""
+    q, k, v = (torch.randn(2, 3, 1, n, 64).to(torch.bfloat16).requires_grad_() for n in (70, 150, 150))
+    for shape in ((2, 1, 1, 70, 150), (1, 3, 1, 70, 150)):
+        agrees_with_the_oracle(q, k, v, attn_mask=mask_of("boolean", shape), alibi_slopes=torch.tensor([0.05]))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [64, 256])
 def test_masks_near_the_largest_float(width, dtype):

@@ -284,8 +284,8 @@ __global__ void __launch_bounds__((Groups + 1) * group_threads, 1)
       }
     }
     T* const to_first = by_query ? t.dq + at.b * p.q.batch + at.h * p.q.head + (e.q0 + own) * p.q.row
-                                 : t.dk + at.b * p.k.batch + at.h * p.k.head + (e.k0 + own) * p.k.row;
-    T* const to_second = t.dv + at.b * p.v.batch + at.h * p.v.head + (e.k0 + own) * p.v.row;
+                                 : t.dk + at.b * p.dk.batch + at.h * p.dk.head + (e.k0 + own) * p.dk.row;
+    T* const to_second = t.dv + at.b * p.dv.batch + at.h * p.dv.head + (e.k0 + own) * p.dv.row;
     const float kept_scale = Extras && p.random != nullptr ? p.keep_scale : 1.0f;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -293,14 +293,14 @@ __global__ void __launch_bounds__((Groups + 1) * group_threads, 1)
         if (!counts[half])  // whatever stands in a key that does not
 #pragma unroll
           for (int c = half * 2; c < W / 2; c += 4) sum_first[c] = sum_first[c + 1] = 0.0f;
-        store_row<T, W>(to_first + half * 8 * (by_query ? p.q.row : p.k.row), there[half], static_cast<int>(p.D),
+        store_row<T, W>(to_first + half * 8 * (by_query ? p.q.row : p.dk.row), there[half], static_cast<int>(p.D),
                         sum_first, half, p.scale);
       }
       if constexpr (with_second) {
         if (!counts[half])
 #pragma unroll
           for (int c = half * 2; c < W / 2; c += 4) sum_second[c] = sum_second[c + 1] = 0.0f;
-        store_row<T, W>(to_second + half * 8 * p.v.row, there[half], static_cast<int>(p.E), sum_second, half,
+        store_row<T, W>(to_second + half * 8 * p.dv.row, there[half], static_cast<int>(p.E), sum_second, half,
                         kept_scale);
       }
     }

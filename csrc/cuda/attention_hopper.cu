@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(128)
   if (p.allowed != nullptr)
     each([&](int64_t n) { return p.allowed[n] ? shows_some : changes_some; });
   else
-    with_bias<T>(p, [&](const auto* bias) { each([&](int64_t n) { return state_of(to_float(bias[n])); }); });
+    with_bias<T>(p, [&](const auto* bias) { each([&](int64_t n) { return state_of(static_cast<float>(bias[n])); }); });
   const bool shown = __syncthreads_or(found & shows_some) != 0, changed = __syncthreads_or(found & changes_some) != 0;
   if (threadIdx.x == 0) state[index] = static_cast<uint8_t>((shown ? shows_some : 0) | (changed ? changes_some : 0));
 }

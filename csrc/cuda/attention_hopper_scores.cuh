@@ -56,7 +56,11 @@ struct Walk {
 // f of the mask of numbers that is there, as a pointer to what it holds.
 template <class T, class F>
 PYOPS_DEVICE void with_bias(const Problem<float>& p, const F& f) {
-  f(p.bias);
+  if (p.bias != nullptr) return f(p.bias);
+  if constexpr (std::is_same_v<T, bf16>)
+    f(p.bias_bf16);
+  else
+    f(p.bias_fp16);
 }
 
 // tanh to some ulp of 1, and to some ulp of x where x is small.
@@ -75,11 +79,11 @@ struct TilePlace {
 // Which of a lane's elements its rows see, by their ranges and a boolean mask: bit n % 32 of word n / 32. Bits can be asked
 // for in a loop that is there once; registers cannot.
 template <bool by_query, int BN>
-PYOPS_DEVICE void look(uint32_t (&seen)[(BN + 63) / 64], const Problem<float>& p, const TilePlace& at,
+PYOPS_DEVICE void look(uint32_t (&seen)[(BN + 63) / 64], const Problem<float>& p, const Example& e, const TilePlace& at,
                        const Range (&range)[2], bool masked) {
   const int64_t own_step = by_query ? p.mask_row : p.mask_column, step = by_query ? p.mask_column : p.mask_row;
   const bool* allowed = p.allowed;
-  if (masked) allowed += mask_at(p, at.b, at.h, 0, 0) + at.own * own_step + (at.other0 + lane_column()) * step;
+  if (masked) allowed += mask_at(p, e, at.h, 0, 0) + at.own * own_step + (at.other0 + lane_column()) * step;
 #pragma unroll
   for (int w = 0; w < (BN + 63) / 64; ++w) {
     uint32_t bits = 0;
@@ -159,16 +163,16 @@ PYOPS_DEVICE void to_scores(float (&s)[BN / 2], const Problem<float>& p, const E
   }
   if (whole && unchanged) return;
   uint32_t seen[(BN + 63) / 64];
-  look<by_query, BN>(seen, p, at, range, !unchanged && p.allowed != nullptr);
+  look<by_query, BN>(seen, p, e, at, range, !unchanged && p.allowed != nullptr);
   if (!unchanged && p.allowed == nullptr) {
     const int64_t own_step = by_query ? p.mask_row : p.mask_column, step = by_query ? p.mask_column : p.mask_row;
-    const int64_t from = mask_at(p, at.b, at.h, 0, 0) + at.own * own_step + (at.other0 + lane_column()) * step;
+    const int64_t from = mask_at(p, e, at.h, 0, 0) + at.own * own_step + (at.other0 + lane_column()) * step;
     with_bias<T>(p, [&](const auto* bias) {
       const auto *row = bias + from, *later = row + 8 * own_step;
 #pragma unroll
       for (int n = 0; n < BN / 2; ++n) {
         const auto* number = (n % 4 < 2 ? row : later) + n % 2 * step;
-        if (bit(seen, n)) s[n] += to_float(*number);
+        if (bit(seen, n)) s[n] += static_cast<float>(*number);
         if (n % 4 == 3) row += 8 * step, later += 8 * step;
       }
     });
