@@ -154,7 +154,7 @@ struct NarrowSums {
 };
 
 template <class T, Product P, bool Wide>
-__global__ void __launch_bounds__(threads) narrow_kernel(NarrowArguments<T> p) {
+__global__ void __launch_bounds__(threads, 4) narrow_kernel(NarrowArguments<T> p) {
   static_assert(threads == narrow_tile);
   auto& s = shared_storage<NarrowShared<T, Wide>>();
   constexpr int D = depth<T>, V = vector<T>, pieces = D / V;
