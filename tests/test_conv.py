@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from pyops import backend as forced
 from pyops import functional as F
 from pyops import nn, testing
 from pyops.core import backend as backends
-from pyops.core import bias_act, explain
+from pyops.core import bias_act, convolve, explain, library
 
 from .harness import modules_agree, passes, refuses, same_refusal
 
@@ -539,3 +540,53 @@ def test_shifted_rows_on_the_cpu(shape, filters, how):
         y = getattr(functional, f"conv{rank}d")(*inputs, **how)
         results.append((y, *torch.autograd.grad(y.sin().sum(), inputs)))
     torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
+
+
+def test_sizes_that_came_before_are_checked_as_at_first():
+    """A second call takes what the first found of its sizes; what only equals them is looked at again, and all else."""
+    x, w, b = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3), torch.randn(4)
+    first = F.conv2d(x, w, b, 1, 1)
+    assert torch.equal(F.conv2d(x, w, b, 1, 1), first) and torch.equal(F.conv2d(x, w, b, (1, 1), (1, 1)), first)
+    assert torch.equal(F.conv2d(x, w, b, [1, 1], (1, 1)), first)
+    alone = F.conv2d(x[0], w, b, 1, 1)
+    assert torch.equal(F.conv2d(x[0], w, b, 1, 1), alone) and alone.shape == first.shape[1:]
+    for stride in (1.0, (1.0, 1.0), (1, 1.0), 0, (1, 0)):
+        for _ in range(2):
+            with pytest.raises((TypeError, RuntimeError), match="'stride'"):
+                F.conv2d(x, w, b, stride, 1)
+    refuses(RuntimeError, ("conv2d", "'weight'", "float64"), F.conv2d, x, w.double(), b, 1, 1)
+    refuses(RuntimeError, ("conv2d", "'bias'", "float64"), F.conv2d, x, w, b.double(), 1, 1)
+    refuses(NotImplementedError, ("conv2d", "'input'", "int64"), F.conv2d, x.long(), w.long(), b.long(), 1, 1)
+    refuses(RuntimeError, ("conv2d", "'groups'"), F.conv2d, x, w, b, 1, 1, 1, 0)
+    last = F.conv2d(x.to(memory_format=torch.channels_last), w, b, 1, 1)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last, first)
+    for strided in (x.mT, x.expand(2, 4, 6, 6)[:, :, ::1], x[:, :, :, ::2].repeat_interleave(2, 3)):
+        torch.testing.assert_close(F.conv2d(strided, w, b, 1, 1), torch.nn.functional.conv2d(strided, w, b, 1, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert F.conv2d(x, w, b, 1, 1).dtype == torch.bfloat16
+    with F.conv_algorithm("gemm"):
+        other = F.conv2d(x, w, b, 1, 1)
+    torch.testing.assert_close(other, first)
+    two = torch.func.vmap(lambda one: F.conv2d(one, w, b, 1, 1))(torch.stack((x, x)))
+    torch.testing.assert_close(two, torch.stack((first, first)))
+    leaf = w.clone().requires_grad_()
+    F.conv2d(x, leaf, b, 1, 1).sum().backward()
+    torch.nn.functional.conv2d(x, theirs := w.clone().requires_grad_(), b, 1, 1).sum().backward()
+    torch.testing.assert_close(leaf.grad, theirs.grad)
+    with forced("cpu"):
+        assert torch.equal(F.conv2d(x, w, b, 1, 1), first)
+    if library.load_emulator() is None:
+        with forced("emulator"):
+            torch.testing.assert_close(F.conv2d(x, w, b, 1, 1), first)
+
+
+def test_plans_are_few(monkeypatch):
+    monkeypatch.setattr(convolve, "_MOST_PLANS", 2)
+    monkeypatch.setattr(convolve, "_plans", {})
+    w = torch.randn(1, 1, 3, 3)
+    for side in range(3, 9):
+        x = torch.randn(1, 1, side, side)
+        for _ in range(2):
+            torch.testing.assert_close(F.conv2d(x, w), torch.nn.functional.conv2d(x, w))
+        assert 0 < len(convolve._plans) <= 2

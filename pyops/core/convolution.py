@@ -416,8 +416,9 @@ def _only_exact() -> bool:
     return torch.are_deterministic_algorithms_enabled() or precision == "ieee"
 
 
-def _cpu_algorithm() -> str:
-    """``""`` leaves the choice to tuning, where it is on, else to the table in csrc/cpu/conv_choice.h."""
+def cpu_algorithm() -> str:
+    """``algorithm_for`` a call on the CPU; ``""`` leaves it to tuning, if on, else to csrc/cpu/conv_choice.h."""
+    _known("PYOPS_CONV_ALGORITHM", _algorithm)
     if _algorithm in _ON_CPU:
         return _algorithm
     return "gemm" if _algorithm or _only_exact() else ""
@@ -425,9 +426,9 @@ def _cpu_algorithm() -> str:
 
 def algorithm_for(dtype: torch.dtype, backend_name: str, on_gpu: bool) -> str:
     """The algorithm of a call: the chosen one, else that of the default table."""
-    _known("PYOPS_CONV_ALGORITHM", _algorithm)
     if backend_name == "cpu":
-        return _cpu_algorithm()
+        return cpu_algorithm()
+    _known("PYOPS_CONV_ALGORITHM", _algorithm)
     if dtype in (torch.bfloat16, torch.float16) and backend_name != "triton":
         return "gemm" if _algorithm == "gemm" else "wgmma"
     if dtype != torch.float32:

@@ -183,10 +183,79 @@ def prepared(
     return _in_canonical_form(op, x.shape[1], input.dim() == dims + 2, x, weight, bias, geometry, groups)
 
 
-def convolve(op: str, dims: int, *arguments: Any) -> torch.Tensor:
-    """A convolution of ``dims`` spatial dimensions; ``arguments`` are those of torch.nn.functional.conv2d."""
-    call = prepared(op, dims, *arguments)
-    return call.run(call.family.fwd)
+@dataclass(frozen=True)
+class _Plan:
+    """What the sizes alone decide of a convolution of contiguous tensors on the CPU, once they have been checked."""
+
+    family: convolution.Family
+    x: torch.Size
+    weight: torch.Size
+    y: torch.Size
+    geometry: tuple[Any, ...]
+
+
+_plans: dict[Any, _Plan] = {}
+_MOST_PLANS = 4096
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _exact(*sizes: Any) -> bool:
+    """Integers, tuples of integers or words: what is equal to a plan's then means the same, as True and 1.0 do not."""
+    return all(type(s) is int or type(s) is str or (type(s) is tuple and set(map(type, s)) == {int}) for s in sizes)
+
+
+def _has_plan(input: Any, weight: Any, bias: Any) -> bool:
+    """Contiguous tensors of one type on the CPU, called for no more than a gradient: what is left are the sizes."""
+    if type(input) not in _PLAIN or type(weight) not in _PLAIN or not (bias is None or type(bias) in _PLAIN):
+        return False
+    dtype = input.dtype
+    alike = (
+        input.is_cpu and weight.is_cpu and weight.dtype is dtype and input.is_contiguous() and weight.is_contiguous()
+    )
+    if not alike or dtype not in check.FLOATING:
+        return False
+    if bias is not None and not (bias.is_cpu and bias.dtype is dtype and bias.is_contiguous()):
+        return False
+    return not (torch._C._is_any_autocast_enabled() or torch._C._are_functorch_transforms_active())
+
+
+def convolve(
+    op: str,
+    dims: int,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sizes,
+    padding: Sizes | str,
+    dilation: Sizes,
+    groups: int,
+) -> torch.Tensor:
+    """A convolution of ``dims`` spatial dimensions; the rest are the arguments of torch.nn.functional.conv2d.
+
+    Sizes are checked, and their canonical form found, the first time they come: both cost three times a small kernel.
+    """
+    key = None
+    if (
+        not torch.compiler.is_compiling()
+        and _has_plan(input, weight, bias)
+        and _exact(stride, padding, dilation, groups)
+    ):
+        namespace = backend.namespace_for(op, input)
+        if namespace == "pyops":
+            bias_shape = None if bias is None else bias.shape
+            key = (op, input.shape, weight.shape, bias_shape, stride, padding, dilation, groups)
+            plan = _plans.get(key)
+            if plan is not None:
+                algorithm = convolution.cpu_algorithm()
+                x, w = input.view(plan.x), weight.view(plan.weight)
+                return plan.family.fwd(namespace, x, w, bias, *plan.geometry, algorithm).view(plan.y)
+    call = prepared(op, dims, input, weight, bias, stride, padding, dilation, groups)
+    y = call.run(call.family.fwd)
+    if key is not None and padding != "same":
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[key] = _Plan(call.family, call.x.shape, call.weight.shape, y.shape, call.geometry[:-1])
+    return y
 
 
 def _padded(

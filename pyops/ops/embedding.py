@@ -350,8 +350,12 @@ def embedding_bag(
         _check_offsets(op, offsets, ends, index.shape[0])
 
     # The CPU kernels check the offsets, and the entries of the bags as they read them.
+    shares = mode == "mean" and padding < 0 and readable and not (include_last_offset or transformed)
     looks = (
-        namespace == "pyops" and mode != "mean" and max_norm is None and not (scale_grad_by_freq or include_last_offset)
+        namespace == "pyops"
+        and (shares or mode != "mean")
+        and max_norm is None
+        and not (scale_grad_by_freq or include_last_offset)
     )
     if readable and (transformed or not looks):
         checks()
@@ -362,7 +366,14 @@ def embedding_bag(
         return _explained(checks, readable, _gather_max, namespace, table, index, ends, padding)[0]
     scale = None if per_sample_weights is None else per_sample_weights.reshape(-1).contiguous()
     counted = None if padding < 0 else (index != padding).to(weight.dtype)
-    if mode == "mean":
+    if shares:
+        sizes = ends.diff()
+        if ends[0] != 0 or (sizes < 0).any():
+            checks()
+        # of an entry in the mean of its bag; the sizes are those of all entries, so no more is written than there is
+        share = sizes.to(check.accumulate_dtype(weight.dtype)).reciprocal().to(weight.dtype)
+        scale = share.repeat_interleave(sizes, output_size=index.shape[0])
+    elif mode == "mean":
         bag = _bag_of(ends, index.shape[0])
         ones = torch.ones_like(index) if padding < 0 else (index != padding).long()
         sums = torch.cat([ones.new_zeros(1), ones.cumsum(0)])
