@@ -4,6 +4,7 @@ import torch
 from pyops import backend as forced
 from pyops import functional as F
 from pyops import nn, testing, use
+from pyops.ops import pool as room
 
 from .harness import modules_agree, passes, refuses, same_refusal
 
@@ -237,3 +238,30 @@ def test_messages():
         refuses(RuntimeError, (f"{op}: ", "'kernel_size'", "[6"), getattr(F, op), x, float("inf"), 6)
         refuses(ZeroDivisionError, (f"{op}: ", "'norm_type'", "0"), getattr(F, op), x, 0, 2)
         refuses(TypeError, (f"{op}: ", "'norm_type'", "str"), getattr(F, op), x, "2", 2)
+
+
+def test_windows_that_came_before_are_checked_as_at_first(monkeypatch):
+    """What only equals a window that was found, as 2.0 or True does, is looked at again."""
+    monkeypatch.setattr(room, "_windows", {})
+    monkeypatch.setattr(room, "_MOST_WINDOWS", 3)
+    x = torch.randn(2, 3, 9, 9)
+    for kernel, stride, padding in (
+        (2, None, 0),
+        (2, 2, 0),
+        ((3, 1), (1, 1), (1, 0)),
+        ([3, 1], [1, 1], [1, 0]),
+        (1, 1, 0),
+    ):
+        for _ in range(2):
+            ours = F.max_pool2d(x, kernel, stride, padding)
+            assert torch.equal(ours, torch.nn.functional.max_pool2d(x, kernel, stride, padding))
+            small = F.max_pool2d(x[:, :, :6, :5], kernel, stride, padding)
+            assert torch.equal(small, torch.nn.functional.max_pool2d(x[:, :, :6, :5], kernel, stride, padding))
+            whole = F.max_pool2d(x, kernel, stride, padding, ceil_mode=True)
+            assert torch.equal(whole, torch.nn.functional.max_pool2d(x, kernel, stride, padding, ceil_mode=True))
+        assert len(room._windows) <= 3
+    for _ in range(2):
+        refuses(TypeError, ("max_pool2d", "'kernel_size'", "2.0"), F.max_pool2d, x, 2.0)
+        refuses(TypeError, ("max_pool2d", "'stride'", "2.0"), F.max_pool2d, x, 2, (2, 2.0))
+        refuses(RuntimeError, ("max_pool2d", "'padding'"), F.max_pool2d, x, 2, 2, 2)
+        refuses(RuntimeError, ("max_pool2d", "'stride'"), F.max_pool2d, x, 2, 0)

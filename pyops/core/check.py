@@ -53,6 +53,8 @@ def non_negative(op: str, argument: str, value: float) -> None:
 
 def ints(op: str, argument: str, value: Any, count: int, spread: bool = False) -> list[int]:
     """One int for every dimension, from an int or a sequence; ``spread``: a sequence of one serves all as well."""
+    if type(value) is int:
+        return [value] * count
     values = [value] * count if isinstance(value, int) else value
     if not isinstance(values, (list, tuple)) or not all(isinstance(v, int) for v in values):
         fail(TypeError, op, argument, repr(value), f"an int or a sequence of {count} ints")
@@ -86,6 +88,8 @@ def broadcast(op: str, name: str, x: torch.Tensor, other: str, shape: torch.Size
 
 def sides(op: str, argument: str, value: Any, count: int, low: int) -> list[int]:
     """One integer >= low for every dimension, from one or a sequence of one or ``count``, as torch reads them."""
+    if type(value) is int and value >= low:
+        return [value] * count
     if is_integer(value):
         values = [value] * count
     elif isinstance(value, (list, tuple)) and all(is_integer(v) or isinstance(v, bool) for v in value):
@@ -110,6 +114,11 @@ def is_integer(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not value.is_floating_point() and value.dtype != torch.bool
     return hasattr(value, "__index__")
+
+
+def exact(*sizes: Any) -> bool:
+    """Integers, tuples of integers or words: what equals one of these means the same, as True and 1.0 do not."""
+    return all(type(s) is int or type(s) is str or (type(s) is tuple and set(map(type, s)) == {int}) for s in sizes)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -199,11 +199,6 @@ _MOST_PLANS = 4096
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _exact(*sizes: Any) -> bool:
-    """Integers, tuples of integers or words: what is equal to a plan's then means the same, as True and 1.0 do not."""
-    return all(type(s) is int or type(s) is str or (type(s) is tuple and set(map(type, s)) == {int}) for s in sizes)
-
-
 def _has_plan(input: Any, weight: Any, bias: Any) -> bool:
     """Contiguous tensors of one type on the CPU, called for no more than a gradient: what is left are the sizes."""
     if type(input) not in _PLAIN or type(weight) not in _PLAIN or not (bias is None or type(bias) in _PLAIN):
@@ -238,7 +233,7 @@ def convolve(
     if (
         not torch.compiler.is_compiling()
         and _has_plan(input, weight, bias)
-        and _exact(stride, padding, dilation, groups)
+        and check.exact(stride, padding, dilation, groups)
     ):
         namespace = backend.namespace_for(op, input)
         if namespace == "pyops":

@@ -146,7 +146,28 @@ def _check_adaptive(op: str, x: torch.Tensor, rank: int, output_size: Any) -> to
     return _check_input(op, x, rank)
 
 
+_windows: dict[Any, list[int]] = {}
+_MOST_WINDOWS = 4096
+
+
 def _window(
+    op: str, x: torch.Tensor, rank: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> list[int]:
+    """What the kernels take of the window; found once for sizes that come again, which costs more than a small call."""
+    known = type(x) is torch.Tensor and not torch.compiler.is_compiling()  # sizes of others may be symbols
+    if not known or not check.exact(kernel_size, 1 if stride is None else stride, padding, dilation):
+        return _new_window(op, x, rank, kernel_size, stride, padding, dilation, ceil_mode)
+    key = (op, x.shape, kernel_size, stride, padding, dilation, bool(ceil_mode))
+    window = _windows.get(key)
+    if window is None:
+        window = _new_window(op, x, rank, kernel_size, stride, padding, dilation, ceil_mode)
+        if len(_windows) >= _MOST_WINDOWS:
+            _windows.clear()
+        _windows[key] = window
+    return window
+
+
+def _new_window(
     op: str, x: torch.Tensor, rank: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> list[int]:
     numbers = lambda argument, value: check.ints(op, argument, value, rank, spread=True)
