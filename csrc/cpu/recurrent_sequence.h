@@ -13,6 +13,7 @@
 
 #include "cpu/math.h"
 #include "cpu/parallel.h"
+#include "cpu/transpose.h"
 
 namespace pyops::PYOPS_CPU_CAPABILITY {
 
@@ -32,8 +33,8 @@ class Panels {
  public:
   static constexpr int64_t W = Vec<acc_t>::width, width = vectors * W;
 
-  // column(panel, v, lane) is where a column begins, or null; its elements are `step` apart. Lanes of a vector that has
-  // all its columns are neighbours in memory where step is not 1.
+  // column(panel, v, lane) is where a column begins, or null from some lane on; its elements are `step` apart. The columns
+  // of a vector are as far apart each, and neighbours where step is not 1.
   template <class Column>
   Panels(int64_t count, int64_t K, int64_t step, const Column& column)
       : count_(count), K_(K), data_(count * K * width) {
@@ -41,10 +42,17 @@ class Panels {
       for (int64_t p = begin; p < end; ++p)
         for (int v = 0; v < vectors; ++v) {
           acc_t* to = data_.get() + (p * K * vectors + v) * W;
-          if (step != 1 && column(p, v, W - 1) != nullptr)
-            for (int64_t k = 0; k < K; ++k) Vec<acc_t>::load(column(p, v, 0) + k * step).store(to + k * width);
+          const auto* from = column(p, v, 0);
+          if (from == nullptr) {
+            for (int64_t k = 0; k < K; ++k) Vec<acc_t>(acc_t(0)).store(to + k * width);
+            continue;
+          }
+          int64_t lanes = 1;
+          while (lanes < W && column(p, v, lanes) != nullptr) ++lanes;
+          if (step == 1)
+            transpose<acc_t>(to, width, from, lanes > 1 ? column(p, v, 1) - from : 0, lanes, K, W);
           else
-            transpose(to, K, step, [&](int64_t lane) { return column(p, v, lane); });
+            for (int64_t k = 0; k < K; ++k) Vec<acc_t>::load(from + k * step, FirstLanes{lanes}).store(to + k * width);
         }
     });
   }
@@ -53,28 +61,6 @@ class Panels {
   const acc_t* panel(int64_t p) const { return data_.get() + p * K_ * width; }
 
  private:
-  // Blocks of 16 elements of all lanes pass through the first cache: whole lines are read and whole vectors written.
-  template <class Column>
-  static void transpose(acc_t* to, int64_t K, int64_t step, const Column& column) {
-    alignas(64) acc_t block[W][16];
-    for (int64_t k0 = 0; k0 < K; k0 += 16) {
-      const int64_t n = std::min<int64_t>(16, K - k0);
-      for (int64_t lane = 0; lane < W; ++lane) {
-        const auto* from = column(lane);
-        if (from != nullptr && step == 1 && n == 16)
-          for (int64_t k = 0; k < 16; k += W) Vec<acc_t>::load(from + k0 + k).store(&block[lane][k]);
-        else
-          for (int64_t k = 0; k < n; ++k) block[lane][k] = from != nullptr ? acc_t(from[(k0 + k) * step]) : acc_t(0);
-      }
-      for (int64_t k = 0; k < n; ++k) {
-        simd::Native<acc_t> line;
-#pragma GCC unroll 16
-        for (int64_t lane = 0; lane < W; ++lane) line[lane] = block[lane][k];
-        Vec<acc_t>(line).store(to + (k0 + k) * width);
-      }
-    }
-  }
-
   int64_t count_, K_;
   Buffer<acc_t> data_;
 };
