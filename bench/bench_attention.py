@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from pyops.core import blocking
+
 from .case import Case, Function, Provider, Unavailable, with_both_directions
 from .peers import imported, standard_providers
 
@@ -102,6 +104,13 @@ def bind(functional: Any, case: Case) -> Function:
     causal, grouped = case.args["causal"], "kv_heads" in case.args
     attend = functional.scaled_dot_product_attention
     return lambda t: attend(t["x"], t["key"], t["value"], is_causal=causal, enable_gqa=grouped)
+
+
+def algorithm(case: Case, provider: str) -> str:
+    """The kernels of the forward pass and, where the case has one, of the backward pass."""
+    backend = {"pyops": "cpu"}.get(provider, provider.removeprefix("pyops "))
+    passes = blocking.attention_algorithms([case.shape, *shapes(case).values()], case.dtype, backend)
+    return ", ".join(passes[: 2 if case.backward else 1])
 
 
 def torch_backend(case: Case, name: str) -> Function:

@@ -149,6 +149,42 @@ def kept(state, threshold, b, h, i, j, H, L, S, acc_t: tl.constexpr, KEEP_SCALE:
 
 
 @triton.jit
+def mask_shows(mask, seen, i, j, h, mask_h, mask_l, mask_s):
+    """Whether the mask of an example shows any of the scores that are `seen`: a vote of the program on a tile."""
+    at = h * mask_h + i.to(tl.int64) * mask_l + j.to(tl.int64) * mask_s
+    if mask.dtype.element_ty == tl.uint8:
+        shown = tl.load(mask + at, mask=seen, other=0) != 0
+    else:
+        shown = tl.load(mask + at, mask=seen, other=MINUS_INFINITY) != MINUS_INFINITY
+    return tl.max(tl.max(shown.to(tl.int32), 1), 0) != 0
+
+
+@triton.jit
+def attention_fwd_step(
+    top, total, out, own, k, v, mask, slopes, state, seen, i, j, column, b, kh, heads, k0, keys, shift,
+    H, G, L, S, rows_k, D, E, k_b, v_b, mask_h, mask_l, mask_s, slopes_b, threshold,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, KEEP_SCALE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The online softmax through one tile of keys."""
+    s = dot(own, tl.trans(load_rows(k, b * k_b, kh, k0, H // G, rows_k, D, column, keys, BLOCK_D, PACKED)))
+    s, _ = score_of(s, i, j, seen, b, heads, shift, mask, slopes, mask_h, mask_l, mask_s, slopes_b, SCALE, SOFTCAP)
+    if mask is None:
+        s *= LOG2_E
+    now = tl.maximum(top, tl.max(s, 1))
+    base = tl.where(now == MINUS_INFINITY, 0.0, now)
+    fall, rise = top - base, s - base[:, None]
+    if mask is not None:  # a mask of 3e38 has no multiple
+        fall, rise = fall * LOG2_E, rise * LOG2_E
+    factor, p = tl.exp2(fall), tl.exp2(rise)
+    total = total * factor + tl.sum(p, 1)
+    if state is not None:
+        p *= kept(state, threshold, b, heads, i, j, H, L, S, total.dtype, KEEP_SCALE)
+    values = load_rows(v, b * v_b, kh, k0, H // G, rows_k, E, column, keys, BLOCK_E, PACKED)
+    return now, total, out * factor[:, None] + dot(p.to(values.dtype), values)
+
+
+@triton.jit
 def attention_fwd_kernel(
     q, k, v, o, lse, total_of_part, mask, mask_examples, lengths, cu_q, cu_k, slopes, state,
     H, G, L, S, rows_q, rows_k, D, E, blocks, k_b, v_b, parts, mask_b, mask_h, mask_l, mask_s, slopes_b, threshold,
@@ -196,23 +232,13 @@ def attention_fwd_kernel(
     for j0 in range(low.to(tl.int32), high.to(tl.int32), BLOCK_N):
         column = j0 + tl.arange(0, BLOCK_N)
         j = column[None, :]
-        s = dot(own, tl.trans(load_rows(k, b * k_b, kh, k0, H // G, rows_k, D, column, keys, BLOCK_D, PACKED)))
         seen = is_seen(i, j, rows, keys, shift, LEFT, RIGHT)
-        s, _ = score_of(s, i, j, seen, b, heads, shift, bias, slopes, mask_h, mask_l, mask_s, slopes_b, SCALE, SOFTCAP)
-        if mask is None:
-            s *= LOG2_E
-        now = tl.maximum(top, tl.max(s, 1))
-        base = tl.where(now == MINUS_INFINITY, 0.0, now)
-        fall, rise = top - base, s - base[:, None]
-        if mask is not None:  # a mask of 3e38 has no multiple
-            fall, rise = fall * LOG2_E, rise * LOG2_E
-        factor, p = tl.exp2(fall), tl.exp2(rise)
-        total = total * factor + tl.sum(p, 1)
-        top = now
-        if state is not None:
-            p *= kept(state, threshold, b, heads, i, j, H, L, S, acc_t, KEEP_SCALE)
-        values = load_rows(v, b * v_b, kh, k0, H // G, rows_k, E, column, keys, BLOCK_E, PACKED)
-        out = out * factor[:, None] + dot(p.to(values.dtype), values)
+        if mask is None or mask_shows(bias, seen, i, j, heads, mask_h, mask_l, mask_s):
+            top, total, out = attention_fwd_step(
+                top, total, out, own, k, v, bias, slopes, state, seen, i, j, column, b, kh, heads, k0, keys, shift,
+                H, G, L, S, rows_k, D, E, k_b, v_b, mask_h, mask_l, mask_s, slopes_b, threshold,
+                SCALE, SOFTCAP, KEEP_SCALE, BLOCK_D, BLOCK_E, PACKED,
+            )  # fmt: skip
     if mask is None:
         top *= LN_2
     if DECODE:
@@ -280,6 +306,39 @@ def attention_delta_kernel(
 
 
 @triton.jit
+def attention_bwd_step(
+    sum_first, sum_second, own_first, own_second, dy, q, k, v, delta, mask, slopes, state, seen, log_sum,
+    i, j, at, other, b, h, kh, q0, k0, rows, keys, shift, H, G, L, S, rows_q, rows_k, D, E, k_b, v_b,
+    mask_h, mask_l, mask_s, slopes_b, threshold,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, KEEP_SCALE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, BY_QUERY: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """What one tile of the other side adds to the sums of the owned rows."""
+    if BY_QUERY:
+        first = load_rows(k, b * k_b, kh, k0, H // G, rows_k, D, other, keys, BLOCK_D, PACKED)
+        second = load_rows(v, b * v_b, kh, k0, H // G, rows_k, E, other, keys, BLOCK_E, PACKED)
+    else:
+        first = load_rows(q, b, h, q0, H, rows_q, D, other, rows, BLOCK_D, PACKED)
+        second = load_rows(dy, b, h, q0, H, rows_q, E, other, rows, BLOCK_E, PACKED)
+    s, slope = score_of(
+        dot(own_first, tl.trans(first)), i, j, seen, b, h, shift,
+        mask, slopes, mask_h, mask_l, mask_s, slopes_b, SCALE, SOFTCAP,
+    )  # fmt: skip
+    p = tl.exp2((s - tl.where(log_sum == MINUS_INFINITY, 0.0, log_sum)) * LOG2_E)
+    dp = dot(own_second, tl.trans(second))
+    weight = p
+    if state is not None:
+        factor = kept(state, threshold, b, h, i, j, H, L, S, sum_first.dtype, KEEP_SCALE)
+        dp *= factor
+        weight = p * factor
+    ds = p * (dp - tl.load(delta + at, mask=i < rows, other=0.0)) * slope * SCALE
+    sum_first += dot(ds.to(first.dtype), first)
+    if not BY_QUERY:
+        sum_second += dot(weight.to(second.dtype), second)
+    return sum_first, sum_second
+
+
+@triton.jit
 def attention_bwd_kernel(
     dy, q, k, v, lse, delta, dq, dk, dv, mask, mask_examples, lengths, cu_q, cu_k, slopes, state,
     H, G, L, S, rows_q, rows_k, D, E, blocks, k_b, v_b, mask_b, mask_h, mask_l, mask_s, slopes_b, threshold,
@@ -326,30 +385,18 @@ def attention_bwd_kernel(
             other = other0 + tl.arange(0, BLOCK_N)
             if BY_QUERY:
                 i, j = own[:, None], other[None, :]
-                first = load_rows(k, b * k_b, kh, k0, H // G, rows_k, D, other, keys, BLOCK_D, PACKED)
-                second = load_rows(v, b * v_b, kh, k0, H // G, rows_k, E, other, keys, BLOCK_E, PACKED)
             else:
                 i, j = other[None, :], own[:, None]
-                first = load_rows(q, b, h, q0, H, rows_q, D, other, rows, BLOCK_D, PACKED)
-                second = load_rows(dy, b, h, q0, H, rows_q, E, other, rows, BLOCK_E, PACKED)
             at = statistic(b, h, q0, H, rows_q, i, PACKED)
             log_sum = tl.load(lse + at, mask=i < rows, other=MINUS_INFINITY)
             seen = is_seen(i, j, rows, keys, shift, LEFT, RIGHT) & (log_sum != MINUS_INFINITY)
-            s, slope = score_of(
-                dot(own_first, tl.trans(first)), i, j, seen, b, h, shift,
-                bias, slopes, mask_h, mask_l, mask_s, slopes_b, SCALE, SOFTCAP,
-            )  # fmt: skip
-            p = tl.exp2((s - tl.where(log_sum == MINUS_INFINITY, 0.0, log_sum)) * LOG2_E)
-            dp = dot(own_second, tl.trans(second))
-            weight = p
-            if state is not None:
-                factor = kept(state, threshold, b, h, i, j, H, L, S, acc_t, KEEP_SCALE)
-                dp *= factor
-                weight = p * factor
-            ds = p * (dp - tl.load(delta + at, mask=i < rows, other=0.0)) * slope * SCALE
-            sum_first += dot(ds.to(first.dtype), first)
-            if not BY_QUERY:
-                sum_second += dot(weight.to(second.dtype), second)
+            if mask is None or mask_shows(bias, seen, i, j, h, mask_h, mask_l, mask_s):
+                sum_first, sum_second = attention_bwd_step(
+                    sum_first, sum_second, own_first, own_second, dy, q, k, v, delta, bias, slopes, state, seen,
+                    log_sum, i, j, at, other, b, h, kh, q0, k0, rows, keys, shift, H, G, L, S, rows_q, rows_k, D, E,
+                    k_b, v_b, mask_h, mask_l, mask_s, slopes_b, threshold,
+                    SCALE, SOFTCAP, KEEP_SCALE, BLOCK_D, BLOCK_E, BY_QUERY, PACKED,
+                )  # fmt: skip
     if BY_QUERY:
         store_rows(dq, sum_first, b, head, q0, H, rows_q, D, own, rows, BLOCK_D, PACKED)
     else:  # keys beyond a length are in memory and have gradient 0
@@ -358,7 +405,7 @@ def attention_bwd_kernel(
         store_rows(dv, sum_second, b, head, k0, H // G, rows_k, E, own, limit, BLOCK_E, PACKED)
 
 
-def _tile(dtype: torch.dtype, width: int, backward: bool = False) -> tuple[int, int, int]:
+def tile(dtype: torch.dtype, width: int, backward: bool = False) -> tuple[int, int, int]:
     """Block sizes (BLOCK_M, BLOCK_N) and warps whose tiles fit shared memory, and registers but for a few."""
     if dtype == torch.float64:
         return 16, 16, 4
@@ -368,12 +415,23 @@ def _tile(dtype: torch.dtype, width: int, backward: bool = False) -> tuple[int, 
 
 
 # Few queries: so many of them at most, and of the programs of one part at least twice as many as processors.
-_FEW = 16
+FEW = 16
 
 
 def _processors(device: torch.device) -> int:
     """Triton's interpreter runs one program after the other; a few parts are enough there."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def parts_of(
+    batch: int, heads: int, groups: int, queries: int, keys: int, dtype: torch.dtype, width: int, processors: int
+) -> int:
+    """How many parts few queries cut the keys into; 0 where that gains nothing."""
+    programs = batch * heads // max(groups, 1) * cdiv(groups * queries, FEW)
+    if queries > FEW or programs * keys == 0:
+        return 0
+    parts = min(cdiv(2 * processors, programs), cdiv(keys, tile(dtype, width)[1]))
+    return parts if parts > 1 or groups > 1 else 0
 
 
 class _Call:
@@ -396,7 +454,7 @@ class _Call:
         self.sizes = (self.heads, self.groups, max_q, max_k, q.shape[rows], k.shape[rows], d, e)
         self.offsets = (*strides, self.heads if slopes is not None and slopes.dim() == 2 else 0)
         self.threshold = round(dropout * 2**31)
-        self.tile = _tile(q.dtype, max(d, e), backward)
+        self.tile = tile(q.dtype, max(d, e), backward)
         self.constants = {
             "SCALE": scale, "SOFTCAP": softcap, "LEFT": left, "RIGHT": right, "BOTTOM_RIGHT": bottom_right,
             "KEEP_SCALE": 1 / (1 - dropout) if dropout < 1 else 0.0,
@@ -404,15 +462,6 @@ class _Call:
             "BLOCK_D": max(power_of_two(d), 16), "BLOCK_E": max(power_of_two(e), 16),
             "num_warps": self.tile[2], "num_stages": 2,
         }  # fmt: skip
-
-    def parts(self, device) -> int:
-        """How many parts few queries cut the keys into; 0 where that gains nothing."""
-        heads = self.batch * self.heads // self.groups
-        if self.queries > _FEW or heads * self.queries * self.keys == 0:
-            return 0
-        programs = heads * cdiv(self.groups * self.queries, _FEW)
-        parts = min(cdiv(2 * _processors(device), programs), cdiv(self.keys, self.tile[1]))
-        return parts if parts > 1 or self.groups > 1 else 0
 
 
 def attention_fwd(
@@ -423,11 +472,12 @@ def attention_fwd(
     o = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
     shape = (q.shape[1], q.shape[0]) if c.packed else q.shape[:-1]
     lse = torch.empty(shape, dtype=accumulate_dtype(q.dtype), device=q.device)
-    parts = c.parts(q.device)
+    width = max(q.shape[-1], v.shape[-1])
+    parts = parts_of(c.batch, c.heads, c.groups, max_q, max_k, q.dtype, width, _processors(q.device))
     if parts:
         blocks, constants = (
-            cdiv(c.groups * max_q, _FEW),
-            c.constants | {"BLOCK_M": _FEW, "num_warps": 4, "DECODE": True},
+            cdiv(c.groups * max_q, FEW),
+            c.constants | {"BLOCK_M": FEW, "num_warps": 4, "DECODE": True},
         )
         programs = c.batch * c.heads // c.groups * blocks * parts
         to = tuple(
@@ -480,22 +530,22 @@ def specimens() -> list[Specimen]:
     sizes = dict.fromkeys(("H", "G", "L", "S", "rows_q", "rows_k", "D", "E", "blocks", "k_b", "v_b"), "i32")
     offsets = dict.fromkeys(("mask_b", "mask_h", "mask_l", "mask_s", "slopes_b", "threshold"), "i32")
     for t, dtype, a, width in (("bf16", torch.bfloat16, "fp32", 128), ("fp32", torch.float32, "fp32", 64)):
-        m, n, warps = _tile(dtype, width)
-        back = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_E"), (*_tile(dtype, width, True)[:2], width, width)))
+        m, n, warps = tile(dtype, width)
+        back = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_E"), (*tile(dtype, width, True)[:2], width, width)))
         whole = {"divisible": ("D", "E")}
         tiles = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": width, "BLOCK_E": width}
         shape = {"SCALE": 0.125, "SOFTCAP": 0.0, "LEFT": -1, "RIGHT": 0, "BOTTOM_RIGHT": False, "KEEP_SCALE": 1.0}
         absent = dict.fromkeys(("mask", "mask_examples", "lengths", "cu_q", "cu_k", "slopes", "state"))
         tensors = {"mask": f"*{a}", "mask_examples": "*i64", "lengths": "*i64", "slopes": f"*{a}", "state": "*i64"}
         read = dict.fromkeys(("q", "k", "v"), f"*{t}")
-        for extra in (False, True):
-            constants = shape | tiles | (dict.fromkeys(("cu_q", "cu_k")) if extra else absent)
-            given = (tensors if extra else {}) | sizes | offsets
-            hot = not extra  # with everything at once some spill a few registers
+        for extras in ({}, {"mask": f"*{t}" if t == "bf16" else "*u8"}, tensors):
+            constants = shape | tiles | {name: None for name in absent if name not in extras}
+            given = extras | sizes | offsets
+            hot = extras is not tensors  # with everything at once some spill a few registers
             forward = read | {"o": f"*{t}", "lse": f"*{a}", "parts": "i32"} | given
             whole_rows = constants | {"total_of_part": None, "DECODE": False}
             found.append(Specimen(attention_fwd_kernel, forward, whole_rows, warps, hot, **whole))
-            decode = constants | {"DECODE": True, "BLOCK_M": _FEW}
+            decode = constants | {"DECODE": True, "BLOCK_M": FEW}
             parts = {"o": f"*{a}", "total_of_part": f"*{a}"}
             found.append(Specimen(attention_fwd_kernel, forward | parts, decode, 4, True, **whole))
             backward = {"dy": f"*{t}", "lse": f"*{a}", "delta": f"*{a}"} | read | given

@@ -8,6 +8,7 @@ from pyops import functional as F
 from pyops import nn, testing
 from pyops.core import attention_arguments as arguments
 from pyops.core import backend as backends
+from pyops.core import library
 from pyops.core.explain import explain
 from pyops.ops import attention
 
@@ -279,3 +280,18 @@ def test_explains_its_kernel():
     odd = (2, 8, 512, 65)
     assert notes(torch.bfloat16, "emulator", odd, odd, odd) == "tensor cores (mma)"
     assert "give the shapes" in notes(torch.float32, "cpu", long)
+
+
+@pytest.mark.skipif(library.triton_kernels("attention") is None, reason="Triton is not installed")
+def test_explains_its_kernel_in_triton():
+    notes = lambda dtype, *shapes: explain(NAME, shapes, dtype, wanted="triton").notes
+    long, few, cache, wide = (2, 8, 512, 64), (2, 8, 1, 64), (2, 2, 512, 64), (2, 8, 512, 128)
+    forward, backward = notes(torch.bfloat16, long, long)
+    assert "64 queries a program through tiles of 64 keys, 8 warps, as bfloat16 and 64 columns" in forward
+    assert "backward: 64 queries a program through tiles of 64 keys" in backward
+    forward, backward = notes(torch.bfloat16, wide, wide)
+    assert "tiles of 32 keys" in forward and "tiles of 16 keys" in backward
+    parts, backward = notes(torch.float32, few, cache)
+    assert "16 rows of the 4 heads that share keys" in parts and "tiles of 32" in parts and "backward" in backward
+    parts, forward, _ = notes(torch.float32, few, long)
+    assert "where that is more than one" in parts and "32 queries a program" in forward

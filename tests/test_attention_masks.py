@@ -7,7 +7,6 @@ import torch
 
 from pyops import functional as F
 from pyops.core import backend as backends
-from pyops.core import library
 from pyops.ops import attention
 
 from .harness import peak_bytes
@@ -100,18 +99,16 @@ def test_tiles_that_a_mask_hides_or_leaves(backend, kind, queries, dtype):
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
 @pytest.mark.parametrize("queries", [1, 100])
-@pytest.mark.parametrize("name, dtype", [("cpu", torch.float32), ("emulator", torch.bfloat16)])
-def test_tiles_that_a_mask_hides_are_not_multiplied(name, dtype, kind, queries):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_that_a_mask_hides_are_not_multiplied(backend, dtype, kind, queries):
     """Numbers that are none leave no trace in a hidden tile, of 128 keys at most, nor in gradients."""
-    if name == "emulator" and (queries == 1 or library.why_not(name) is not None):
-        pytest.skip("decoding asks each score; or not built")
     q, k = torch.randn(1, 2, queries, 16).to(dtype), torch.randn(1, 2, 384, 16).to(dtype)
     k[:, :, 128:256] = math.nan
     mask = torch.ones(queries, 384, dtype=torch.bool)
     mask[:, 128:256] = False
     mask[:, 320:] = False
     mask = mask if kind == torch.bool else torch.zeros(queries, 384).masked_fill(~mask, -math.inf)
-    with backends.backend(name):
+    with backends.backend(backend):
         inputs = [t.clone().requires_grad_() for t in (q, k, k)]
         o = sdpa(*inputs, mask)
         gradients = torch.autograd.grad(o.sum(), inputs)
@@ -120,5 +117,7 @@ def test_tiles_that_a_mask_hides_are_not_multiplied(name, dtype, kind, queries):
 
 
 @pytest.mark.race
-def test_race_of_tiles(backend):
-    test_tiles_that_a_mask_hides_or_leaves(backend, torch.bool, 100, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [2, 100])
+def test_race_of_tiles(backend, queries, dtype):
+    test_tiles_that_a_mask_hides_or_leaves(backend, torch.bool, queries, dtype)

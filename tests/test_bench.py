@@ -280,6 +280,19 @@ def test_rows_of_convolutions_say_which_algorithm_ran() -> None:
     assert depthwise.algorithm(case, "pyops") == "direct"
 
 
+def test_rows_of_attention_say_which_kernel_ran() -> None:
+    room = runner.rooms()["attention"]
+    for case in (*room.cases("cpu"), *room.cases("cuda"), *room.tiny("cpu")):
+        for provider, what in room.providers(case).items():
+            assert bool(what.ours) == bool(harness.empty_row(room, case, 1, provider, what).algorithm)
+    long, few = (next(c for c in room.cases("cpu") if c.shape[2] == n) for n in (1024, 1))
+    assert room.algorithm(dataclasses.replace(long, backward=True), "pyops") == "blocks, blocks"
+    assert room.algorithm(few, "pyops") == "few queries"
+    long, few = (next(c for c in room.cases("cuda") if c.shape[2] == n) for n in (4096, 1))
+    assert room.algorithm(dataclasses.replace(long, backward=True), "pyops triton") == "64 x 32, 64 x 16"
+    assert "mma" in room.algorithm(long, "pyops cuda") and room.algorithm(few, "pyops cuda") == "parts of the keys"
+
+
 def test_results_directory_keeps_what_was_not_measured(document: report.Document, tmp_path: Path) -> None:
     old = [row | {"case": "another case"} for row in document["rows"]]
     first = report.write_json(document | {"rows": old}, tmp_path)

@@ -58,7 +58,6 @@ struct Problem {
 // One example of the batch: where its rows begin, how many it has, and which keys a query may see.
 struct Example {
   int64_t q0, k0, L, S, shift, left, right;
-  int64_t mask;  // where its mask begins
 
   PYOPS_HOST_DEVICE int64_t first_key(int64_t i) const {
     const int64_t first = left < 0 ? 0 : i + shift - left;
@@ -87,13 +86,8 @@ struct Example {
 PYOPS_HOST_DEVICE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : (x > high ? high : x); }
 
 template <class acc_t>
-PYOPS_HOST_DEVICE int64_t mask_of_example(const Problem<acc_t>& p, int64_t b) {
-  return (p.mask_examples == nullptr ? b : clamp(p.mask_examples[b], 0, p.mask_count - 1)) * p.mask_batch;
-}
-
-template <class acc_t>
 PYOPS_HOST_DEVICE Example example(const Problem<acc_t>& p, int64_t b) {
-  Example e{0, 0, p.L, p.S, 0, p.left, p.right, mask_of_example(p, b)};
+  Example e{0, 0, p.L, p.S, 0, p.left, p.right};
   if (p.cu_q != nullptr) {  // clamped: bad numbers in device memory must not become bad addresses
     e.q0 = clamp(p.cu_q[b], 0, p.rows_q);
     e.k0 = clamp(p.cu_k[b], 0, p.rows_k);
@@ -117,14 +111,11 @@ PYOPS_HOST_DEVICE bool dropped(const Problem<acc_t>& p, int64_t b, int64_t h, in
   return !is_kept(w[static_cast<int>(j % 4)], p.threshold);
 }
 
-// Where the mask of an example speaks of query i of head h and key j.
-template <class acc_t>
-PYOPS_HOST_DEVICE int64_t mask_at(const Problem<acc_t>& p, const Example& e, int64_t h, int64_t i, int64_t j) {
-  return e.mask + h * p.mask_head + i * p.mask_row + j * p.mask_column;
-}
+// Where the mask speaks of key j and query i of example b and head h.
 template <class acc_t>
 PYOPS_HOST_DEVICE int64_t mask_at(const Problem<acc_t>& p, int64_t b, int64_t h, int64_t i, int64_t j) {
-  return mask_of_example(p, b) + h * p.mask_head + i * p.mask_row + j * p.mask_column;
+  if (p.mask_examples != nullptr) b = clamp(p.mask_examples[b], 0, p.mask_count - 1);
+  return b * p.mask_batch + h * p.mask_head + i * p.mask_row + j * p.mask_column;
 }
 
 // The number that a mask of numbers adds there. T: the type of q.

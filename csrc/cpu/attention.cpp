@@ -93,7 +93,7 @@ void attention_fwd_block(const Problem<acc_t>& p, const PackedKeys<Products, sca
     const int64_t r0 = std::max<int64_t>(0, e.first_query_of(j0, j0 + n) - i0) / product_rows * product_rows;
     const int64_t r1 = std::min(rows, e.last_query_of(j0, j0 + n) - i0);
     if (r0 >= r1) continue;
-    const Masked mask = masked(p, e, h, i0 + r0, i0 + r1, j0, n);
+    const Masked mask = masked(p, b, h, i0 + r0, i0 + r1, j0, n);
     if (mask == Masked::none) continue;
     const Matrix<acc_t> scores{s + r0 * score_stride, score_stride, 1};
     Products::template product<false>({q_rows + r0 * packed.depth, packed.depth, 1}, packed.keys_of(b, hk, j0), scores,
@@ -182,7 +182,7 @@ void attention_fwd_few(const Problem<acc_t>& p, const scalar_t* q, const scalar_
         const int64_t n = std::min(key_block, e.S - j0);
         bool seen = false;
         for (int64_t r = 0; r < rows && !seen; ++r)
-          seen = masked(p, e, hk * p.G + r / p.L, r % p.L, r % p.L + 1, j0, n) != Masked::none;
+          seen = masked(p, b, hk * p.G + r / p.L, r % p.L, r % p.L + 1, j0, n) != Masked::none;
         if (!seen) continue;
         const scalar_t* k_row = k + b * p.k.batch + hk * p.k.head + j0 * p.k.row;
         if constexpr (std::is_same_v<Word, acc_t>) {  // one key at a time needs no transposed copy
@@ -355,7 +355,7 @@ void attention_bwd_block(const Problem<acc_t>& p, const Example& e, const Packed
   const int64_t r0 = std::max<int64_t>(0, e.first_query_of(j0, j0 + n) - i0) / product_rows * product_rows;
   const int64_t r1 = std::min(rows, e.last_query_of(j0, j0 + n) - i0);
   if (r0 >= r1) return;
-  const Masked mask = masked(p, e, h, i0 + r0, i0 + r1, j0, n);
+  const Masked mask = masked(p, b, h, i0 + r0, i0 + r1, j0, n);
   if (mask == Masked::none) return;
   const int64_t first = (b * p.H + h) * queries.rows + i0 + r0, m = r1 - r0;
   const Matrix<acc_t> p_block{w.s, score_stride, 1}, ds_block{w.ds, score_stride, 1};

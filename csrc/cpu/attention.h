@@ -133,7 +133,7 @@ void finish_scores(const Problem<acc_t>& p, const Example& e, int64_t b, int64_t
     v.store(s + j);
   }
   if (!mask) return;
-  const int64_t at = attention::mask_at(p, e, h, i, j0);
+  const int64_t at = attention::mask_at(p, b, h, i, j0);
   if (p.allowed != nullptr)
     hide(p.allowed + at, p.mask_column, n, s);
   else
@@ -169,13 +169,13 @@ PYOPS_INLINE void look_at_mask(const T* mask, int64_t step, int64_t n, bool& hid
 
 // Most masks of numbers that are neither are found out by their first element.
 template <class acc_t>
-Masked masked(const Problem<acc_t>& p, const Example& e, int64_t h, int64_t i0, int64_t i1, int64_t j0, int64_t n) {
+Masked masked(const Problem<acc_t>& p, int64_t b, int64_t h, int64_t i0, int64_t i1, int64_t j0, int64_t n) {
   if (!p.has_mask()) return Masked::all;
   const int64_t rows = p.mask_row == 0 ? 1 : i1 - i0, columns = p.mask_column == 0 ? 1 : n;
   bool hides = true, changes_nothing = true;
   const auto look = [&](const auto* mask) {
     for (int64_t i = i0; i < i0 + rows && (hides || changes_nothing); ++i) {
-      const auto* row = mask + attention::mask_at(p, e, h, i, j0);
+      const auto* row = mask + attention::mask_at(p, b, h, i, j0);
       if constexpr (!std::is_same_v<decltype(mask), const bool*>) {
         const acc_t first = static_cast<acc_t>(row[0]);
         if (first != 0 && first != -infinity<acc_t>) hides = changes_nothing = false;

@@ -61,10 +61,12 @@ template <bool decode>
 struct QueryRows {
   int64_t head0, row0, L, G;
   PYOPS_DEVICE bool beyond(int64_t r) const { return decode && row0 + r >= G * L; }
-  PYOPS_DEVICE int64_t head(int64_t r) const { return decode && !beyond(r) ? head0 + (row0 + r) / L : head0; }
+  PYOPS_DEVICE int64_t head(int64_t r) const {
+    return decode && !beyond(r) ? head0 + static_cast<int>(row0 + r) / static_cast<int>(L) : head0;
+  }
   PYOPS_DEVICE int64_t query(int64_t r) const {
     if constexpr (!decode) return row0 + r;
-    return beyond(r) ? L : (row0 + r) % L;
+    return beyond(r) ? L : static_cast<int>(row0 + r) % static_cast<int>(L);
   }
 };
 
@@ -106,9 +108,9 @@ PYOPS_DEVICE A extra_score(const Problem<A>& p, const Example& e, int64_t b, int
     s -= p.slopes[b * p.slopes_batch + h] * static_cast<A>(distance < 0 ? -distance : distance);
   }
   if (p.allowed != nullptr) {
-    if (!p.allowed[mask_at(p, e, h, i, j)]) s = -A(INFINITY);
+    if (!p.allowed[mask_at(p, b, h, i, j)]) s = -A(INFINITY);
   } else if (p.has_mask()) {
-    s += bias_at<T>(p, mask_at(p, e, h, i, j));
+    s += bias_at<T>(p, mask_at(p, b, h, i, j));
   }
   return s;
 }
@@ -116,14 +118,13 @@ PYOPS_DEVICE A extra_score(const Problem<A>& p, const Example& e, int64_t b, int
 // Whether some of the first `count` rows may see some key of [j0, j1) by the mask alone. All threads of a block ask
 // together; most masks show something to the first that looks.
 template <class T, class A, bool decode>
-PYOPS_DEVICE bool mask_shows(const Problem<A>& p, const Example& e, const QueryRows<decode>& rows, int count, int j0,
-                             int j1) {
+PYOPS_DEVICE bool mask_shows(const Problem<A>& p, int64_t b, const QueryRows<decode>& rows, int count, int j0, int j1) {
   if (p.mask_row == 0 && (!decode || p.mask_head == 0)) count = 1;
   const int columns = p.mask_column == 0 ? 1 : j1 - j0;
   bool shown = false;
   for (int n = threadIdx.x; n < count * columns && !shown; n += blockDim.x) {
     const int64_t r = n / columns, i = rows.query(r);
-    const int64_t at = mask_at(p, e, rows.head(r), i, j0 + n % columns);
+    const int64_t at = mask_at(p, b, rows.head(r), i, j0 + n % columns);
     shown = p.allowed != nullptr ? p.allowed[at] : !(bias_at<T>(p, at) == -A(INFINITY));
   }
   return __syncthreads_or(shown) != 0;
@@ -132,22 +133,33 @@ PYOPS_DEVICE bool mask_shows(const Problem<A>& p, const Example& e, const QueryR
 // The first tile of `size` keys from `tile0` on that the mask shows to the first `count` rows: what it hides is neither
 // loaded nor multiplied.
 template <class T, class A, bool decode>
-PYOPS_DEVICE int shown_keys(const Problem<A>& p, const Example& e, const QueryRows<decode>& rows, int count, int tile0,
+PYOPS_DEVICE int shown_keys(const Problem<A>& p, int64_t b, const QueryRows<decode>& rows, int count, int tile0,
                             int high, int size) {
   if (!p.has_mask()) return tile0;
   for (; tile0 < high; tile0 += size)
-    if (mask_shows<T>(p, e, rows, count, tile0, tile0 + size < high ? tile0 + size : high)) break;
+    if (mask_shows<T>(p, b, rows, count, tile0, tile0 + size < high ? tile0 + size : high)) break;
   return tile0;
 }
-// The same from either side: a tile of rows of the other side, for the owned rows [r0, r1) of head h.
+// The same from either side, of one tile of rows of the other side and the owned rows [r0, r1) of head h.
 template <class T, bool by_query, class A>
-PYOPS_DEVICE int shown_tile(const Problem<A>& p, const Example& e, int64_t h, int64_t r0, int64_t r1, int tile0,
-                            int high, int size) {
+PYOPS_DEVICE bool tile_shows(const Problem<A>& p, int64_t b, int64_t h, int64_t r0, int64_t r1, int tile0, int high,
+                             int size) {
+  if (!p.has_mask()) return true;
+  const int end = tile0 + size < high ? tile0 + size : high;
+  if (by_query) return mask_shows<T>(p, b, QueryRows<false>{h, r0, p.L, p.G}, static_cast<int>(r1 - r0), tile0, end);
+  return mask_shows<T>(p, b, QueryRows<false>{h, tile0, p.L, p.G}, end - tile0, static_cast<int>(r0),
+                       static_cast<int>(r1));
+}
+
+// The first such tile from `tile0` on, where it is looked for before it is needed.
+template <class T, bool by_query, class A>
+PYOPS_DEVICE int shown_tile(const Problem<A>& p, int64_t b, int64_t h, int64_t r0, int64_t r1, int tile0, int high,
+                            int size) {
   if (!p.has_mask() || by_query)
-    return shown_keys<T>(p, e, QueryRows<false>{h, r0, p.L, p.G}, static_cast<int>(r1 - r0), tile0, high, size);
+    return shown_keys<T>(p, b, QueryRows<false>{h, r0, p.L, p.G}, static_cast<int>(r1 - r0), tile0, high, size);
   for (; tile0 < high; tile0 += size) {
     const int count = tile0 + size < high ? size : high - tile0;
-    if (mask_shows<T>(p, e, QueryRows<false>{h, tile0, p.L, p.G}, count, static_cast<int>(r0), static_cast<int>(r1)))
+    if (mask_shows<T>(p, b, QueryRows<false>{h, tile0, p.L, p.G}, count, static_cast<int>(r0), static_cast<int>(r1)))
       break;
   }
   return tile0;

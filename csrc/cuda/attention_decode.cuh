@@ -9,25 +9,16 @@
 // source   the parts: Flash-Decoding (Dao, Haziza, Massa, Sizov 2023)
 #pragma once
 
-#include <climits>
-
 #include "cuda/attention_mma.cuh"
 
 namespace pyops::attention {
 
-inline constexpr int decode_rows = 8, decode_keys = 64, decode_threads = 128;
+inline constexpr int decode_rows = decode_rows_of_floats, decode_keys = decode_tile, decode_threads = 128;
+static_assert(decode_rows_of_halves == mma_rows);
 
-// Enough parts for a few blocks per SM, of at least a tile of keys each; 0 where decoding has nothing to gain. Tensor
-// cores are busy with two blocks; those of fp32 are as small as the registers make them.
 template <class T>
 int64_t decode_parts(const Problem<float>& p) {
-  if (!may_decode(p.L, p.S) || p.B * p.H == 0) return 0;
-  const int64_t rows = sizeof(T) == 2 ? mma_rows : decode_rows, per_processor = sizeof(T) == 2 ? 2 : 4;
-  const int64_t blocks = p.B * (p.H / p.G) * ceil_div(p.G * p.L, rows);
-  const int64_t wanted = ceil_div(per_processor * multiprocessor_count(), blocks), tiles = ceil_div(p.S, 64);
-  const int64_t parts = wanted < tiles ? wanted : tiles;
-  if (parts * p.B * p.H * p.L * p.E > INT_MAX) return 0;
-  return parts > 1 || p.G > 1 ? parts : 0;
+  return may_decode(p.L, p.S) ? decode_parts(p.B, p.H, p.G, p.L, p.S, p.E, sizeof(T) == 2, multiprocessor_count()) : 0;
 }
 
 template <int W>
@@ -77,8 +68,9 @@ __global__ void __launch_bounds__(decode_threads)
   for (int own = 0; own < decode_rows / warps; ++own) most[own] = -INFINITY;
   __syncthreads();
 
-  const auto shown = [&](int tile0) { return shown_keys<float>(p, e, rows, count, tile0, all.high, decode_keys); };
-  for (int j0 = shown(all.low); j0 < all.high; j0 = shown(j0 + decode_keys)) {
+  for (int j0 = all.low; j0 < all.high; j0 += decode_keys) {
+    const int end = j0 + decode_keys < all.high ? j0 + decode_keys : all.high;
+    if (p.has_mask() && !mask_shows<float>(p, at.b, rows, count, j0, end)) continue;
 #pragma unroll 1
     for (int n = group; n < decode_keys; n += groups * together) {
       Vec<float, 4> key[together][W / 32];

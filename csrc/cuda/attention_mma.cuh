@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(mma_threads)
   // Heads that share a block when decoding may have a mask each.
   const int64_t end = decode ? p.G * p.L : e.L;
   const int count = static_cast<int>(i0 + mma_rows < end ? mma_rows : end - i0);
-  const auto shown = [&](int tile0) { return shown_keys<T>(p, e, rows, count, tile0, all.high, BN); };
+  const auto shown = [&](int tile0) { return shown_keys<T>(p, at.b, rows, count, tile0, all.high, BN); };
   const int first = shown(all.low / BN * BN);
   // Without extras products stay as they are until their largest is subtracted, which a larger product must be.
   const bool extras = p.has_extras() || !(p.scale > 0.0f);
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(mma_threads)
       }
     }
     const int64_t end = own0 + mma_rows < own_rows ? own0 + mma_rows : own_rows;
-    const auto shown = [&](int tile0) { return shown_tile<T, by_query>(p, e, h, own0, end, tile0, all.high, BN); };
+    const auto shown = [&](int tile0) { return shown_tile<T, by_query>(p, at.b, h, own0, end, tile0, all.high, BN); };
     for (int other0 = shown(all.low / BN * BN); other0 < all.high; other0 = shown(other0 + BN)) {
       load_tile(shared.first, by_query ? k : q, by_query ? p.k.row : p.q.row, other0, by_query ? e.S : e.L, D,
                 whole_vectors);

@@ -76,10 +76,8 @@ __global__ void __launch_bounds__(plain_threads)
   for (int m = 0; m < R / 16; ++m) most[m] = -T(INFINITY);
   load_plain<T, R, W>(shared.q, t.q + at.b * p.q.batch + at.h * p.q.head + e.q0 * p.q.row, p.q.row, i0, e.L, D);
 
-  const QueryRows<false> rows{at.h, i0, p.L, p.G};
-  const int count = static_cast<int>(i0 + R < e.L ? R : e.L - i0);
-  const auto shown = [&](int tile0) { return shown_keys<T>(p, e, rows, count, tile0, all.high, R); };
-  for (int j0 = shown(all.low / R * R); j0 < all.high; j0 = shown(j0 + R)) {
+  for (int j0 = all.low / R * R; j0 < all.high; j0 += R) {
+    if (!tile_shows<T, true>(p, at.b, at.h, i0, i0 + R < e.L ? i0 + R : e.L, j0, all.high, R)) continue;
     load_plain<T, R, W>(shared.k, k, p.k.row, j0, e.S, D);
     load_plain<T, R, W>(shared.v, v, p.v.row, j0, e.S, E);
     __syncthreads();
@@ -164,9 +162,9 @@ __global__ void __launch_bounds__(plain_threads)
       load_plain<T, R, W>(shared.own_first, q, p.q.row, own0, e.L, D);
       load_plain<T, R, W>(shared.own_second, dy, p.o.row, own0, e.L, E);
     }
-    const int64_t end = own0 + R < own_rows ? own0 + R : own_rows;
-    const auto shown = [&](int tile0) { return shown_tile<T, by_query>(p, e, h, own0, end, tile0, all.high, R); };
-    for (int other0 = shown(all.low / R * R); other0 < all.high; other0 = shown(other0 + R)) {
+    for (int other0 = all.low / R * R; other0 < all.high; other0 += R) {
+      const int64_t end = own0 + R < own_rows ? own0 + R : own_rows;
+      if (!tile_shows<T, by_query>(p, at.b, h, own0, end, other0, all.high, R)) continue;
       load_plain<T, R, W>(shared.first, by_query ? k : q, by_query ? p.k.row : p.q.row, other0, by_query ? e.S : e.L,
                           D);
       load_plain<T, R, W>(shared.second, by_query ? v : dy, by_query ? p.v.row : p.o.row, other0, by_query ? e.S : e.L,

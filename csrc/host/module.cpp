@@ -79,6 +79,12 @@ py::dict attention_choice(int64_t L, int64_t S, int64_t G, int64_t D, int64_t E)
   return choice;
 }
 
+// In how many parts CUDA cuts the keys of a forward pass; 0: not at all.
+int64_t attention_decode_parts(int64_t B, int64_t H, int64_t G, int64_t L, int64_t S, int64_t E, bool half,
+                               int64_t processors) {
+  return pyops::attention::decode_parts(B, H, G, L, S, E, half, processors);
+}
+
 // What the CPU kernels will do with a convolution or its gradient in the input (`transposed`), all sizes in canonical form
 // (common/conv_binding.h): `size` is that of x, `positions` that of y where it is not the most that fit.
 py::dict conv_plan(int64_t N, int64_t C, int64_t K, int64_t groups, const Ints& size, const Ints& positions,
@@ -206,6 +212,8 @@ PYBIND11_MODULE(_host, module) {
              "How the CPU kernels cut planes [N, C, S]: block, streamed.");
   module.def("attention_choice", &attention_choice, "L"_a, "S"_a, "G"_a, "D"_a, "E"_a,
              "Which attention kernels the sizes admit: few (CPU), decode and hopper (CUDA).");
+  module.def("attention_decode_parts", &attention_decode_parts, "B"_a, "H"_a, "G"_a, "L"_a, "S"_a, "E"_a, "half"_a,
+             "processors"_a, "In how many parts CUDA cuts the keys of few queries; 0: not at all.");
   module.def(
       "conv_plan", &conv_plan, "N"_a, "C"_a, "K"_a, "groups"_a, "size"_a, "positions"_a, "taps"_a, "stride"_a,
       "padding"_a, "dilation"_a, "algorithm"_a, "threads"_a, "transposed"_a, "is_float"_a, "element_size"_a,

@@ -137,14 +137,20 @@ def folded_mask(
 
 def folded(t: torch.Tensor, batch: torch.Size, heads: int) -> torch.Tensor:
     """[B, heads, rows, width], contiguous; the batch has stride 0 where the examples share it."""
-    if len(batch) > 0 and all(n == 1 for n in t.shape[:-3]):
-        t = t.contiguous()
-    t = t.expand(*batch, heads, *t.shape[-2:]).reshape(math.prod(batch), heads, *t.shape[-2:])
+    shape = (*batch, heads, *t.shape[-2:])
+    if t.shape != shape:
+        if all(n == 1 for n in t.shape[:-3]):  # what the examples share is put in order once
+            t = t.contiguous()
+        t = t.expand(shape)
+    if len(batch) != 1:
+        t = t.reshape(math.prod(batch), *shape[-3:])
     return dense_but_for_the_batch(t)
 
 
 def dense_but_for_the_batch(t: torch.Tensor) -> torch.Tensor:
     """t [B, ...], contiguous, or such that its examples are one example in memory, which is contiguous."""
+    if t.is_contiguous():
+        return t
     shared = t.shape[0] > 1 and t.stride(0) == 0 and t.narrow(0, 0, 1).is_contiguous()
     return t if shared else t.contiguous()
 

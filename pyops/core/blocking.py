@@ -1,4 +1,4 @@
-"""How the CPU kernels cut their work, in words: what the rooms hand to ``explains``.
+"""How the kernels cut their work, in words: what the rooms hand to ``explains``.
 
 The numbers come from the compiled kernels' own headers (csrc/cpu/blocking.h, conv_choice.h) through ``pyops._host``;
 where that module was not built, nothing is said. Layouts and strides are not known here: notes on planes hold for
@@ -72,6 +72,33 @@ def convolution(*arguments: Any) -> dict[str, Any] | None:
     return _plan("conv_plan", *arguments)
 
 
+class _Attention:
+    """Sizes of one call of attention, and what the kernels' own conditions say of them."""
+
+    def __init__(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
+        query, key, value = shapes[0], shapes[1], shapes[2] if len(shapes) > 2 else shapes[1]
+        self.dtype = dtype
+        self.heads, key_heads = (shape[-3] if len(shape) > 2 else 1 for shape in (query, key))
+        self.batch, self.groups = math.prod(query[:-3]), self.heads // max(key_heads, 1)
+        self.queries, self.keys, self.value_width = query[-2], key[-2], value[-1]
+        self.width = max(query[-1], value[-1])
+        self.plan = _plan("attention_choice", self.queries, self.keys, self.groups, query[-1], value[-1])
+        self.triton: Any = library.triton_kernels("attention")
+
+    def parts(self, backend: str, processors: int) -> int:
+        """In how many parts few queries cut the keys on a GPU."""
+        sizes = (self.batch, self.heads, self.groups, self.queries, self.keys)
+        if backend == "triton":
+            return self.triton.parts_of(*sizes, self.dtype, self.width, processors) if self.triton is not None else 0
+        if self.dtype == torch.float64 or self.plan is None:
+            return 0
+        half = self.dtype != torch.float32
+        parts: int = importlib.import_module("pyops._host").attention_decode_parts(
+            *sizes, self.value_width, half, processors
+        )
+        return parts
+
+
 def attention(shapes: Sequence[Sequence[int]], dtype: torch.dtype, backend: str) -> list[str]:
     """Notes on the kernel that attention of query, key and value takes, by the conditions of the kernels themselves.
 
@@ -79,10 +106,11 @@ def attention(shapes: Sequence[Sequence[int]], dtype: torch.dtype, backend: str)
     """
     if len(shapes) < 2 or min(len(shape) for shape in shapes) < 2:
         return ["give the shapes of query, key and value to see the kernel"]
-    query, key, value = shapes[0], shapes[1], shapes[2] if len(shapes) > 2 else shapes[1]
-    heads, key_heads = (shape[-3] if len(shape) > 2 else 1 for shape in (query, key))
-    plan = _plan("attention_choice", query[-2], key[-2], heads // max(key_heads, 1), query[-1], value[-1])
-    if plan is None or backend not in ("cpu", "cuda", "emulator"):
+    call = _Attention(shapes, dtype)
+    if backend == "triton":
+        return [] if call.triton is None else _attention_in_triton(call)
+    plan = call.plan
+    if plan is None:
         return []
     if backend == "cpu":
         if plan["few"]:
@@ -99,3 +127,46 @@ def attention(shapes: Sequence[Sequence[int]], dtype: torch.dtype, backend: str)
             0, "forward: keys in parts for a few blocks per processor, merged in order, where that is more than one"
         )
     return notes
+
+
+def _attention_in_triton(call: _Attention) -> list[str]:
+    fits = f"as {str(call.dtype).removeprefix('torch.')} and {call.width} columns fit shared memory and registers"
+    rows, tile, warps = call.triton.tile(call.dtype, call.width)
+    notes = []
+    if call.parts("triton", 1 << 20) > 0:  # as many processors as it takes
+        notes.append(
+            f"forward: few queries, {call.triton.FEW} rows of the {call.groups} heads that share keys a program, "
+            f"through one part of the keys in tiles of {tile}, 4 warps; parts for two programs per processor, merged "
+            "in order" + (", where that is more than one" if call.groups == 1 else "")
+        )
+    if not notes or call.groups == 1:
+        notes.append(f"forward: {rows} queries a program through tiles of {tile} keys, {warps} warps, {fits}")
+    rows, tile, warps = call.triton.tile(call.dtype, call.width, True)
+    notes.append(
+        f"backward: {rows} queries a program through tiles of {tile} keys, then {rows} keys through tiles of {tile} "
+        f"queries, {warps} warps, {fits}"
+    )
+    return notes
+
+
+def attention_algorithms(shapes: Sequence[Sequence[int]], dtype: torch.dtype, backend: str) -> tuple[str, str]:
+    """The kernels, in a word, that a call without extras takes forward and backward on this machine; where it has no
+    GPU, those that one of them may take."""
+    call = _Attention(shapes, dtype)
+    if backend == "cpu":
+        return "few queries" if call.plan is not None and call.plan["few"] else "blocks", "blocks"
+    gpu = torch.cuda.get_device_properties() if torch.cuda.is_available() else None
+    if backend == "triton":
+        rows, tile, _ = call.triton.tile(dtype, call.width)
+        forward, (rows, tile, _) = f"{rows} x {tile}", call.triton.tile(dtype, call.width, True)
+        backward = f"{rows} x {tile}"
+    else:
+        forward = backward = "plain" if dtype.itemsize > 2 else "mma"
+        if dtype.itemsize == 2 and call.plan is not None and call.plan["hopper"]:
+            if gpu is None:
+                forward = backward = "wgmma or mma"
+            elif (gpu.major, gpu.minor) == (9, 0) and "90" in library.cuda_architectures():
+                forward = backward = "wgmma"
+    if call.parts(backend, 1 << 20 if gpu is None else gpu.multi_processor_count) > 0:
+        return "parts of the keys", backward
+    return forward, backward

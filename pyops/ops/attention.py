@@ -156,9 +156,9 @@ def scaled_dot_product_attention(
         NotImplementedError: complex numbers, and what torch computes on some device, which pyops.use() leaves to it:
             is_causal with attn_mask, key and value with different numbers of keys or of grouped heads, heads of size 0.
 
-    What is stored beside the result: a mask is read where it is, by its strides and in its dtype, and never expanded; it
-    is copied if it is float32 beside float64, or if several leading dimensions of it cannot be viewed as one. Keys and
-    values that broadcast over the whole batch are read where they are as well (on a GPU not by Hopper's warpgroup
+    What is stored beside the result: a mask is read where it is, by its strides and in its dtype, and never expanded;
+    it is copied if it is float32 beside float64, or if several leading dimensions of it cannot be viewed as one. Keys
+    and values that broadcast over the whole batch are read where they are as well (on a GPU not by Hopper's warpgroup
     products), and copied where they broadcast over some leading dimensions only. torch.compile makes mask, keys and
     values contiguous before the kernel.
     The gradient takes weights from the log-sum-exp, whose digits a mask of 1e4 and more uses up, as torch's fused
@@ -441,9 +441,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         for name, dtype in floats:
             if (dtype == torch.float64 if low else dtype not in (like.dtype, torch.float32)) and dtype != like.dtype:
                 check.fail(RuntimeError, op, name, dtype, f"bool, float32 or {like.dtype}, as the projections")
+        if len(parts) == 1:
+            return parts[0][1]
         zero = torch.zeros((), dtype=wide, device=like.device)
         summands = [zero.masked_fill(p, -math.inf) if p.dtype == torch.bool else p.to(wide) for _, p in parts]
-        return summands[0] if len(summands) == 1 else summands[0] + summands[1]
+        return summands[0] + summands[1]
 
 
 def _accepts(query: Any = None, *_: Any, **__: Any) -> str | None:
