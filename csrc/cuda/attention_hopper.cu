@@ -249,6 +249,7 @@ void launch_forward(const Problem<float>& p, const Tensors<T>& t, uint8_t* state
          p, t, maps_of(p, t, group_rows, BN), blocks, tiles);
 }
 
+// Tiles as wide as the registers hold without spilling.
 template <class T, bool Extras>
 void launch_width(const Problem<float>& p, const Tensors<T>& t, uint8_t* state, cudaStream_t stream) {
   const int64_t width = p.D > p.E ? p.D : p.E;
@@ -259,7 +260,7 @@ void launch_width(const Problem<float>& p, const Tensors<T>& t, uint8_t* state, 
   else if (width <= 192)
     launch_forward<T, 192, 96, Extras>(p, t, state, stream);
   else
-    launch_forward<T, 256, 80, Extras>(p, t, state, stream);
+    launch_forward<T, 256, Extras ? 64 : 80, Extras>(p, t, state, stream);
 }
 
 }  // namespace

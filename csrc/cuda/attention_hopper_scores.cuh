@@ -168,12 +168,14 @@ PYOPS_DEVICE void to_scores(float (&s)[BN / 2], const Problem<float>& p, const E
     const int64_t own_step = by_query ? p.mask_row : p.mask_column, step = by_query ? p.mask_column : p.mask_row;
     const int64_t from = mask_at(p, e, at.h, 0, 0) + at.own * own_step + (at.other0 + lane_column()) * step;
     with_bias<T>(p, [&](const auto* bias) {
-      const auto *row = bias + from, *later = row + 8 * own_step;
 #pragma unroll
-      for (int n = 0; n < BN / 2; ++n) {
-        const auto* number = (n % 4 < 2 ? row : later) + n % 2 * step;
-        if (bit(seen, n)) s[n] += static_cast<float>(*number);
-        if (n % 4 == 3) row += 8 * step, later += 8 * step;
+      for (int half = 0; half < 2; ++half) {
+        const auto* number = bias + from + half * 8 * own_step;
+#pragma unroll
+        for (int n = half * 2; n < BN / 2; n += 4, number += 8 * step) {
+          if (bit(seen, n)) s[n] += static_cast<float>(*number);
+          if (bit(seen, n + 1)) s[n + 1] += static_cast<float>(number[step]);
+        }
       }
     });
   }
