@@ -29,8 +29,6 @@ inline int64_t decode_parts(int64_t B, int64_t H, int64_t G, int64_t L, int64_t 
 }
 
 // CUDA, bf16 and fp16: head sizes that the warpgroup products of Hopper take.
-inline bool suits_hopper_heads(int64_t D, int64_t E) {
-  return D % 8 == 0 && E % 8 == 0 && D <= 256 && E <= 256;
-}
+inline bool suits_hopper_heads(int64_t D, int64_t E) { return D % 8 == 0 && E % 8 == 0 && D <= 256 && E <= 256; }
 
 }  // namespace pyops::attention

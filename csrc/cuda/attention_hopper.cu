@@ -205,6 +205,7 @@ __global__ void __launch_bounds__((Groups + 1) * group_threads, 1)
   }
 }
 
+// Of one number of a mask.
 PYOPS_DEVICE unsigned state_of(float number) {
   return number == -INFINITY ? changes_some : (number == 0.0f ? shows_some : shows_some | changes_some);
 }

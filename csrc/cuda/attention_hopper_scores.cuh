@@ -76,8 +76,8 @@ struct TilePlace {
   int other0;
 };
 
-// Which of a lane's elements its rows see, by their ranges and a boolean mask: bit n % 32 of word n / 32. Bits can be asked
-// for in a loop that is there once; registers cannot.
+// Which of a lane's elements its rows see, by their ranges and a boolean mask: bit n % 32 of word n / 32. A loop can index
+// bits, and so its code is there once; it cannot index registers.
 template <bool by_query, int BN>
 PYOPS_DEVICE void look(uint32_t (&seen)[(BN + 63) / 64], const Problem<float>& p, const Example& e, const TilePlace& at,
                        const Range (&range)[2], bool masked) {
@@ -185,6 +185,7 @@ PYOPS_DEVICE void to_scores(float (&s)[BN / 2], const Problem<float>& p, const E
 
 // Host
 
+// Different masks of a call.
 inline int64_t masks_of(const Problem<float>& p) {
   return (p.mask_batch != 0 ? p.B : 1) * (p.mask_head != 0 ? p.H : 1);
 }

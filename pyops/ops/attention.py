@@ -158,9 +158,9 @@ def scaled_dot_product_attention(
 
     What is stored beside the result: a mask is read where it is, by its strides and in its dtype, and never expanded;
     it is copied if it is float32 beside float64, or if several leading dimensions of it cannot be viewed as one. Keys
-    and values that broadcast over the whole batch are read where they are as well (on a GPU not by Hopper's warpgroup
-    products), and copied where they broadcast over some leading dimensions only. torch.compile makes mask, keys and
-    values contiguous before the kernel.
+    and values that broadcast over the whole batch are read where they are as well, and copied where they broadcast over
+    some leading dimensions only. torch.compile makes mask, keys and values contiguous before the kernel. Hopper's
+    warpgroup products keep a byte for 1024 elements of a mask, or less, while they run.
     The gradient takes weights from the log-sum-exp, whose digits a mask of 1e4 and more uses up, as torch's fused
     kernels do.
 
