@@ -4,7 +4,8 @@ The answers are those of facenet-pytorch's ``detect_face``, which masks, picks a
 step. Here suppression takes the least score and returns the indices of what it keeps, and the rows they name are
 read as those of an embedding table. Boxes follow from the place of a candidate by arithmetic, and what comes in pieces
 (levels of the pyramid, crops) is computed into its slice of the whole. What torch is left, under ``pyops.use()``, is
-elementwise arithmetic, views and empty memory, besides what the networks themselves do.
+elementwise arithmetic, views and empty memory, besides what the networks themselves do; on a GPU torch also sorts
+before suppression.
 
 Boxes are [R, 2, 2]: the corner near the origin and the far one, each as (x, y).
 
