@@ -79,11 +79,11 @@ struct TilePlace {
 // Which of a lane's elements its rows see, by their ranges and a boolean mask: bit n % 32 of word n / 32. A loop can index
 // bits, and so its code is there once; it cannot index registers.
 template <bool by_query, int BN>
-PYOPS_DEVICE void look(uint32_t (&seen)[(BN + 63) / 64], const Problem<float>& p, const Example& e, const TilePlace& at,
+PYOPS_DEVICE void look(uint32_t (&seen)[(BN + 63) / 64], const Problem<float>& p, const TilePlace& at,
                        const Range (&range)[2], bool masked) {
   const int64_t own_step = by_query ? p.mask_row : p.mask_column, step = by_query ? p.mask_column : p.mask_row;
   const bool* allowed = p.allowed;
-  if (masked) allowed += mask_at(p, e, at.h, 0, 0) + at.own * own_step + (at.other0 + lane_column()) * step;
+  if (masked) allowed += mask_at(p, at.b, at.h, 0, 0) + at.own * own_step + (at.other0 + lane_column()) * step;
 #pragma unroll
   for (int w = 0; w < (BN + 63) / 64; ++w) {
     uint32_t bits = 0;
@@ -163,10 +163,10 @@ PYOPS_DEVICE void to_scores(float (&s)[BN / 2], const Problem<float>& p, const E
   }
   if (whole && unchanged) return;
   uint32_t seen[(BN + 63) / 64];
-  look<by_query, BN>(seen, p, e, at, range, !unchanged && p.allowed != nullptr);
+  look<by_query, BN>(seen, p, at, range, !unchanged && p.allowed != nullptr);
   if (!unchanged && p.allowed == nullptr) {
     const int64_t own_step = by_query ? p.mask_row : p.mask_column, step = by_query ? p.mask_column : p.mask_row;
-    const int64_t from = mask_at(p, e, at.h, 0, 0) + at.own * own_step + (at.other0 + lane_column()) * step;
+    const int64_t from = mask_at(p, at.b, at.h, 0, 0) + at.own * own_step + (at.other0 + lane_column()) * step;
     with_bias<T>(p, [&](const auto* bias) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
