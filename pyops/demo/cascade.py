@@ -14,6 +14,7 @@ Source: Zhang et al. 2016, https://arxiv.org/abs/1604.02878; facenet_pytorch/mod
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,35 +27,66 @@ WITHIN_LEVEL, WITHIN_PHOTO = 0.5, 0.7  # overlaps above which the lower score is
 MEAN, SCALE = 127.5, 0.0078125  # bytes to about ±1, as the networks were trained
 
 
-def detect(detector: Any, photo: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Faces on one photo, the most certain first.
+class Cascade:
+    """The networks, thresholds, least size of a face and factor of the pyramid of a facenet_pytorch.MTCNN."""
 
-    Args:
-        detector: facenet_pytorch's MTCNN: its networks, thresholds, least size of a face and factor of the pyramid.
-        photo: Tensor[3, H, W], bytes.
+    def __init__(self, detector: Any) -> None:
+        self._detector = detector
+        self._second, self._third = Refiner(detector.rnet, 24), Refiner(detector.onet, 48)
 
-    Returns:
-        (boxes [R, 2, 2], probabilities [R], landmarks [R, 5, 2]), all points as (x, y) in pixels.
+    def detect(self, photo: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Faces on one photo, the most certain first.
+
+        Args:
+            photo: Tensor[3, H, W], bytes.
+
+        Returns:
+            (boxes [R, 2, 2], probabilities [R], landmarks [R, 5, 2]), all points as (x, y) in pixels.
+        """
+        image = photo[None].float()
+        first, second, third = self._detector.thresholds
+        with torch.no_grad():
+            boxes = _candidates(self._detector, image, first)
+            if len(boxes):
+                probabilities, offsets = self._second(image, boxes)
+                boxes = _confirmed(probabilities, offsets, boxes, second)
+            if not len(boxes):
+                return boxes, image.new_empty(0), image.new_empty(0, 5, 2)
+            probabilities, offsets, marks = self._third(image, boxes)
+            side = boxes[:, 1] - boxes[:, 0] + 1
+            marks = side[..., None] * marks.view(-1, 2, 5) + boxes[:, 0, :, None] - 1
+            boxes = _moved(boxes, offsets, side)
+            # as areas count the pixels of both edges
+            pixels = torch.empty_like(boxes)
+            for corner, beyond in enumerate((0, 1)):
+                torch.add(boxes[:, corner], beyond, out=pixels[:, corner])
+            sure = probabilities[:, 1] - third
+            kept = vision.nms_above(pixels.flatten(1), sure, WITHIN_PHOTO, 0.0, overlap="smaller")
+            return _rows(boxes, kept), _rows(probabilities, kept)[:, 1], _rows(marks, kept).transpose(1, 2)
+
+
+class Refiner:
+    """The second or third network, on what lies in boxes.
+
+    Between its convolutions and its first product the network orders the features as [R, W, H, C], a copy in each call.
+    Here the weight of that product is ordered as the features are, once.
     """
-    image = photo[None].float()
-    first, second, third = detector.thresholds
-    with torch.no_grad():
-        boxes = _candidates(detector, image, first)
-        if len(boxes):
-            boxes = _confirmed(detector.rnet(_crops(image, boxes, 24)), boxes, second)
-        if not len(boxes):
-            return boxes, image.new_empty(0), image.new_empty(0, 5, 2)
-        offsets, marks, probabilities = detector.onet(_crops(image, boxes, 48))
-        side = boxes[:, 1] - boxes[:, 0] + 1
-        marks = side[..., None] * marks.view(-1, 2, 5) + boxes[:, 0, :, None] - 1
-        boxes = _moved(boxes, offsets, side)
-        # as areas count the pixels of both edges
-        pixels = torch.empty_like(boxes)
-        for corner, beyond in enumerate((0, 1)):
-            torch.add(boxes[:, corner], beyond, out=pixels[:, corner])
-        sure = probabilities[:, 1] - third
-        kept = vision.nms_above(pixels.flatten(1), sure, WITHIN_PHOTO, 0.0, overlap="smaller")
-        return _rows(boxes, kept), _rows(probabilities, kept)[:, 1], _rows(marks, kept).transpose(1, 2)
+
+    def __init__(self, network: torch.nn.Module, size: int) -> None:
+        layers = list(network.children())
+        at = next(i for i, layer in enumerate(layers) if isinstance(layer, torch.nn.Linear))
+        self._size, self._features, self._first = size, torch.nn.Sequential(*layers[:at]), layers[at]
+        self._between, self._logits, self._softmax, *self._others = layers[at + 1 :]
+        channels = next(c for c in reversed(layers[:at]) if isinstance(c, torch.nn.Conv2d)).out_channels
+        weight = self._first.weight.detach()
+        side = math.isqrt(weight.shape[1] // channels)
+        self._weight = weight.view(-1, side, side, channels).permute(0, 3, 2, 1).reshape(weight.shape)
+
+    def __call__(self, image: torch.Tensor, boxes: torch.Tensor) -> list[torch.Tensor]:
+        """[probabilities [R, 2], offsets [R, 4]] of the second network, and landmarks [R, 10] of the third."""
+        features = self._features(_crops(image, boxes, self._size)).flatten(1)
+        x = self._between(F.linear(features, self._weight, self._first.bias))
+        return [self._softmax(self._logits(x)), *(layer(x) for layer in self._others)]
 
 
 def _candidates(detector: Any, image: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -88,9 +120,10 @@ def _candidates(detector: Any, image: torch.Tensor, threshold: float) -> torch.T
     return _square(_rows(moved, vision.nms(boxes.flatten(1), scores, WITHIN_PHOTO)))
 
 
-def _confirmed(answer: tuple[torch.Tensor, ...], boxes: torch.Tensor, threshold: float) -> torch.Tensor:
+def _confirmed(
+    probabilities: torch.Tensor, offsets: torch.Tensor, boxes: torch.Tensor, threshold: float
+) -> torch.Tensor:
     """What the second network still takes for faces, moved to where it sees them."""
-    offsets, probabilities = answer
     sure = probabilities[:, 1] - threshold
     kept = vision.nms_above(boxes.flatten(1), sure, WITHIN_PHOTO, 0.0)
     boxes = _rows(boxes, kept)

@@ -36,7 +36,8 @@ def run(out: Path, device: torch.device, repeats: int) -> tuple[bool, dict[str, 
     found: dict[str, Found] = {"torch": detector.detect(photo, landmarks=True)}
     with use():
         found["pyops"] = detector.detect(photo, landmarks=True)
-    both = comparison(lambda: cascade.detect(detector, planes), device, repeats)
+    own = cascade.Cascade(detector)
+    both = comparison(lambda: own.detect(planes), device, repeats)
     found["torch, own cascade"], found["pyops, own cascade"] = by_size(*both.by_torch), by_size(*both.by_pyops)
 
     difference = max(largest_difference(found["torch"], other) for other in found.values())
