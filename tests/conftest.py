@@ -37,6 +37,15 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("backend", names)
 
 
+@pytest.fixture
+def one_thread():
+    """For small work, where a second thread waits more than it works, and for what a thread keeps."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _race_detector(request):
     """Tests marked ``race`` run on the emulator twice, once with its race detector."""

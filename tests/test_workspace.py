@@ -22,16 +22,9 @@ def eager_malloc():
     if not hasattr(libc, "mallopt"):
         pytest.skip("the C library is not glibc")
     libc.mallopt(THRESHOLD, 64 << 10)
+    pyops.release_workspace()  # blocks of malloc as it was before
     yield
     libc.mallopt(THRESHOLD, 32 << 20)
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def faults() -> int:
