@@ -250,12 +250,8 @@ class Convolution {
       Buffer<acc_t> image(copies.cells + R, acc_t(0));
       alignas(64) acc_t tile[R * L];
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t n = task / copies.blocks(), block = task % copies.blocks();
-        const int64_t w0 = block % copies.width_blocks * copies.width;
-        const int64_t h0 = block / copies.width_blocks % copies.row_blocks * copies.rows;
-        const int64_t d0 = block / copies.width_blocks / copies.row_blocks;
-        const int64_t width = std::min(copies.width, copies.w.count - w0);
-        const int64_t lanes = copies.lanes(std::min(copies.rows, copies.h.count - h0), width);
+        const int64_t n = task / copies.blocks();
+        const auto [d0, h0, w0, height, width, lanes] = copies.block(task % copies.blocks());
         copies.copy(x_ + n * s.in_plane() * p_.C, p_.C, d0, h0, w0, image.get(), p_.C);
         for (int64_t q = 0; q < lanes; q += R) {
           const int64_t count = std::min(R, lanes - q);

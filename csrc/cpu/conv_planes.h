@@ -82,6 +82,16 @@ struct Plan {
   // Lanes that one example takes, those between the rows included.
   int64_t all_lanes(int64_t L) const { return blocks() * ceil_div(lanes(rows, width), L) * L; }
 
+  // Block i of an example begins at position (d, h, w).
+  struct Block {
+    int64_t d, h, w, height, width, lanes;
+  };
+  Block block(int64_t i) const {
+    const int64_t w0 = i % width_blocks * width, h0 = i / width_blocks % row_blocks * rows;
+    const int64_t high = std::min(rows, h.count - h0), wide = std::min(width, w.count - w0);
+    return {i / width_blocks / row_blocks, h0, w0, high, wide, lanes(high, wide)};
+  }
+
   int64_t offset(const Space& s, int64_t j) const {
     const int64_t jw = j % s.w.taps, jh = j / s.w.taps % s.h.taps, jd = j / s.w.taps / s.h.taps;
     const int64_t phase = (d.phase(jd) * h.phases + h.phase(jh)) * w.phases + w.phase(jw);
@@ -156,13 +166,9 @@ void product(const Problem& p, const scalar_t* x, const scalar_t* w, const Epilo
     if (!plan.in_place) std::fill_n(copies.get() + plan.cells, L, acc_t(0));
     alignas(64) acc_t tile[R * L];
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task % splits, block = task / splits % plan.blocks();
+      const int64_t part = task % splits;
       const int64_t g = task / splits / plan.blocks() % p.G, n = task / splits / plan.blocks() / p.G;
-      const int64_t w0 = block % plan.width_blocks * plan.width;
-      const int64_t h0 = block / plan.width_blocks % plan.row_blocks * plan.rows;
-      const int64_t d0 = block / plan.width_blocks / plan.row_blocks;
-      const int64_t width = std::min(plan.width, plan.w.count - w0), height = std::min(plan.rows, plan.h.count - h0);
-      const int64_t lanes = plan.lanes(height, width);
+      const auto [d0, h0, w0, height, width, lanes] = plan.block(task / splits % plan.blocks());
       const scalar_t* image = x + (n * p.G + g) * p.C * in_plane;
       if (plan.in_place) {
         // a panel that ends behind the row is the only one that is copied: it may end behind the tensor

@@ -182,16 +182,13 @@ class Gradient {
     const conv_planes::Plan& plan = *plan_;
     const int64_t T = s_.taps(), c0 = b.row / T, channels = ceil_div(b.row + b.used_rows(), T) - c0;
     for (; first < end; ++first) {
-      const int64_t example = first / plan.blocks(), block = first % plan.blocks();
-      const int64_t w0 = block % plan.width_blocks * plan.width;
-      const int64_t h0 = block / plan.width_blocks % plan.row_blocks * plan.rows;
-      const int64_t d0 = block / plan.width_blocks / plan.row_blocks;
-      const int64_t width = std::min(plan.width, plan.w.count - w0), height = std::min(plan.rows, plan.h.count - h0);
+      const int64_t example = first / plan.blocks();
+      const auto [d0, h0, w0, height, width, lanes] = plan.block(first % plan.blocks());
       plan.copy(x_ + (example * z_.C + b.g * C() + c0) * s_.in_plane(), channels, d0, h0, w0, to.copies.get());
       const scalar_t* dy =
           dy_ + (example * z_.K + b.g * M() + b.lane) * s_.positions() + (d0 * plan.h.count + h0) * plan.w.count + w0;
-      for (int64_t q = 0; q < plan.lanes(height, width); q += depth) {
-        const int64_t n = std::min(depth, plan.lanes(height, width) - q);
+      for (int64_t q = 0; q < lanes; q += depth) {
+        const int64_t n = std::min(depth, lanes - q);
         pack_dy_rows(b, dy, width, q, n, to.b.get());
         for (int64_t m = 0; m < b.used_rows(); m += R) {
           const int64_t count = std::min(R, b.used_rows() - m), padded = Tile<acc_t>::round(count);
